@@ -1,0 +1,6 @@
+"""Stored teacher outputs: what a loss accepts in the place of teacher logits."""
+
+from otkd.signals.dense import DenseSignal
+from otkd.signals.protocol import TeacherSignal, teacher_logits_of
+
+__all__ = ["DenseSignal", "TeacherSignal", "teacher_logits_of"]

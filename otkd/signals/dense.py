@@ -1,0 +1,68 @@
+"""A stored teacher that keeps every logit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """All teacher logits of a data set, example by example.
+
+    Attributes:
+        values: logits, ``(examples, *positions, vocab)``; half precision is fine.
+    """
+
+    values: Tensor
+
+    def __post_init__(self):
+        if self.values.ndim < 1 or not self.values.is_floating_point():
+            raise ValueError(
+                "DenseSignal needs floating-point logits with the vocabulary last, "
+                f"got shape {tuple(self.values.shape)} and dtype {self.values.dtype}"
+            )
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def __getitem__(self, index) -> DenseSignal:
+        return DenseSignal(self.values[index])
+
+    def to(self, device: torch.device | str) -> DenseSignal:
+        """The same logits on ``device``."""
+        return self if self.values.device == torch.device(device) else DenseSignal(
+            self.values.to(device)
+        )
+
+    def logits(self) -> Tensor:
+        """The stored logits."""
+        return self.values
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the logits to a safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        save_file({"logits": self.values.detach().cpu().contiguous()}, partial)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> DenseSignal:
+        """Read logits written by :meth:`save`.
+
+        Raises:
+            ValueError: if the file holds no tensor named ``logits``.
+        """
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        if "logits" not in tensors:
+            raise ValueError(f"{path} holds {sorted(tensors)}, but no tensor named 'logits'")
+        return cls(tensors["logits"])
