@@ -35,8 +35,10 @@ class DenseSignal:
 
     def to(self, device: torch.device | str) -> DenseSignal:
         """The same logits on ``device``."""
-        return self if self.values.device == torch.device(device) else DenseSignal(
-            self.values.to(device)
+        return (
+            self
+            if self.values.device == torch.device(device)
+            else DenseSignal(self.values.to(device))
         )
 
     def logits(self) -> Tensor:

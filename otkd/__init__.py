@@ -1,0 +1,31 @@
+"""otkd: optimal-transport distillation for PyTorch.
+
+A loss between a teacher and a student is a module with one call,
+``loss(student_logits, teacher_logits, *, labels=None, mask=None, num_items_in_batch=None)``:
+
+    loss = otkd.SinkhornLoss(cost="embedding", embedding=teacher.get_input_embeddings().weight)
+
+The same mathematics is in :mod:`otkd.functional` as plain functions of logits and in
+:mod:`otkd.ot` as transport between probability vectors.
+"""
+
+from otkd import costs, functional, losses, ot, signals, supports
+from otkd.losses import *  # noqa: F403
+from otkd.losses import __all__ as _loss_names
+from otkd.ot import ConvergenceWarning
+from otkd.signals import DenseSignal, TeacherSignal
+from otkd.version import __version__
+
+__all__ = [
+    "ConvergenceWarning",
+    "DenseSignal",
+    "TeacherSignal",
+    "__version__",
+    "costs",
+    "functional",
+    "losses",
+    "ot",
+    "signals",
+    "supports",
+    *_loss_names,
+]

@@ -1,0 +1,92 @@
+"""What every loss asks of its input, in one place, so that all refuse in the same words."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def check_positive(**values: float) -> None:
+    """Raise ``ValueError`` unless every value given by name is a finite number above 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_logits(student: Tensor, teacher: Tensor, *, same_vocabulary: bool = True) -> None:
+    """Raise unless the two are logits of the same positions.
+
+    Raises:
+        TypeError: if either is not a floating-point tensor.
+        ValueError: if the batch shapes differ, the vocabulary is empty, the devices differ, or
+            (with ``same_vocabulary``) the vocabularies differ in size.
+    """
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+            raise TypeError(f"{name} must be a floating-point tensor (*batch, vocab), got {kind}")
+        if logits.ndim < 1 or logits.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must have shape (*batch, vocab) with vocab ≥ 1, got {tuple(logits.shape)}"
+            )
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student_logits and teacher_logits must have the same batch shape, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student_logits are on {student.device} but teacher_logits on {teacher.device}"
+        )
+    if same_vocabulary and student.shape[-1] != teacher.shape[-1]:
+        raise ValueError(
+            f"the student has {student.shape[-1]} tokens and the teacher {teacher.shape[-1]}. "
+            "If the longer one is padded, pass vocab_size= (both are sliced there); if the "
+            "vocabularies differ, use a loss that bridges them: SinkhornLoss with "
+            "EmbeddingCost(student_embedding, teacher_embedding), or UniversalLogitLoss"
+        )
+
+
+def check_positions(name: str, values: Tensor | None, batch_shape: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless ``values`` is None or has one entry per position."""
+    if values is not None and tuple(values.shape) != tuple(batch_shape):
+        raise ValueError(
+            f"{name} must have one entry per position, shape {tuple(batch_shape)}, "
+            f"got {tuple(values.shape)}"
+        )
+
+
+def check_cost_shape(cost: Tensor, n: int, m: int) -> None:
+    """Raise ``ValueError`` unless the cost is ``(n, m)`` or ``(*batch, n, m)``."""
+    if cost.ndim < 2 or tuple(cost.shape[-2:]) != (n, m):
+        raise ValueError(
+            f"cost must have shape ({n}, {m}) or (*batch, {n}, {m}) to fit distributions of size "
+            f"{n} and {m}, got {tuple(cost.shape)}"
+        )
+
+
+def check_finite_rows(rows: Tensor, what: str) -> None:
+    """Raise ``ValueError`` if any entry of ``rows``, one per position, is not finite.
+
+    A row of logits with a NaN, a +inf or nothing but −inf has no softmax: whatever is computed
+    from the row is NaN.
+    """
+    bad = ~rows.isfinite()
+    if bad.any():
+        first = bad.flatten().nonzero()[0].item()
+        raise ValueError(
+            f"{int(bad.sum())} of {rows.numel()} positions have {what} (first: position {first}). "
+            "Logits must hold no NaN and no +inf, and at least one finite value per position; "
+            "positions outside the mask may hold anything"
+        )

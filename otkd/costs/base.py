@@ -1,0 +1,81 @@
+"""What a ground cost is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class CostMatrices(NamedTuple):
+    """Costs between source and target, and within each where self-terms are asked for."""
+
+    cross: Tensor
+    source: Tensor | None = None
+    target: Tensor | None = None
+
+
+class Cost(nn.Module, ABC):
+    """A ground cost between two sets of tokens.
+
+    Attributes:
+        shape: sizes of source and target, or None where the cost fits any one vocabulary.
+    """
+
+    shape: tuple[int, int] | None = None
+
+    @abstractmethod
+    def matrices(
+        self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
+    ) -> CostMatrices:
+        """The cost matrices for distributions of size n and m.
+
+        Raises:
+            ValueError: if the cost does not fit those sizes.
+        """
+
+    def power(self, p: float) -> Cost:
+        """The cost raised to the power ``p``, entry by entry."""
+        from otkd.costs.simple import PowerCost
+
+        return self if p == 1 else PowerCost(self, p)
+
+    def keeps_divergence_positive(self, epsilon: float) -> bool:
+        """Whether exp(−C/ε) is positive definite, so that the debiased divergence is ≥ 0."""
+        return True
+
+    def forward(self, n: int, m: int) -> Float[Tensor, "n m"]:
+        """The cost matrix between source and target in float32, on the cost's device."""
+        device = next(iter([*self.buffers(), *self.parameters()]), torch.empty(0)).device
+        return self.matrices(n, m, dtype=torch.float32, device=device, self_terms=False).cross
+
+    def _check_size(self, n: int, m: int) -> None:
+        if self.shape is not None and self.shape != (n, m):
+            raise ValueError(
+                f"the cost is for {self.shape[0]} source and {self.shape[1]} target tokens, but "
+                f"the distributions have {n} and {m}. Give a cost of that size; if the vocabulary "
+                "is padded, pass vocab_size= and the rows of the embedding up to there"
+            )
+        if self.shape is None and n != m:
+            raise ValueError(
+                f"{type(self).__name__} needs one vocabulary, but source and target have {n} and "
+                f"{m} tokens; use EmbeddingCost(source, target) to bridge two"
+            )
+
+
+def same_for_all(matrix: Tensor, self_terms: bool) -> CostMatrices:
+    """The matrices of one vocabulary with itself."""
+    return CostMatrices(matrix, matrix, matrix) if self_terms else CostMatrices(matrix)
+
+
+def hold(module: nn.Module, name: str, tensor: Tensor | None, learnable: bool) -> None:
+    """Keep a tensor with a module: as itself where it learns, else as an unsaved constant."""
+    if learnable and isinstance(tensor, nn.Parameter):
+        module.register_parameter(name, tensor)
+    elif learnable or tensor is None:
+        module.register_buffer(name, tensor, persistent=False)
+    else:
+        module.register_buffer(name, tensor.detach(), persistent=False)

@@ -1,0 +1,36 @@
+"""What debiasing asks of a cost matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_CHECKED_SIZE = 1024
+
+
+def check_self_cost(cost: Tensor) -> None:
+    """Raise ``ValueError`` unless ``cost`` is square, symmetric and zero on the diagonal."""
+    cost = cost.detach()
+    advice = (
+        "; for different supports pass (C_ab, C_aa, C_bb) or a cost object, "
+        "or turn debiasing off with debias=False"
+    )
+    if cost.shape[-1] != cost.shape[-2]:
+        raise ValueError(
+            "a debiased divergence needs the cost within each side: a single cost must be square, "
+            f"got {tuple(cost.shape)}{advice}"
+        )
+    size = cost.abs().max() if cost.numel() else cost.new_zeros(())
+    if cost.diagonal(dim1=-2, dim2=-1).abs().max() > 1e-5 * size:
+        raise ValueError(f"a self-cost must be 0 on its diagonal{advice}")
+    if (cost - cost.mT).abs().max() > 1e-5 * size:
+        raise ValueError(f"a self-cost must be symmetric{advice}")
+
+
+def has_positive_kernel(cost: Tensor, epsilon: float) -> bool:
+    """Whether exp(−C/ε) of a symmetric matrix is shown to be positive semidefinite."""
+    if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or len(cost) > _CHECKED_SIZE:
+        return False
+    kernel = torch.exp(cost.detach().double() / -epsilon)
+    jitter = 1e-9 * len(kernel) * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    return bool(torch.linalg.cholesky_ex(kernel + jitter).info == 0)

@@ -1,0 +1,43 @@
+"""Every form in which a transport function takes its cost."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from otkd.checks import check_cost_shape
+from otkd.costs.base import Cost, CostMatrices
+from otkd.costs.checks import check_self_cost
+
+
+def as_cost_matrices(
+    cost: Cost | Tensor | tuple[Tensor, Tensor, Tensor],
+    a: Tensor,
+    b: Tensor,
+    *,
+    self_terms: bool = False,
+    epsilon: float | None = None,
+) -> CostMatrices:
+    """The matrices of any form in which a cost may be given.
+
+    Raises:
+        TypeError: if ``cost`` is none of the forms.
+        ValueError: if it does not fit the sizes, or ``self_terms`` are asked of a single tensor
+            that is no self-cost.
+    """
+    n, m = a.shape[-1], b.shape[-1]
+    if isinstance(cost, Cost):
+        dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+        return cost.matrices(n, m, dtype=dtype, device=a.device, self_terms=self_terms)
+    if isinstance(cost, Tensor):
+        if not self_terms:
+            return CostMatrices(cost)
+        check_cost_shape(cost, n, m)
+        check_self_cost(cost)
+        return CostMatrices(cost, cost, cost)
+    if isinstance(cost, tuple) and len(cost) == 3:
+        return CostMatrices(*cost)
+    raise TypeError(
+        "cost must be a tensor, a cost object of otkd.costs, or (C_ab, C_aa, C_bb), got "
+        f"{type(cost).__name__}"
+    )

@@ -1,0 +1,113 @@
+"""Costs that need no embedding: given by identity, by order, by a matrix, or by a power."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from otkd.costs.base import Cost, CostMatrices, hold, same_for_all
+from otkd.costs.checks import check_self_cost, has_positive_kernel
+
+
+class DiscreteCost(Cost):
+    """0 between a token and itself, 1 between any two others: exact transport is TVD."""
+
+    def matrices(self, n, m, *, dtype, device, self_terms):
+        """See :class:`Cost`."""
+        self._check_size(n, m)
+        return same_for_all(1 - torch.eye(n, dtype=dtype, device=device), self_terms)
+
+    def power(self, p: float) -> Cost:
+        """0 and 1 are their own powers."""
+        return self
+
+
+class OrdinalCost(Cost):
+    """|i − j|^p between the i-th and the j-th token (or class), in units of one step.
+
+    Args:
+        p: the exponent, above 0; at most 2 for a debiased divergence that is ≥ 0.
+
+    Raises:
+        ValueError: if ``p`` is not above 0.
+    """
+
+    def __init__(self, p: float = 1.0):
+        super().__init__()
+        if not p > 0:
+            raise ValueError(f"p must be above 0, got {p!r}")
+        self.p = float(p)
+
+    def matrices(self, n, m, *, dtype, device, self_terms):
+        """See :class:`Cost`."""
+        self._check_size(n, m)
+        places = torch.arange(n, dtype=dtype, device=device)
+        return same_for_all((places[:, None] - places[None, :]).abs() ** self.p, self_terms)
+
+    def power(self, p: float) -> Cost:
+        """|i − j|^(p·q)."""
+        return OrdinalCost(self.p * p)
+
+    def keeps_divergence_positive(self, epsilon: float) -> bool:
+        """True up to p = 2 (Schoenberg, 1938)."""
+        return self.p <= 2
+
+    def extra_repr(self) -> str:
+        """The exponent."""
+        return f"p={self.p}"
+
+
+class MatrixCost(Cost):
+    """A cost given entry by entry, in the units it is given in.
+
+    Args:
+        matrix: ``(V_s, V_t)``; square, symmetric and zero on the diagonal where debiasing is to
+            be possible. A constant, unless it is a ``Parameter``.
+
+    Raises:
+        ValueError: if it is no matrix or holds numbers that are not finite.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Float[Tensor, "source target"]):
+        super().__init__()
+        if matrix.ndim != 2 or not matrix.is_floating_point() or not matrix.isfinite().all():
+            raise ValueError(
+                "MatrixCost needs a matrix (source, target) of finite floating-point numbers, got "
+                f"shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
+            )
+        self.shape = (matrix.shape[0], matrix.shape[1])
+        hold(self, "matrix", matrix, learnable=isinstance(matrix, nn.Parameter))
+
+    def matrices(self, n, m, *, dtype, device, self_terms):
+        """See :class:`Cost`."""
+        self._check_size(n, m)
+        if self_terms:
+            check_self_cost(self.matrix)
+        return same_for_all(self.matrix.to(device, dtype), self_terms)
+
+    def keeps_divergence_positive(self, epsilon: float) -> bool:
+        """Checked by factorising the kernel, up to 1024 tokens; beyond, taken as not shown."""
+        return has_positive_kernel(self.matrix, epsilon)
+
+
+class PowerCost(Cost):
+    """Another cost raised to the power ``p``, entry by entry."""
+
+    def __init__(self, base: Cost, p: float):
+        super().__init__()
+        if not p > 0:
+            raise ValueError(f"p must be above 0, got {p!r}")
+        self.base, self.p, self.shape = base, float(p), base.shape
+
+    def matrices(self, n, m, *, dtype, device, self_terms):
+        """See :class:`Cost`."""
+        base = self.base.matrices(n, m, dtype=dtype, device=device, self_terms=self_terms)
+        raised = (None if matrix is None else matrix**self.p for matrix in base[1:])
+        return CostMatrices(base.cross**self.p, *raised)
+
+    def keeps_divergence_positive(self, epsilon: float) -> bool:
+        """Powers below 1 keep it (Schoenberg, 1938); others are taken as not shown."""
+        return self.p <= 1 and self.base.keeps_divergence_positive(epsilon)

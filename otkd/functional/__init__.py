@@ -1,0 +1,34 @@
+"""The mathematics of every loss as a plain function of logits; one value per position.
+
+Arguments are ``(student_logits, teacher_logits, *, temperature=1.0, **options)``; nothing is
+rescaled, shifted or reduced.
+"""
+
+from otkd.functional.batch_transport import batch_sinkhorn_distance
+from otkd.functional.divergences import (
+    adaptive_kl_divergence,
+    alpha_beta_divergence,
+    jensen_shannon_divergence,
+    kl_divergence,
+    reverse_kl_divergence,
+    skew_kl_divergence,
+    skew_reverse_kl_divergence,
+    total_variation_distance,
+    universal_logit_distance,
+)
+from otkd.functional.transport import sinkhorn_divergence, wasserstein_distance
+
+__all__ = [
+    "adaptive_kl_divergence",
+    "alpha_beta_divergence",
+    "batch_sinkhorn_distance",
+    "jensen_shannon_divergence",
+    "kl_divergence",
+    "reverse_kl_divergence",
+    "sinkhorn_divergence",
+    "skew_kl_divergence",
+    "skew_reverse_kl_divergence",
+    "total_variation_distance",
+    "universal_logit_distance",
+    "wasserstein_distance",
+]

@@ -1,0 +1,89 @@
+"""Transport between the samples of a batch, with their distributions as points."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, cdist
+
+from otkd.checks import check_choice, check_logits
+from otkd.costs import CostMatrices
+from otkd.functional.transport import distributions
+from otkd.ot.divergence import DivergenceSolution, Options, solve_divergence
+
+BATCH_COSTS = ("l1", "euclidean", "sqeuclidean")
+
+
+def batch_sinkhorn_distance(
+    student_logits: Float[Tensor, "*batch samples vocab"],
+    teacher_logits: Float[Tensor, "*batch samples vocab"],
+    *,
+    temperature: float = 2.0,
+    teacher_temperature: float | None = None,
+    cost: str = "l1",
+    epsilon: float = 0.1,
+    debias: bool = False,
+    value: str = "dual",
+    max_iterations: int = 200,
+    tolerance: float = 1e-4,
+) -> Float[Tensor, "*batch"]:
+    """Entropic transport between the b student and the b teacher samples of a batch.
+
+    Sample i is the point q_i = softmax(student_logits_i / T) with mass 1/b; the cost between two
+    points is their distance. Gradients flow through the costs.
+
+    Args:
+        student_logits: ``(*batch, b, vocab)``.
+        teacher_logits: ``(*batch, b, vocab)``, a constant.
+        temperature: divides both logits.
+        teacher_temperature: divides the teacher's logits instead, where given.
+        cost: ``"l1"``, ``"euclidean"`` or ``"sqeuclidean"`` distance of the distributions.
+        epsilon: entropic strength, in units of the cost.
+        debias: subtract half the transport of each side to itself.
+        value: ``"dual"`` or ``"sharp"``; see :func:`otkd.ot.sinkhorn_divergence`.
+        max_iterations: limit of the solver.
+        tolerance: L1 marginal error at which a batch is solved.
+
+    Raises:
+        TypeError, ValueError: for input that does not fit, parameters out of range, NaN.
+
+    Source: Cui et al. (2024), "SinKD: Sinkhorn Distance Minimization for Knowledge Distillation".
+    """
+    check_logits(student_logits, teacher_logits)
+    if student_logits.ndim < 2 or student_logits.shape[-2] == 0:
+        raise ValueError(
+            "batch transport needs samples on dimension −2, shape (*batch, samples, vocab) with "
+            f"at least one sample, got {tuple(student_logits.shape)}"
+        )
+    q, p = distributions(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+    )
+    options = Options(epsilon, tolerance, max_iterations, value, debias)
+    return transport_between_samples(q, p, cost, options).value
+
+
+def transport_between_samples(
+    q: Tensor, p: Tensor, cost: str, options: Options
+) -> DivergenceSolution:
+    """Transport between uniform masses on the points ``q`` and ``p``, ``(*batch, b, d)``."""
+    check_choice("cost", cost, BATCH_COSTS)
+    with torch.autocast(q.device.type, enabled=False):
+        cross = point_distances(q, p, cost)
+        matrices = CostMatrices(cross)
+        if options.debias:
+            matrices = CostMatrices(cross, point_distances(q, q, cost), point_distances(p, p, cost))
+    uniform = q.new_full(q.shape[:-1], 1 / q.shape[-2])
+    return solve_divergence(uniform, uniform, matrices, options)
+
+
+def point_distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """Distances ``(*batch, n, m)`` between points ``(*batch, n, d)`` and ``(*batch, m, d)``."""
+    if metric == "l1":
+        return cdist(x, y, p=1)
+    if metric == "euclidean":
+        return cdist(x, y)
+    squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
+    return (squares - 2 * x @ y.mT).clamp(min=0)

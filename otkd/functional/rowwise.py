@@ -1,0 +1,171 @@
+"""Value and logit gradient of a divergence, position by position, in one pass.
+
+Every divergence D(p, q) of this package is given as a *formula* of the two log-distributions of a
+position, ``(log_q, log_p) -> (D, q·∂D/∂q)``. The chain rule through ``q = softmax(z/T)`` is the
+same for all of them,
+
+    ∂D/∂z = (h − q·Σh) / T,    h = q·∂D/∂q,
+
+so it is written here once. Value and gradient are computed together over blocks of positions:
+beside the gradient itself, no temporary is larger than a block, whatever the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from otkd.checks import check_finite_rows, check_logits, check_positions, check_positive
+
+Formula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+LOG_ZERO = -1e5
+"""Floor of every log-probability: where KL is truly infinite it is finite and this steep."""
+
+_BLOCK_ELEMENTS_ON_CPU = 2**18  # about what a core's cache holds
+_BLOCK_ELEMENTS_ON_DEVICE = 2**25
+
+
+class Divergence(Protocol):
+    """A divergence as a function of logits; :func:`divergence` makes them from formulas."""
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        *,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        mask: Tensor | None = None,
+        **options: float,
+    ) -> Tensor:
+        """Values ``(*batch,)`` of the divergence at every position."""
+        ...
+
+    def formula(self, **options: float) -> Formula:
+        """The divergence with its parameters set; raises if they are out of range."""
+        ...
+
+
+def divergence(*, same_vocabulary: bool = True) -> Callable[[Callable[..., Formula]], Divergence]:
+    """Turn a maker of formulas into a public function of logits.
+
+    ``make_formula(**options)`` checks the parameters of the divergence and returns the formula for
+    floored log-probabilities of a block of positions: ``(log_q, log_p)``, each
+    ``(positions, vocab)``, to the values ``(positions,)`` and ``q·∂D/∂q`` ``(positions, vocab)``.
+    """
+    return functools.partial(_as_function, same_vocabulary=same_vocabulary)
+
+
+def _as_function(make_formula: Callable[..., Formula], *, same_vocabulary: bool) -> Divergence:
+    @functools.wraps(make_formula)
+    def function(
+        student_logits: Float[Tensor, "*batch vocab"],
+        teacher_logits: Float[Tensor, "*batch teacher_vocab"],
+        *,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        mask: Shaped[Tensor, "*batch"] | None = None,
+        **options: float,
+    ) -> Float[Tensor, "*batch"]:
+        formula = make_formula(**options)
+        check_logits(student_logits, teacher_logits, same_vocabulary=same_vocabulary)
+        if teacher_temperature is None:
+            teacher_temperature = temperature
+        check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
+        batch_shape = student_logits.shape[:-1]
+        check_positions("mask", mask, batch_shape)
+        positions = math.prod(batch_shape)
+        values = _Rowwise.apply(
+            student_logits.reshape(positions, student_logits.shape[-1]),
+            teacher_logits.detach().reshape(positions, teacher_logits.shape[-1]),
+            None if mask is None else mask.reshape(-1),
+            formula,
+            temperature,
+            teacher_temperature,
+            torch.is_grad_enabled() and student_logits.requires_grad,
+        )
+        check_finite_rows(values, "a loss that is not finite")
+        return values.reshape(batch_shape)
+
+    signature = _public_signature(function, make_formula)
+    public: Any = function
+    public.formula = make_formula
+    public.__signature__ = signature
+    public.__annotations__ = {
+        **{name: parameter.annotation for name, parameter in signature.parameters.items()},
+        "return": signature.return_annotation,
+    }
+    return public
+
+
+def _public_signature(function: Callable, make_formula: Callable) -> inspect.Signature:
+    """The signature with the options of ``make_formula`` in the place of ``**options``."""
+    common = inspect.signature(function, follow_wrapped=False)
+    parameters = list(common.parameters.values())[:-1]
+    options = [
+        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for option in inspect.signature(make_formula).parameters.values()
+    ]
+    return common.replace(parameters=parameters + options)
+
+
+def compute_dtype(student: Tensor) -> torch.dtype:
+    """The precision everything is computed in: float64 for float64 logits, else float32."""
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def _blocks(positions: int, vocab: int, mask: Tensor | None, device: str) -> Iterator:
+    """Slices of all positions, or index tensors of the counted ones, a block at a time."""
+    elements = _BLOCK_ELEMENTS_ON_CPU if device == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
+    size = max(1, elements // vocab)
+    if mask is None:
+        for start in range(0, positions, size):
+            yield slice(start, start + size)
+    else:
+        yield from mask.nonzero().squeeze(-1).split(size)
+
+
+def _floored_log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    scaled = logits.to(dtype) / temperature
+    return torch.log_softmax(scaled, dim=-1).clamp_(min=LOG_ZERO)
+
+
+class _Rowwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, student, teacher, mask, formula, temperature, teacher_temperature, with_gradient
+    ):
+        dtype = compute_dtype(student)
+        positions, vocab = student.shape
+        values = torch.zeros(positions, dtype=dtype, device=student.device)
+        gradient = student[:0]
+        if with_gradient:
+            gradient = torch.empty_like(student) if mask is None else torch.zeros_like(student)
+            ctx.save_for_backward(gradient)
+        with torch.autocast(student.device.type, enabled=False):
+            for rows in _blocks(positions, vocab, mask, student.device.type):
+                log_q = _floored_log_softmax(student[rows], temperature, dtype)
+                log_p = _floored_log_softmax(teacher[rows], teacher_temperature, dtype)
+                block, weighted = formula(log_q, log_p)
+                # Every divergence is non-negative: what is below 0 is rounding.
+                values[rows] = block.clamp(min=0).to(dtype)
+                if with_gradient:
+                    inner = weighted.sum(-1, keepdim=True)
+                    block_gradient = (weighted - log_q.exp_() * inner).div_(temperature)
+                    gradient[rows] = block_gradient.to(gradient.dtype)
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_values):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = ctx.saved_tensors
+        grad_student = (grad_values.unsqueeze(-1) * gradient).to(gradient.dtype)
+        return grad_student, None, None, None, None, None, None

@@ -1,0 +1,188 @@
+"""Transport between the two token distributions of each position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from otkd.checks import check_finite_rows, check_logits, check_positions, check_positive
+from otkd.costs import Cost, as_cost_matrices
+from otkd.functional.rowwise import compute_dtype
+from otkd.ot.divergence import Options, Report, solve_divergence
+from otkd.ot.exact import exact_transport
+from otkd.ot.problem import check_problem
+
+
+def sinkhorn_divergence(
+    student_logits: Float[Tensor, "*batch vocab"],
+    teacher_logits: Float[Tensor, "*batch teacher_vocab"],
+    *,
+    cost: Cost | Tensor,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    mask: Shaped[Tensor, "*batch"] | None = None,
+    epsilon: float = 0.1,
+    debias: bool = True,
+    value: str = "dual",
+    max_iterations: int = 200,
+    tolerance: float = 1e-4,
+) -> Float[Tensor, "*batch"]:
+    """Entropic transport between q and p over the tokens, debiased by default.
+
+    Args:
+        student_logits: ``(*batch, vocab)``; q.
+        teacher_logits: ``(*batch, vocab)``; p, a constant. Of another vocabulary where the cost
+            bridges the two.
+        cost: a cost object of :mod:`otkd.costs`, or a ``(vocab, vocab)`` tensor.
+        temperature: divides both logits.
+        teacher_temperature: divides the teacher's logits instead, where given.
+        mask: ``(*batch,)``; where it is zero the value is 0 and the logits may hold anything.
+        epsilon: entropic strength in units of the cost.
+        debias: S_ε, which is 0 at p = q; with False, OT_ε.
+        value: ``"dual"`` or ``"sharp"`` (⟨P, C⟩); see :func:`otkd.ot.sinkhorn_divergence`.
+        max_iterations: limit of the solver.
+        tolerance: L1 marginal error at which a position is solved.
+
+    Returns:
+        One value per position, in units of the cost.
+
+    Raises:
+        TypeError, ValueError: for input that does not fit, parameters out of range, NaN in a
+            counted position.
+    """
+    options = Options(epsilon, tolerance, max_iterations, value, debias)
+    values, _ = sinkhorn_with_report(
+        student_logits,
+        teacher_logits,
+        cost=cost,
+        options=options,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        mask=mask,
+    )
+    return values
+
+
+def sinkhorn_with_report(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    cost: Cost | Tensor,
+    options: Options,
+    temperature: float,
+    teacher_temperature: float | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Report | None]:
+    """:func:`sinkhorn_divergence` and what its solver did (None without a counted position)."""
+    report = None
+
+    def transport(q, p):
+        nonlocal report
+        matrices = as_cost_matrices(cost, q, p, self_terms=options.debias, epsilon=options.epsilon)
+        check_problem(q, p, *matrices)
+        solution = solve_divergence(q, p, matrices, options)
+        report = solution.report
+        return solution.value
+
+    values = at_counted_positions(
+        transport,
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        mask=mask,
+    )
+    return values, report
+
+
+def wasserstein_distance(
+    student_logits: Float[Tensor, "*batch vocab"],
+    teacher_logits: Float[Tensor, "*batch teacher_vocab"],
+    *,
+    cost: Cost | Tensor,
+    p: float = 1.0,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    mask: Shaped[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Exact transport min_P ⟨P, C^p⟩ between q and p over the tokens (no root 1/p is taken).
+
+    Closed forms serve two tokens, the 0/1 cost (total variation) and |i − j|^r with r·p ≥ 1; any
+    other cost a linear program per position, in float64 on the CPU.
+
+    Args:
+        student_logits: ``(*batch, vocab)``; q.
+        teacher_logits: ``(*batch, vocab)``; p, a constant.
+        cost: a cost object of :mod:`otkd.costs`, or a ``(vocab, vocab)`` tensor.
+        p: power of the cost.
+        temperature: divides both logits.
+        teacher_temperature: divides the teacher's logits instead, where given.
+        mask: ``(*batch,)``; where it is zero the value is 0 and the logits may hold anything.
+
+    Raises:
+        TypeError, ValueError: for input that does not fit, NaN in a counted position, or a
+            vocabulary above ``otkd.ot.exact.LARGEST_PROGRAM`` tokens without a closed form.
+    """
+    return at_counted_positions(
+        lambda q, teacher: exact_transport(q, teacher, cost, p=p),
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        mask=mask,
+    )
+
+
+def at_counted_positions(
+    transport: Callable[[Tensor, Tensor], Tensor],
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    teacher_temperature: float | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """``transport(q, p)`` of the distributions ``(positions, vocab)`` that count; 0 elsewhere."""
+    check_logits(student_logits, teacher_logits, same_vocabulary=False)
+    batch_shape = student_logits.shape[:-1]
+    check_positions("mask", mask, batch_shape)
+    student = student_logits.flatten(0, -2) if batch_shape else student_logits.unsqueeze(0)
+    teacher = teacher_logits.flatten(0, -2) if batch_shape else teacher_logits.unsqueeze(0)
+    counted = None
+    if mask is not None:
+        counted = mask.reshape(-1).nonzero().squeeze(-1)
+        student, teacher = student[counted], teacher[counted]
+    q, p = distributions(
+        student, teacher, temperature=temperature, teacher_temperature=teacher_temperature
+    )
+    # Without any position there is nothing to solve; the sum keeps the graph for a zero gradient.
+    values = transport(q, p) if len(q) else q.sum(-1)
+    if counted is not None:
+        values = values.new_zeros(batch_shape.numel()).index_copy(0, counted, values)
+    return values.reshape(batch_shape)
+
+
+def distributions(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float,
+    teacher_temperature: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Q and p, ``softmax(logits / T)`` in at least float32; p carries no gradient.
+
+    Raises:
+        ValueError: if a temperature is not positive or a row of logits has no softmax.
+    """
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
+    dtype = compute_dtype(student_logits)
+    q = torch.softmax(student_logits.to(dtype) / temperature, -1)
+    p = torch.softmax(teacher_logits.detach().to(dtype) / teacher_temperature, -1)
+    for name, probabilities in (("student_logits", q), ("teacher_logits", p)):
+        check_finite_rows(probabilities.detach()[..., 0], f"{name} without a softmax")
+    return q, p

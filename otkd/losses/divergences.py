@@ -1,0 +1,200 @@
+"""Losses that are a divergence of the two distributions of each position."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from otkd import functional as F
+from otkd.checks import check_finite_rows
+from otkd.functional.rowwise import Divergence, compute_dtype
+from otkd.losses.base import Batch, DistillationLoss
+from otkd.reductions import IGNORE_INDEX
+
+
+class DivergenceLoss(DistillationLoss):
+    """A loss whose value at a position is a function of :mod:`otkd.functional`.
+
+    Args:
+        options: parameters of the function, checked here.
+        **common: see :class:`~otkd.losses.base.DistillationLoss`.
+    """
+
+    function: ClassVar[Divergence]
+
+    def __init__(self, options: dict[str, float] | None = None, **common):
+        super().__init__(**common)
+        self.options = options or {}
+        type(self).function.formula(**self.options)
+
+    def per_position(self, batch: Batch) -> Tensor:
+        """See :class:`~otkd.losses.base.DistillationLoss`."""
+        return type(self).function(
+            batch.student_logits,
+            batch.teacher_logits,
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            mask=batch.counted,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        """The parameters of the divergence and the common settings."""
+        options = "".join(f"{name}={value}, " for name, value in self.options.items())
+        return options + super().extra_repr()
+
+
+class KLLoss(DivergenceLoss):
+    """KL(p‖q): the classical distillation loss; mass-covering.
+
+    See :func:`otkd.functional.kl_divergence`; arguments as
+    :class:`~otkd.losses.base.DistillationLoss`.
+    """
+
+    function = F.kl_divergence
+
+    def __init__(self, **common):
+        super().__init__(**common)
+
+
+class ReverseKLLoss(DivergenceLoss):
+    """KL(q‖p): reverse KL; mode-seeking.
+
+    See :func:`otkd.functional.reverse_kl_divergence`; arguments as
+    :class:`~otkd.losses.base.DistillationLoss`.
+    """
+
+    function = F.reverse_kl_divergence
+
+    def __init__(self, **common):
+        super().__init__(**common)
+
+
+class JSDLoss(DivergenceLoss):
+    """β·KL(p‖m) + (1−β)·KL(q‖m): generalised Jensen-Shannon divergence, bounded.
+
+    See :func:`otkd.functional.jensen_shannon_divergence`; other arguments as
+    :class:`~otkd.losses.base.DistillationLoss`.
+    """
+
+    function = F.jensen_shannon_divergence
+
+    def __init__(self, beta: float = 0.5, **common):
+        super().__init__({"beta": beta}, **common)
+
+
+class TVDLoss(DivergenceLoss):
+    """½·Σ|p − q|: total variation distance.
+
+    See :func:`otkd.functional.total_variation_distance`; arguments as
+    :class:`~otkd.losses.base.DistillationLoss`. Its logit gradient falls as 1/T: no T² by default.
+    """
+
+    function = F.total_variation_distance
+    rescales_by_default = False
+
+    def __init__(self, **common):
+        super().__init__(**common)
+
+
+class SkewKLLoss(DivergenceLoss):
+    """KL(p‖α·p + (1−α)·q): skew KL of DistiLLM, bounded.
+
+    See :func:`otkd.functional.skew_kl_divergence`; other arguments as
+    :class:`~otkd.losses.base.DistillationLoss`.
+    """
+
+    function = F.skew_kl_divergence
+
+    def __init__(self, alpha: float = 0.1, **common):
+        super().__init__({"alpha": alpha}, **common)
+
+
+class SkewReverseKLLoss(DivergenceLoss):
+    """KL(q‖α·q + (1−α)·p): skew reverse KL of DistiLLM, bounded.
+
+    See :func:`otkd.functional.skew_reverse_kl_divergence`; other arguments as
+    :class:`~otkd.losses.base.DistillationLoss`.
+    """
+
+    function = F.skew_reverse_kl_divergence
+
+    def __init__(self, alpha: float = 0.1, **common):
+        super().__init__({"alpha": alpha}, **common)
+
+
+class AdaptiveKLLoss(DivergenceLoss):
+    """(g_h·KL + g_t·RKL)/(g_h + g_t): adaptive KL, weighted by the gaps in head and tail.
+
+    See :func:`otkd.functional.adaptive_kl_divergence`; other arguments as
+    :class:`~otkd.losses.base.DistillationLoss`.
+    """
+
+    function = F.adaptive_kl_divergence
+
+    def __init__(self, head_mass: float = 0.5, **common):
+        super().__init__({"head_mass": head_mass}, **common)
+
+
+class AlphaBetaLoss(DivergenceLoss):
+    """α-β-divergence: a family with KL at (1, 0) and reverse KL at (0, 1).
+
+    See :func:`otkd.functional.alpha_beta_divergence`; other arguments as
+    :class:`~otkd.losses.base.DistillationLoss`.
+    """
+
+    function = F.alpha_beta_divergence
+
+    def __init__(self, alpha: float = 0.5, beta: float = 0.5, **common):
+        super().__init__({"alpha": alpha, "beta": beta}, **common)
+
+
+class UniversalLogitLoss(DivergenceLoss):
+    """Σ|sorted p − sorted q|: universal logit distillation (ULD), across any two vocabularies.
+
+    See :func:`otkd.functional.universal_logit_distance`; arguments as
+    :class:`~otkd.losses.base.DistillationLoss`. Its logit gradient falls as 1/T: no T² by default.
+    """
+
+    function = F.universal_logit_distance
+    rescales_by_default = False
+
+    def __init__(self, **common):
+        super().__init__(**common)
+
+    @property
+    def bridges_vocabularies(self) -> bool:
+        """True: ranks are compared, not tokens."""
+        return True
+
+
+class CrossEntropyLoss(DistillationLoss):
+    """−log q(label): hard labels only, in the common call; the teacher is not used.
+
+    ``temperature`` divides the student's logits; arguments as
+    :class:`~otkd.losses.base.DistillationLoss`.
+    """
+
+    needs_teacher = False
+    needs_labels = True
+    rescales_by_default = False
+
+    def __init__(self, **common):
+        super().__init__(**common)
+
+    def per_position(self, batch: Batch) -> Tensor:
+        """See :class:`~otkd.losses.base.DistillationLoss`."""
+        logits = batch.student_logits
+        vocab, batch_shape = logits.shape[-1], logits.shape[:-1]
+        labels = batch.labels.to(logits.device)
+        if batch.counted is not None:
+            labels = labels.masked_fill(~batch.counted, IGNORE_INDEX)
+            logits = logits.masked_fill(~batch.counted.unsqueeze(-1), 0.0)
+        scaled = logits.to(compute_dtype(logits)).reshape(-1, vocab) / self.temperature
+        values = cross_entropy(
+            scaled, labels.reshape(-1), reduction="none", ignore_index=IGNORE_INDEX
+        )
+        check_finite_rows(values.detach(), "a hard-label loss that is not finite")
+        return values.reshape(batch_shape)

@@ -1,0 +1,150 @@
+"""One transport problem, or the three of a debiased divergence, from options to values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from otkd.checks import check_choice
+from otkd.costs import CostMatrices
+from otkd.ot.gradients import dual_value, sharp_value
+from otkd.ot.kernels import Kernel, make_kernel
+from otkd.ot.problem import Problem, check_solver_options, flatten_problem
+from otkd.ot.solution import warn_not_converged
+from otkd.ot.solver import Potentials, solve_potentials
+
+VALUES = ("dual", "sharp")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the entropic problem is set and solved; one object from the loss down to the solver."""
+
+    epsilon: float = 0.1
+    tolerance: float = 1e-4
+    max_iterations: int = 1000
+    value: str = "dual"
+    debias: bool = True
+
+    def __post_init__(self):
+        check_solver_options(self.epsilon, self.tolerance, self.max_iterations)
+        check_choice("value", self.value, VALUES)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the solver did, for logs.
+
+    Attributes:
+        iterations: the most iterations any of the solves took.
+        marginal_error: the largest L1 marginal error of any problem, a scalar tensor.
+        converged: whether every marginal error is within the tolerance.
+        support: which tokens took part.
+        backend: what computed the kernel products.
+    """
+
+    iterations: int
+    marginal_error: Tensor
+    converged: bool
+    support: str = "dense"
+    backend: str = "torch"
+
+
+@dataclass(frozen=True)
+class Transport:
+    """One solved problem: its value ``(B,)``, differentiable, and what it was solved with."""
+
+    value: Tensor
+    kernel: Kernel
+    potentials: Potentials
+    sharp: bool
+
+
+@dataclass(frozen=True)
+class DivergenceSolution:
+    """The divergences of a batch.
+
+    Attributes:
+        value: ``(*batch,)``, differentiable in masses and costs.
+        report: what the solver did.
+        parts: the solved problems, flattened: (a, b), then with debiasing (a, a) and (b, b).
+    """
+
+    value: Tensor
+    report: Report
+    parts: tuple[tuple[Problem, Transport], ...]
+
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """What a unit of mass at each point adds to the value, ``(*batch, n)``, ``(*batch, m)``.
+
+        ⟨a, source⟩ + ⟨b, target⟩ is the value up to the marginal error. Detached.
+        """
+        (source, target), *self_terms = [
+            _shares(problem.detached(), transport) for problem, transport in self.parts
+        ]
+        if self_terms:
+            source = source - self_terms[0][0]
+            target = target - self_terms[1][1]
+        batch = self.value.shape
+        return (
+            source.reshape(*batch, source.shape[-1]),
+            target.reshape(*batch, target.shape[-1]),
+        )
+
+
+def solve_transport(problem: Problem, options: Options) -> Transport:
+    """Solve one batch of problems and attach the gradient of its value."""
+    limits = {"tolerance": options.tolerance, "max_iterations": options.max_iterations}
+    fixed = problem.detached()
+    kernel = make_kernel(fixed)
+    potentials = solve_potentials(fixed, kernel, **limits)
+    if not potentials.converged:
+        warn_not_converged(potentials.iterations, potentials.marginal_error, options.tolerance)
+    if options.value == "dual":
+        value = dual_value(problem, kernel, potentials)
+    else:
+        value = sharp_value(problem, kernel, potentials, **limits)
+    return Transport(value, kernel, potentials, sharp=options.value == "sharp")
+
+
+def solve_divergence(
+    a: Tensor, b: Tensor, cost: CostMatrices, options: Options
+) -> DivergenceSolution:
+    """OT_ε(a, b), or with ``options.debias`` OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b)."""
+    a, b, cross, batch = flatten_problem(a, b, cost.cross)
+    problems = [Problem(a, b, cross, options.epsilon)]
+    if options.debias:
+        if cost.source is None or cost.target is None:
+            raise ValueError("a debiased divergence needs the cost within each side")
+        for masses, self_cost in ((a, cost.source), (b, cost.target)):
+            _, _, self_cost, _ = flatten_problem(masses, masses, self_cost, batch)
+            problems.append(Problem(masses, masses, self_cost, options.epsilon, symmetric=True))
+    with torch.autocast(a.device.type, enabled=False):
+        transports = [solve_transport(problem, options) for problem in problems]
+    value = transports[0].value
+    for self_term in transports[1:]:
+        value = value - self_term.value / 2
+    potentials = [transport.potentials for transport in transports]
+    errors = [p.marginal_error.max() for p in potentials if p.marginal_error.numel()]
+    return DivergenceSolution(
+        value=value.reshape(batch),
+        report=Report(
+            iterations=max(p.iterations for p in potentials),
+            marginal_error=torch.stack(errors).max() if errors else a.detach().new_zeros(()),
+            converged=all(p.converged for p in potentials),
+        ),
+        parts=tuple(zip(problems, transports, strict=True)),
+    )
+
+
+def _shares(problem: Problem, transport: Transport) -> tuple[Tensor, Tensor]:
+    """How the value of one problem is divided among the points of its two sides."""
+    f, g = transport.potentials.f, transport.potentials.g
+    if transport.sharp:
+        kernel = transport.kernel
+        row_cost = kernel.mean_cost(f, g, problem.b)
+        column_cost = kernel.transposed.mean_cost(g, f, problem.a)
+        return row_cost / 2, column_cost / 2
+    return f, g

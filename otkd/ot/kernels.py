@@ -1,0 +1,177 @@
+"""How exp(−C/ε) is applied: by products with the kernel, or in the log domain.
+
+The solver and the gradients ask for four things only, each for all problems of a batch, with
+E_ij = exp((f_i + g_j − C_ij)/ε) the density of the plan against a⊗b:
+
+    softmin      −ε·log Σ_j b_j·exp((g_j − C_ij)/ε)
+    mean         Σ_j b_j·E_ij·y_j
+    mean_cost    Σ_j b_j·E_ij·C_ij
+    coupling     left_i·right_j·E_ij, added up over the problems that share the cost
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from otkd.ot.problem import Problem
+
+# exp(−60) keeps products with masses far above the subnormal numbers, which are slow and inexact.
+_LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
+_LOG_DOMAIN_BLOCK = 2**22
+
+
+class Kernel(ABC):
+    """exp(−C/ε) of one problem, applied from potentials."""
+
+    def __init__(self, cost: Tensor, epsilon: float):
+        self.cost = cost
+        self.epsilon = epsilon
+
+    @property
+    @abstractmethod
+    def transposed(self) -> Kernel:
+        """The kernel of the problem with source and target exchanged."""
+
+    @abstractmethod
+    def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
+        """−ε·log Σ_j b_j·exp((g_j − C_ij)/ε), ``(B, m) -> (B, n)``."""
+
+    @abstractmethod
+    def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        """Σ_j b_j·exp((f_i + g_j − C_ij)/ε)·y_j, ``(B, n)``."""
+
+    @abstractmethod
+    def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        """Σ_j b_j·exp((f_i + g_j − C_ij)/ε)·C_ij, ``(B, n)``."""
+
+    @abstractmethod
+    def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """left_i·right_j·exp((f_i + g_j − C_ij)/ε), shaped like the cost.
+
+        Where the problems share one cost their couplings are added up.
+        """
+
+
+def make_kernel(problem: Problem) -> Kernel:
+    """Products where the kernel is representable, the log domain where it would underflow."""
+    if problem.cost.numel() == 0:
+        return LogKernel(problem.cost, problem.epsilon)
+    reach = problem.cost.abs().max().item() / problem.epsilon
+    if reach <= _LARGEST_EXPONENT[problem.cost.dtype]:
+        return ProductKernel(problem.cost, problem.epsilon)
+    return LogKernel(problem.cost, problem.epsilon)
+
+
+class ProductKernel(Kernel):
+    """K = exp(−C/ε) held in memory; every application is a matrix product over all problems."""
+
+    def __init__(self, cost: Tensor, epsilon: float, kernel: Tensor | None = None):
+        super().__init__(cost, epsilon)
+        self.kernel = torch.exp(cost / -epsilon) if kernel is None else kernel
+
+    @property
+    def transposed(self) -> ProductKernel:
+        """The same kernel read the other way; nothing is copied."""
+        return ProductKernel(self.cost.mT, self.epsilon, self.kernel.mT)
+
+    def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        weights, shift = self._weights(log_b + g / self.epsilon)
+        return -self.epsilon * (_apply(self.kernel, weights).log_() + shift)
+
+    def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        weights, shift = self._weights(b.log() + g / self.epsilon)
+        return _apply(self.kernel, weights * y) * (f / self.epsilon + shift).exp()
+
+    def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        weights, shift = self._weights(b.log() + g / self.epsilon)
+        product = _apply(self.kernel * self.cost, weights)
+        return product * (f / self.epsilon + shift).exp()
+
+    def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        left = left * (f / self.epsilon).exp()
+        right = right * (g / self.epsilon).exp()
+        if self.cost.ndim == 2:
+            return self.kernel * (left.mT @ right)
+        return self.kernel * left.unsqueeze(-1) * right.unsqueeze(-2)
+
+    @staticmethod
+    def _weights(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        shift = log_weights.amax(-1, keepdim=True)
+        centred = log_weights - shift
+        # Below exp(−80) a weight is lost beside the largest, but may be subnormal: make it zero.
+        return centred.exp().masked_fill_(centred < -80, 0), shift
+
+
+def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """``matrix (n, m)`` or ``(B, n, m)`` times every one of ``vectors (B, m)``."""
+    if matrix.ndim == 2:
+        return vectors @ matrix.mT
+    return (matrix @ vectors.unsqueeze(-1)).squeeze(-1)
+
+
+class LogKernel(Kernel):
+    """Log-sum-exp over C/ε: exact for every ε, a block of problems at a time."""
+
+    @property
+    def transposed(self) -> LogKernel:
+        """The same cost read the other way."""
+        return LogKernel(self.cost.mT, self.epsilon)
+
+    def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        blocks = [
+            torch.logsumexp(log_b[rows, None, :] + (g[rows, None, :] - cost) / self.epsilon, -1)
+            for rows, cost in self._blocks(len(g))
+        ]
+        return -self.epsilon * torch.cat(blocks) if blocks else g.new_zeros(0, self.cost.shape[-2])
+
+    def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        return self._contract(f, g, b * y, times_cost=False)
+
+    def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        return self._contract(f, g, b, times_cost=True)
+
+    def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        blocks = (
+            coupling_density(f[rows], g[rows], cost, self.epsilon)
+            * left[rows].unsqueeze(-1)
+            * right[rows].unsqueeze(-2)
+            for rows, cost in self._blocks(len(f))
+        )
+        if self.cost.ndim > 2:
+            return torch.cat(list(blocks)) if len(f) else torch.zeros_like(self.cost)
+        total = torch.zeros_like(self.cost)
+        for block in blocks:
+            total += block.sum(0)
+        return total
+
+    def _contract(self, f: Tensor, g: Tensor, weights: Tensor, *, times_cost: bool) -> Tensor:
+        blocks = []
+        for rows, cost in self._blocks(len(f)):
+            coupling = coupling_density(f[rows], g[rows], cost, self.epsilon)
+            if times_cost:
+                coupling = coupling * cost
+            blocks.append((coupling @ weights[rows].unsqueeze(-1)).squeeze(-1))
+        return torch.cat(blocks) if blocks else f.clone()
+
+    def _blocks(self, problems: int):
+        n, m = self.cost.shape[-2:]
+        size = max(1, _LOG_DOMAIN_BLOCK // max(1, n * m))
+        for start in range(0, problems, size):
+            rows = slice(start, start + size)
+            yield rows, self.cost if self.cost.ndim == 2 else self.cost[rows]
+
+
+def coupling_density(f: Tensor, g: Tensor, cost: Tensor, epsilon: float) -> Tensor:
+    """E_ij = exp((f_i + g_j − C_ij)/ε), the density of the plan against a⊗b, ``(B, n, m)``."""
+    return ((f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon).exp_()

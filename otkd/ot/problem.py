@@ -1,0 +1,111 @@
+"""The transport problem, checked and flattened to one batch dimension."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from otkd.checks import check_cost_shape, check_positive
+
+MASS_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """min over P ≥ 0 with marginals a, b of ⟨P, C⟩ + ε·KL(P‖a⊗b), for B problems at once.
+
+    Attributes:
+        a: source masses, ``(B, n)``.
+        b: target masses, ``(B, m)``.
+        cost: ``(n, m)``, shared by the problems, or ``(B, n, m)``.
+        epsilon: strength of the entropic term, in units of the cost.
+        symmetric: a = b and the cost is symmetric, so that f = g.
+    """
+
+    a: Tensor
+    b: Tensor
+    cost: Tensor
+    epsilon: float
+    symmetric: bool = False
+
+    def detached(self) -> Problem:
+        """The same problem without its autograd history."""
+        return replace(self, a=self.a.detach(), b=self.b.detach(), cost=self.cost.detach())
+
+
+def check_problem(a: Tensor, b: Tensor, *costs: Tensor | None) -> None:
+    """Check what a caller gives: masses ``a (*batch, n)``, ``b (*batch, m)`` and their costs.
+
+    Raises:
+        TypeError: if any is not a floating-point tensor.
+        ValueError: if shapes do not fit, a mass or cost is not finite, a mass is negative, or the
+            masses of a problem do not add up to 1 within 1e-3.
+    """
+    costs = tuple(cost for cost in costs if cost is not None)
+    for name, tensor in (("a", a), ("b", b), *(("cost", cost) for cost in costs)):
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
+    for name, masses in (("a", a), ("b", b)):
+        if masses.ndim < 1 or masses.shape[-1] == 0:
+            raise ValueError(f"{name} must have shape (*batch, size), got {tuple(masses.shape)}")
+        _check_masses(name, masses.detach())
+    n, m = a.shape[-1], b.shape[-1]
+    for cost, size in zip(costs, ((n, m), (n, n), (m, m)), strict=False):
+        check_cost_shape(cost, *size)
+        if not cost.detach().isfinite().all():
+            raise ValueError("cost must hold finite numbers only")
+
+
+def flatten_problem(
+    a: Tensor, b: Tensor, cost: Tensor, batch: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """Bring masses and cost to one batch dimension and one floating dtype of at least float32.
+
+    Returns:
+        ``a (B, n)``, ``b (B, m)``, ``cost (n, m)`` or ``(B, n, m)``, and the shape of the batch
+        (which is ``batch`` where a and b are flat already).
+
+    Raises:
+        ValueError: if the batch shapes do not broadcast.
+    """
+    n, m = a.shape[-1], b.shape[-1]
+    if not batch:
+        try:
+            shapes = (a.shape[:-1], b.shape[:-1], cost.shape[:-2])
+            batch = tuple(torch.broadcast_shapes(*shapes))
+        except RuntimeError:
+            raise ValueError(
+                "the batch shapes do not fit: "
+                f"a {tuple(a.shape)}, b {tuple(b.shape)}, cost {tuple(cost.shape)}"
+            ) from None
+        a, b = a.expand(*batch, n), b.expand(*batch, m)
+    dtype = torch.float32
+    for tensor in (a, b, cost):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    size = math.prod(batch)
+    flat_cost = cost.to(dtype)
+    if cost.ndim > 2:
+        flat_cost = flat_cost.expand(*batch, n, m).reshape(size, n, m)
+    return a.to(dtype).reshape(size, n), b.to(dtype).reshape(size, m), flat_cost, batch
+
+
+def check_solver_options(epsilon: float, tolerance: float, max_iterations: int) -> None:
+    """Raise ``ValueError`` for ε, tolerance or iterations out of range."""
+    check_positive(epsilon=epsilon, tolerance=tolerance)
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations!r}")
+
+
+def _check_masses(name: str, masses: Tensor) -> None:
+    if not (masses.isfinite().all() and (masses >= 0).all()):
+        raise ValueError(f"{name} must hold finite masses of at least 0")
+    total = masses.sum(-1)
+    if ((total - 1).abs() > MASS_TOLERANCE).any():
+        raise ValueError(
+            f"the masses of {name} must add up to 1, got sums between "
+            f"{total.min().item():.6g} and {total.max().item():.6g}"
+        )
