@@ -1,0 +1,45 @@
+# The commands of the README, of continuous integration and of the hooks; nothing else sets up.
+PYTHON ?= python3
+VENV ?= .venv
+# Pins the CPU build of torch. `make CONSTRAINTS=other.txt …` installs another.
+CONSTRAINTS ?= constraints.txt
+BIN := $(VENV)/bin
+OUTPUT ?= results
+
+.PHONY: demo test test-all lint types check clean
+
+demo: $(VENV)/.demo  ## a real teacher and its students, every loss, in about five minutes
+	$(BIN)/otkd compare rotten-tomatoes --losses ce,kl,jsd,tvd,sinkd,sinkhorn --seeds 2 \
+	  --epochs 3 --max-train-rows 1000 --output-dir $(OUTPUT)
+
+test: $(VENV)/.dev  ## the test suite
+	$(BIN)/pytest -n auto
+
+test-all: $(VENV)/.dev  ## with the tests that take minutes
+	$(BIN)/pytest -n auto -m ''
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright otkd
+
+check: lint types test
+
+# torch first and alone, so that nothing that depends on it chooses its build.
+$(VENV)/.torch: $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.torch
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.torch
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
