@@ -1,0 +1,18 @@
+"""Classification tasks: what they are, where their rows come from, how they are scored."""
+
+from otkd.data.encoding import encode
+from otkd.data.loading import TaskData, load_task
+from otkd.data.metrics import agreement, score
+from otkd.data.tasks import DataError, Task, get_task, task_names
+
+__all__ = [
+    "DataError",
+    "Task",
+    "TaskData",
+    "agreement",
+    "encode",
+    "get_task",
+    "load_task",
+    "score",
+    "task_names",
+]

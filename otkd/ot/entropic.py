@@ -46,6 +46,7 @@ def sinkhorn(
     λ = 1/ε); Feydy et al. (2019) for the objective with KL(P‖a⊗b).
     """
     options = Options(epsilon, tolerance, max_iterations)
+    check_problem(a, b)
     matrix = as_cost_matrices(cost, a, b).cross
     check_problem(a, b, matrix)
     a, b, matrix, batch = flatten_problem(a, b, matrix)
@@ -107,6 +108,7 @@ def sinkhorn_divergence(
     Divergences"; Genevay et al. (2018) for the sharp variant.
     """
     options = Options(epsilon, tolerance, max_iterations, value, debias)
+    check_problem(a, b)
     matrices = as_cost_matrices(cost, a, b, self_terms=debias, epsilon=epsilon)
     check_problem(a, b, *matrices)
     return solve_divergence(a, b, matrices, options).value

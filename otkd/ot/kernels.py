@@ -19,8 +19,13 @@ from torch import Tensor
 from otkd.ot.problem import Problem
 
 # exp(−60) keeps products with masses far above the subnormal numbers, which are slow and inexact.
-_LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 600.0}
+_LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
+# A weight this far below the largest may count where the kernel is larger by as much as above; what
+# is lost is the difference of the two, exp(−20) of a sum.
+_SMALLEST_LOG_WEIGHT = {torch.float32: -80.0, torch.float64: -350.0}
 _LOG_DOMAIN_BLOCK = 2**22
+# A density is at most 1/mass, but without bound between two points that have none: 0·inf is NaN.
+_LARGEST_LOG_DENSITY = {torch.float32: 80.0, torch.float64: 700.0}
 
 
 class Kernel(ABC):
@@ -105,8 +110,8 @@ class ProductKernel(Kernel):
     def _weights(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         shift = log_weights.amax(-1, keepdim=True)
         centred = log_weights - shift
-        # Below exp(−80) a weight is lost beside the largest, but may be subnormal: make it zero.
-        return centred.exp().masked_fill_(centred < -80, 0), shift
+        # Smaller weights are lost beside the largest, but may be subnormal: make them zero.
+        return centred.exp().masked_fill_(centred < _SMALLEST_LOG_WEIGHT[centred.dtype], 0), shift
 
 
 def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -174,4 +179,5 @@ class LogKernel(Kernel):
 
 def coupling_density(f: Tensor, g: Tensor, cost: Tensor, epsilon: float) -> Tensor:
     """E_ij = exp((f_i + g_j − C_ij)/ε), the density of the plan against a⊗b, ``(B, n, m)``."""
-    return ((f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon).exp_()
+    log_density = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon
+    return log_density.clamp_(max=_LARGEST_LOG_DENSITY[log_density.dtype]).exp_()

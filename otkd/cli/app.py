@@ -1,0 +1,130 @@
+"""The command `otkd`: its commands and their options. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from otkd.cli.console import CommandError, err, notice, out, require_train_extra
+from otkd.cli.settings import Settings, with_settings
+from otkd.version import __version__
+
+app = typer.Typer(
+    name="otkd",
+    help="Distil classifiers with optimal-transport losses and the f-divergences beside them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+OutputDir = Annotated[Path, typer.Option(help="Where results are written and looked for.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Redo runs that were made with other settings.")
+]
+
+
+@contextmanager
+def _reporting(output_dir: Path | None = None) -> Iterator[None]:
+    """Turn mistakes into a message and an exit status."""
+    # Imported here so that --help need not load the package's data module.
+    from otkd.data.tasks import DataError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
+    except (CommandError, DataError) as error:
+        err.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        err.print(
+            f"Interrupted: finished runs are kept in {output_dir}; the same command continues.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+
+
+def _show_warning(message: Warning | str, *details: object) -> None:
+    """Show a warning without the place in the code that Python puts before it."""
+    notice(f"Warning: {message}")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"otkd {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Distil classifiers with optimal-transport losses and the f-divergences beside them."""
+
+
+@app.command()
+def losses() -> None:
+    """List the losses, what each is, and their options."""
+    from otkd.cli.catalogue import losses_table
+
+    out.print(losses_table())
+
+
+@app.command()
+@with_settings
+def train(
+    settings: Settings,
+    loss: Annotated[str, typer.Option(help="A loss by its registry name: see `otkd losses`.")],
+    seed: Annotated[int, typer.Option(help="Seed of head, dropout and data order.")] = 0,
+    output_dir: OutputDir = Path("otkd-train"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Distil one student with one loss, evaluate it and save it.
+
+    An interrupted training goes on from its last complete epoch when the command is given again.
+    """
+    with _reporting(output_dir):
+        require_train_extra()
+        from otkd.cli import commands
+
+        commands.train(settings, loss, seed, output_dir, overwrite=overwrite)
+
+
+@app.command()
+@with_settings
+def compare(
+    settings: Settings,
+    losses: Annotated[str, typer.Option(help="Registry names with commas between them.")],
+    seeds: Annotated[int, typer.Option(help="Students per loss, seeds 0, 1, ….")] = 5,
+    output_dir: OutputDir = Path("results"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Distil a student per loss and seed and put the losses side by side.
+
+    Finished runs are kept: when the command is given again, it goes on where it stopped.
+    """
+    with _reporting(output_dir):
+        require_train_extra()
+        from otkd.cli import commands
+
+        names = [name.strip() for name in losses.split(",") if name.strip()]
+        commands.compare(settings, names, seeds, output_dir, overwrite=overwrite)
+
+
+def main() -> None:
+    """Entry point of the command `otkd`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What the registry holds, read off the losses themselves."""
+
+from __future__ import annotations
+
+import inspect
+
+from rich.table import Table
+
+import otkd
+
+# Every loss takes these; the table says so once.
+_COMMON = ("temperature", "teacher_temperature", "rescale_t2", "reduction", "vocab_size")
+_HIDDEN = ("max_iterations", "tolerance", "backend", "options", "soft_loss", "transport")
+
+
+def loss_parameters(loss: type) -> dict[str, inspect.Parameter]:
+    """The constructor's parameters by name, with those that it passes on to its base classes."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in loss.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
+        passes_on = False
+        for name, parameter in list(parameters.items())[1:]:
+            if parameter.kind is parameter.VAR_KEYWORD:
+                passes_on = True
+            else:
+                found.setdefault(name, parameter)
+        if not passes_on:
+            break
+    return found
+
+
+def losses_table() -> Table:
+    """Name, one line, and arguments with their defaults, for every registered loss."""
+    table = Table(
+        title="Losses",
+        title_justify="left",
+        caption=f"All also take {', '.join(_COMMON)}.",
+        caption_justify="left",
+    )
+    table.add_column("name", no_wrap=True)
+    table.add_column("what")
+    table.add_column("arguments")
+    for name in otkd.list_losses():
+        loss = otkd.loss_class(name)
+        arguments = [
+            argument if parameter.default is parameter.empty else f"{argument}={parameter.default}"
+            for argument, parameter in loss_parameters(loss).items()
+            if argument not in _COMMON and argument not in _HIDDEN
+        ]
+        table.add_row(name, (inspect.getdoc(loss) or "").splitlines()[0], ", ".join(arguments))
+    return table

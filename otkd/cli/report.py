@@ -1,0 +1,117 @@
+"""The table and the plot of a comparison. Neither names a winner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from otkd.cli.results import Result
+from otkd.cli.stats import Estimate, summarise
+from otkd.data import get_task
+
+_METRIC_TITLES = {"accuracy": "accuracy", "f1": "F1", "mcc": "MCC"}
+
+
+def metric_title(key: str) -> str:
+    """A metric's name for readers: ``matched_accuracy`` is ``accuracy (matched)``."""
+    split, _, metric = key.rpartition("_")
+    title = _METRIC_TITLES[metric]
+    return f"{title} ({split})" if split else title
+
+
+def comparison_table(teacher: Result, results: Sequence[Result]) -> Table:
+    """The teacher, then each loss: mean ± 95 % interval over seeds, all in percent."""
+    summaries = summarise(results)
+    table = Table(
+        title=f"{get_task(teacher.task).title}: development scores × 100",
+        title_justify="left",
+    )
+    table.add_column("loss", no_wrap=True)
+    for key in teacher.metrics:
+        table.add_column(metric_title(key), justify="right", no_wrap=True)
+    for heading in ("agreement", "s/step", "s/run"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row(
+        "teacher",
+        *(f"{value * 100:.1f}" for value in teacher.metrics.values()),
+        "–",
+        f"{teacher.seconds_per_step:.3f}" if teacher.steps else "–",
+        f"{teacher.seconds:.1f}" if teacher.steps else "–",
+        end_section=True,
+    )
+    for summary in summaries:
+        table.add_row(
+            summary.loss,
+            *(_percent(value) for value in summary.metrics.values()),
+            _percent(summary.agreement),
+            f"{summary.seconds_per_step:.3f}",
+            f"{summary.seconds:.1f}",
+        )
+    return table
+
+
+def explanation(teacher: Result, results: Sequence[Result]) -> str:
+    """What the numbers are, in a few sentences."""
+    seeds = {summary.loss: len(summary.seeds) for summary in summarise(results)}
+    counts = sorted(set(seeds.values()))
+    count = " or ".join(map(str, counts))
+    settings = results[0].settings
+    sentences = [
+        f"{count} {'seed' if counts == [1] else 'seeds'} a loss, {teacher.rows['train']:,} training"
+        f" and {teacher.rows['dev']:,} development rows, {_epochs(settings['epochs'])},"
+        f" {results[0].precision}.",
+        "± is the half-width of the 95 % t-interval over seeds"
+        + (" (– with one seed)." if counts[0] == 1 else "."),
+        "Agreement: development rows on which student and teacher choose the same class.",
+    ]
+    if settings["freeze_embeddings"]:
+        sentences.append("The embeddings were kept frozen (--no-freeze-embeddings trains them).")
+    if len({tuple(run.versions.items()) for run in (teacher, *results)}) > 1:
+        sentences.append("The runs were made with different versions; each file has its own.")
+    return " ".join(sentences)
+
+
+def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
+    """Draw a point per seed, mean and interval per loss, and the teacher's line."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    summaries = summarise(results)
+    figure = Figure(figsize=(1.8 + 0.9 * len(summaries), 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.axhline(teacher.score * 100, color="0.4", linestyle="--", linewidth=1, label="teacher")
+    for place, summary in enumerate(summaries):
+        points = [score * 100 for score in summary.scores]
+        axes.plot([place] * len(points), points, "o", color="C0", alpha=0.45, markersize=5)
+        mean = summary.metrics[teacher.headline]
+        axes.errorbar(
+            place + 0.18,
+            mean.mean * 100,
+            yerr=None if mean.interval is None else mean.interval * 100,
+            fmt="D",
+            color="C1",
+            capsize=4,
+            markersize=5,
+        )
+    # Stand-ins for the legend: one point and one mean, however many losses there are.
+    axes.plot([], [], "o", color="C0", alpha=0.45, label="seed")
+    axes.plot([], [], "D", color="C1", label="mean, 95 % t-interval")
+    axes.set_xticks(range(len(summaries)), [summary.loss for summary in summaries])
+    axes.set_xlim(-0.5, len(summaries) - 0.3)
+    axes.set_ylabel(f"{metric_title(teacher.headline)} × 100")
+    axes.set_title(get_task(teacher.task).title)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _percent(value: Estimate) -> str:
+    interval = "–" if value.interval is None else f"{value.interval * 100:.1f}"
+    return f"{value.mean * 100:.1f} ± {interval}"
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"

@@ -1,0 +1,1 @@
+"""Bridges to training frameworks, each a module that imports its framework only when asked for."""

@@ -1,0 +1,45 @@
+"""What a loss says of its last call, averaged between two logs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LossRecord:
+    """Means of the terms and solver reports of a loss; read from the device once a log."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor | float] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, loss: nn.Module, *, share: float, steps: float) -> None:
+        """Add the last call of ``loss``.
+
+        Args:
+            loss: read for ``last_terms``, and its modules for ``last_report``.
+            share: factor of the terms; 1 where those of the calls of one step add up.
+            steps: how much of an optimiser's step the call was; terms are means over steps.
+        """
+        terms: dict[str, Tensor] = getattr(loss, "last_terms", None) or {}
+        for name, value in terms.items():
+            self._add(f"loss/{name}", value * share, steps)
+        for module in loss.modules():
+            report = getattr(module, "last_report", None)
+            if report is not None:
+                self._add("solver/iterations", report.iterations, 1)
+                self._add("solver/marginal_error", report.marginal_error, 1)
+
+    def _add(self, name: str, value: Tensor | float, weight: float) -> None:
+        if isinstance(value, Tensor):
+            # Of several problems solved in one call, the worst.
+            value = value.detach().float().max()
+        self._sums[name] = self._sums.get(name, 0.0) + value
+        self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def take(self, device: torch.device) -> tuple[list[str], Tensor]:
+        """Names and means, a tensor on ``device``, of all that was added since the last call."""
+        names = list(self._sums)
+        means = [torch.as_tensor(self._sums[n] / self._weights[n], device=device) for n in names]
+        self._sums, self._weights = {}, {}
+        return names, torch.stack([mean.float() for mean in means]) if names else torch.empty(0)

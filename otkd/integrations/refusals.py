@@ -1,0 +1,65 @@
+"""What a distillation trainer says no to before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from otkd.integrations.stored import TEACHER_KEY, may_carry_teacher
+
+
+def refuse_training(
+    args: Any,
+    *,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    loss: nn.Module,
+    train_dataset: Any,
+    has_other_objective: bool,
+) -> None:
+    """Raise for settings that would train on something else than what was asked for.
+
+    Args:
+        args: the ``TrainingArguments``.
+        student: the model to be trained.
+        teacher: the teacher if it is a model.
+        loss: the objective.
+        train_dataset: with the stored teacher, if there is one.
+        has_other_objective: whether a ``compute_loss_func`` was passed as well.
+
+    Raises:
+        ValueError: see :class:`~otkd.integrations.transformers.DistillationTrainer`.
+    """
+    name = type(loss).__name__
+    if args.label_smoothing_factor or has_other_objective:
+        raise ValueError(
+            "the loss is the whole objective: label_smoothing_factor and compute_loss_func have no "
+            "place beside it; weigh terms with otkd.WeightedLoss"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process "
+            "per GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES"
+        )
+    if getattr(loss, "reduction", None) == "none":
+        raise ValueError('reduction="none" gives no scalar to minimise; use "mean" or "sum"')
+    if args.world_size > 1 and any(p.requires_grad for p in loss.parameters()):
+        raise ValueError(f"{name} has trainable parameters, supported in one process only")
+    if getattr(loss, "needs_features", False) and teacher is None:
+        raise ValueError(
+            f"{name} compares features, which stored logits lack: pass the teacher as a model"
+        )
+    if teacher is not None:
+        trained = [*student.parameters(), *loss.parameters()]
+        trainable = {id(p) for p in trained if p.requires_grad}
+        if teacher is student or any(id(p) in trainable for p in teacher.parameters()):
+            raise ValueError(
+                "the teacher is the student or shares trainable parameters with it or with the "
+                "loss, so training would change it: pass a copy (copy.deepcopy, tensor.clone())"
+            )
+    elif getattr(loss, "needs_teacher", True) and not may_carry_teacher(train_dataset):
+        raise ValueError(
+            f"{name} needs a teacher: pass teacher= a model or stored logits, or a train_dataset "
+            f"whose examples have a {TEACHER_KEY!r} entry"
+        )

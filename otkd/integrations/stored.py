@@ -1,0 +1,172 @@
+"""A stored teacher beside a data set: each example carries its row, each batch its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from otkd.signals import DenseSignal, TeacherSignal
+
+TEACHER_KEY = "teacher_logits"
+
+
+@dataclass(frozen=True)
+class SignalRow:
+    """One example of a signal, looked up with its whole batch and not before."""
+
+    signal: TeacherSignal
+    index: int
+
+
+class WithTeacher(Dataset):
+    """A map-style data set of dictionaries, each with its row of a signal as ``teacher_logits``.
+
+    Args:
+        dataset: the examples, in the order in which the teacher saw them.
+        signal: one entry per example.
+        name: what to call the data set in an error.
+
+    Raises:
+        ValueError: if the data set has no length, or another length than the signal.
+    """
+
+    def __init__(self, dataset: Any, signal: TeacherSignal, name: str = "dataset"):
+        if not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"a stored teacher needs a {name} with a length and a fixed order, "
+                f"got {type(dataset).__name__}"
+            )
+        if len(signal) != len(dataset):
+            raise ValueError(
+                f"the stored teacher has {len(signal)} entries and the {name} {len(dataset)} "
+                "examples; it must have one entry per example, in the same order"
+            )
+        self.dataset = dataset
+        self.signal = signal
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], TEACHER_KEY: SignalRow(self.signal, index)}
+
+
+class TeacherCollator:
+    """Collates with ``inner``, past which it carries the ``teacher_logits`` of the examples.
+
+    Rows of a signal become the signal of the batch; tensors, arrays and lists of logits become one
+    tensor, padded along the sequence with NaN, which a loss refuses where a position counts.
+
+    Args:
+        inner: collates the rest of each example.
+
+    Raises:
+        ValueError: on call, if token-level logits do not line up with a batch padded on the left.
+    """
+
+    def __init__(self, inner: Callable[[list], Any]):
+        self.inner = inner
+        # Trainer saves the tokenizer it finds on its collator.
+        self.tokenizer = getattr(inner, "tokenizer", None)
+
+    def __call__(self, features: list) -> Any:
+        """The batch of ``inner``, with the teacher's part of it as ``teacher_logits``."""
+        if not isinstance(features[0], Mapping) or TEACHER_KEY not in features[0]:
+            return self.inner(features)
+        features = [dict(feature) for feature in features]
+        rows = [feature.pop(TEACHER_KEY) for feature in features]
+        batch = self.inner(features)
+        if isinstance(rows[0], SignalRow):
+            index = torch.tensor([row.index for row in rows])
+            batch[TEACHER_KEY] = rows[0].signal[index]
+        else:
+            rows = [torch.as_tensor(row) for row in rows]
+            batch[TEACHER_KEY] = pad_sequence(rows, batch_first=True, padding_value=float("nan"))
+        _refuse_left_padding(batch.get("attention_mask"), rows)
+        return batch
+
+
+def _refuse_left_padding(attention_mask: Any, rows: Sequence[Any]) -> None:
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        return
+    if attention_mask[:, 0].all():
+        return
+    if isinstance(rows[0], SignalRow):
+        # All entries of a signal have one length: one is enough, as it may be costly to expand.
+        rows = [rows[0].signal[rows[0].index].logits()]
+    length = attention_mask.shape[1]
+    for logits in rows:
+        if logits.ndim == 2 and logits.shape[0] != length:
+            raise ValueError(
+                f"the batch is padded on the left to {length} tokens but the stored teacher has "
+                f"{logits.shape[0]}, so the positions do not line up; pad on the right, or store "
+                "the teacher at the padded length"
+            )
+
+
+def fit_length(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """Crop token-level teacher logits to the student's length, or pad them with NaN.
+
+    Stored logits have the length of the longest example or of the teacher's own padding, a batch
+    that of its longest example.
+    """
+    if teacher_logits.ndim != 3 or student_logits.ndim != 3:
+        return teacher_logits
+    length = student_logits.shape[1]
+    missing = length - teacher_logits.shape[1]
+    if missing > 0:
+        return torch.nn.functional.pad(teacher_logits, (0, 0, 0, missing), value=float("nan"))
+    return teacher_logits[:, :length]
+
+
+def may_carry_teacher(dataset: Any) -> bool:
+    """Whether examples have a ``teacher_logits`` entry, as far as can be seen beforehand."""
+    if dataset is None:
+        return False
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None:
+        return TEACHER_KEY in columns
+    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+        return True  # a stream: the first batch will tell
+    return TEACHER_KEY in dataset[0]
+
+
+def as_signal(teacher: Any) -> TeacherSignal:
+    """Stored logits as a signal.
+
+    Raises:
+        TypeError: if ``teacher`` is neither a tensor nor a signal.
+    """
+    if isinstance(teacher, Tensor):
+        return DenseSignal(teacher)
+    if isinstance(teacher, TeacherSignal) and not isinstance(teacher, nn.Module):
+        return teacher
+    raise TypeError(
+        "a teacher is a model or stored logits (a tensor or a TeacherSignal), and an eval_teacher "
+        f"stored logits; got {type(teacher).__name__}"
+    )
+
+
+def with_eval_teacher(dataset: Any, teacher: Any) -> Any:
+    """A data set, or a dictionary of them, with its stored teacher or theirs.
+
+    Raises:
+        ValueError: if a signal has no data set, or one of another length.
+    """
+    if not isinstance(teacher, Mapping):
+        return WithTeacher(dataset, as_signal(teacher), "eval_dataset")
+    if not isinstance(dataset, Mapping) or not teacher.keys() <= dataset.keys():
+        raise ValueError(
+            f"eval_teacher has the entries {sorted(teacher)}, so eval_dataset must be a dictionary "
+            "with these"
+        )
+    return dict(dataset) | {
+        name: WithTeacher(dataset[name], as_signal(signal), f"eval_dataset {name!r}")
+        for name, signal in teacher.items()
+    }

@@ -1,0 +1,330 @@
+"""Distillation with ``transformers.Trainer``: its subclass that takes a teacher and a loss."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from otkd.integrations.models import (
+    argument_names,
+    base_model,
+    is_encoder_decoder,
+    read_outputs,
+    without_labels,
+)
+from otkd.integrations.records import LossRecord
+from otkd.integrations.refusals import refuse_training
+from otkd.integrations.stored import (
+    TEACHER_KEY,
+    TeacherCollator,
+    WithTeacher,
+    as_signal,
+    fit_length,
+    with_eval_teacher,
+)
+from otkd.reductions import IGNORE_INDEX
+from otkd.signals import TeacherSignal, teacher_logits_of
+
+try:
+    from transformers import Trainer, TrainerCallback
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+except ImportError as error:
+    raise ImportError(
+        "otkd.integrations.transformers needs transformers and accelerate: "
+        f"pip install 'otkd[train]' ({error})"
+    ) from error
+
+LOSS_STATE_NAME = "loss.pt"
+
+
+class DistillationTrainer(Trainer):
+    """A ``transformers.Trainer`` whose objective is an otkd loss against a teacher.
+
+    The loss is called with the student's and the teacher's logits; the models never see the labels.
+    For causal language models position t is paired with label t + 1, decided as Trainer decides it.
+    Positions with label −100 do not count; without labels, token-level models count where the
+    attention mask is 1.
+
+    Gradient accumulation equals the full batch for losses that are sums over positions. The means
+    of the microbatches are averaged instead for ``reduction="sequence_mean"``, and where a model
+    that is no causal language model gets no labels, so that there is nothing to count beforehand.
+
+    Evaluation reports the loss where it has a teacher (a model, ``eval_teacher``, or a
+    ``teacher_logits`` column) and the hard-label cross-entropy alone where it has none; predictions
+    are the logits. Training logs hold each term of the loss (``loss/<name>``) and the mean report
+    of its solvers (``solver/iterations``, ``solver/marginal_error``) since the last log.
+    Parameters of the loss are trained without weight decay and gradient clipping, and saved in
+    checkpoints as ``loss.pt``; nothing of the teacher is saved.
+
+    Args:
+        *args: of ``transformers.Trainer``, as are all other keyword arguments.
+        loss: an otkd loss, moved to the training device.
+        teacher: a model that takes the student's inputs and gives ``logits``; or stored logits, one
+            entry per example of ``train_dataset`` in its order, as a tensor or a
+            :class:`~otkd.signals.TeacherSignal`, token-level ones from the first token on; or None
+            if the examples have a ``teacher_logits`` entry or the loss needs no teacher. Logits
+            that come with the examples are used before those of a model.
+        eval_teacher: stored logits of ``eval_dataset``; a dictionary of them if that is one.
+        shift: whether logits are paired with the next label; by default, if the student is a causal
+            language model of transformers. To be given for other modules.
+
+    Raises:
+        TypeError: if ``loss`` or a teacher is of another kind than these.
+        ValueError: if the loss needs a teacher, or a teacher's features, that is not there; if the
+            number of stored entries is not that of the examples; if the teacher shares trainable
+            parameters with the student or the loss; for label smoothing, ``compute_loss_func``,
+            ``reduction="none"`` and several GPUs in one process; for a loss with parameters in
+            several processes.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        loss: nn.Module,
+        teacher: nn.Module | TeacherSignal | Tensor | None = None,
+        eval_teacher: TeacherSignal | Tensor | Mapping[str, TeacherSignal | Tensor] | None = None,
+        shift: bool | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(loss, nn.Module):
+            raise TypeError(f"loss must be an otkd loss module, got {type(loss).__name__}")
+        super().__init__(*args, **kwargs)
+        self.loss = loss.to(self.args.device)
+        self.teacher = teacher if isinstance(teacher, nn.Module) else None
+        if teacher is not None and self.teacher is None:
+            signal = as_signal(teacher)
+            self.train_dataset = WithTeacher(self.train_dataset, signal, "train_dataset")
+        if eval_teacher is not None:
+            self.eval_dataset = with_eval_teacher(self.eval_dataset, eval_teacher)
+        self.data_collator = TeacherCollator(self.data_collator)
+        refuse_training(
+            self.args,
+            student=cast("nn.Module", self.model),
+            teacher=self.teacher,
+            loss=self.loss,
+            train_dataset=self.train_dataset,
+            has_other_objective=self.compute_loss_func is not None,
+        )
+
+        self._student_arguments = argument_names(self.model)
+        self._teacher_arguments: set[str] = set()
+        if self.teacher is not None:
+            self._teacher_arguments = argument_names(self.teacher)
+            if getattr(self.teacher, "hf_device_map", None) is None:
+                self.teacher.to(self.args.device)
+
+        self.shift = _is_causal_lm(self.model) if shift is None else shift
+        # Labels are shifted before Trainer counts them: it misses models without a loss type, such
+        # as GPT-2, and its older versions never shift.
+        self._loss_shifts_labels = False
+        # Makes Trainer count the items for every model and take the loss for one divided by them,
+        # unless the loss ignores them: then it divides by the number of microbatches.
+        reductions = {getattr(module, "reduction", None) for module in self.loss.modules()}
+        self.model_accepts_loss_kwargs = "sequence_mean" not in reductions
+        self._learnable = [p for p in self.loss.parameters() if p.requires_grad]
+        if self._learnable:
+            self.add_callback(_ZeroGradients(self.loss))
+        self._records = LossRecord()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            # What the teacher alone reads, such as segments, must reach it too.
+            columns = cast("list[str]", self._signature_columns)
+            self._signature_columns = [*columns, TEACHER_KEY, *self._teacher_arguments]
+
+    def _targets(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Labels, or the attention mask without them, aligned with the logits the loss sees."""
+        if inputs.get("shift_labels") is not None:
+            return inputs["shift_labels"], None
+        labels = inputs.get("labels")
+        if labels is not None:
+            return labels[..., 1:] if self.shift else labels, None
+        name = "decoder_attention_mask" if is_encoder_decoder(self.model) else "attention_mask"
+        mask = inputs.get(name)
+        if self.shift and mask is not None:
+            # Both ends: after padding on the left, the first token is predicted from nothing.
+            mask = mask[..., 1:] * mask[..., :-1]
+        return None, mask
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        counted = []
+        for batch in batch_samples:
+            labels, mask = self._targets(batch)
+            if labels is None and self.shift and "input_ids" in batch:
+                everywhere = torch.ones_like(batch["input_ids"][..., 1:])
+                labels = torch.where((everywhere if mask is None else mask) != 0, 0, IGNORE_INDEX)
+            counted.append({} if labels is None else {"labels": labels})
+        return super()._get_num_items_in_batch(counted, device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch; None if evaluation lacks the teacher and labels it would take.
+
+        With ``return_outputs``, a pair of it and ``{"logits": student_logits}``.
+
+        Raises:
+            ValueError: in training, if the loss needs a teacher and the batch has none.
+        """
+        labels, mask = self._targets(inputs)
+        shift = self.shift and inputs.get("shift_labels") is None
+        inputs = without_labels(self.model, inputs)
+        # The teacher first: its activations are gone before the student's are kept.
+        teacher = self._teacher_outputs(inputs)
+        student = self._outputs(model, inputs, self._student_arguments, self._teacher_arguments)
+        predictions = student["logits"]
+        if teacher is not None and TEACHER_KEY in inputs:
+            teacher["logits"] = fit_length(teacher["logits"], predictions)
+        if shift:
+            student = {name: values[:, :-1] for name, values in student.items()}
+            teacher = teacher and {name: values[:, :-1] for name, values in teacher.items()}
+
+        if teacher is None and getattr(self.loss, "needs_teacher", True):
+            if model.training:
+                raise ValueError(
+                    f"the batch has no {TEACHER_KEY!r} and there is no teacher model, but "
+                    f"{type(self.loss).__name__} needs a teacher"
+                )
+            loss = None if labels is None else _cross_entropy(student["logits"], labels)
+        elif labels is None and not model.training and getattr(self.loss, "needs_labels", False):
+            loss = None
+        else:
+            options: dict[str, Any] = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            # A mask over tokens says nothing about the one row of logits of a classifier.
+            options["mask"] = mask if predictions.ndim > 2 else None
+            if teacher is not None and "features" in teacher:
+                options["student_features"] = student["features"]
+                options["teacher_features"] = teacher["features"]
+            loss = self.loss(student["logits"], teacher and teacher["logits"], **options)
+        if model.training and loss is not None:
+            loss = loss * self._record(num_items_in_batch)
+        return (loss, {"logits": predictions}) if return_outputs else loss
+
+    def _teacher_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        if TEACHER_KEY in inputs:
+            return {"logits": teacher_logits_of(inputs[TEACHER_KEY], self.args.device)}
+        if self.teacher is None:
+            return None
+        self.teacher.eval()
+        inputs = dict(inputs)
+        if "use_cache" in self._teacher_arguments:
+            inputs["use_cache"] = False
+        with torch.no_grad(), self.accelerator.autocast():
+            return self._outputs(
+                self.teacher, inputs, self._teacher_arguments, self._student_arguments
+            )
+
+    def _outputs(
+        self, model: nn.Module, inputs: Mapping[str, Any], own: set[str], other: set[str]
+    ) -> dict[str, Tensor]:
+        """Logits, and features if the loss needs them, of ``model`` on its share of ``inputs``.
+
+        Its share is what its signature names (``own``) and what neither signature names.
+        """
+        own_inputs = {
+            name: value
+            for name, value in inputs.items()
+            if name != TEACHER_KEY and (name in own or name not in other or not own)
+        }
+        features = getattr(self.loss, "needs_features", False)
+        if features:
+            own_inputs["output_hidden_states"] = True
+        return read_outputs(model(**own_inputs), features=features)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, logits and labels of one batch of evaluation, each None if not there or asked."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, outputs["logits"], inputs.get("labels")
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimiser, with the trainable parameters of the loss as one more group.
+
+        Raises:
+            ValueError: if an optimiser was passed to Trainer that does not hold them.
+        """
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [p for p in self._learnable if id(p) not in held]
+        if missing and given:
+            raise ValueError("the optimizer passed does not hold the trainable parameters of loss")
+        if missing:
+            optimizer.add_param_group({"params": missing, "weight_decay": 0.0})
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._learnable and self.args.should_save:
+            torch.save(self.loss.state_dict(), os.path.join(output_dir, LOSS_STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._learnable and checkpoint is not None:
+            path = os.path.join(checkpoint, LOSS_STATE_NAME)
+            self.loss.load_state_dict(
+                torch.load(path, map_location=self.args.device, weights_only=True)
+            )
+
+    def _record(self, num_items_in_batch: Tensor | int | None) -> float:
+        """Note the last call of the loss for the next log; gives the factor of its value."""
+        scale = 1
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The items are those of all processes, whose gradients are averaged, not added.
+            scale = self.accelerator.num_processes // self.get_tp_size()
+        steps = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        share = scale if num_items_in_batch is not None else steps
+        self._records.add(self.loss, share=share, steps=steps)
+        return scale
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log, to which training logs add the terms of the loss and solver reports."""
+        if "loss" in logs:
+            names, means = self._records.take(self.args.device)
+            if names:
+                mean = cast("Tensor", self.accelerator.reduce(means, reduction="mean"))
+                logs.update(zip(names, mean.tolist(), strict=True))
+        super().log(logs, start_time)
+
+
+class _ZeroGradients(TrainerCallback):
+    """Trainer clears the gradients of its model alone."""
+
+    def __init__(self, loss: nn.Module):
+        self.loss = loss
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.loss.zero_grad()
+
+
+def _is_causal_lm(model: Any) -> bool:
+    """Whether the loss of ``model`` itself shifts: by its loss type, or by its class."""
+    base = base_model(model)
+    by_type = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
+    by_name = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return (by_type or by_name) and not is_encoder_decoder(base)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX
+    )

@@ -1,0 +1,27 @@
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import otkd.ot.solution
+
+settings.register_profile(
+    "otkd",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("otkd")
+
+
+@pytest.fixture
+def seeded():
+    """One thread, one seed, and a first ConvergenceWarning to come: an error if not expected."""
+    threads, warned = torch.get_num_threads(), otkd.ot.solution._warned
+    torch.set_num_threads(1)
+    otkd.ot.solution._warned = False
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+    otkd.ot.solution._warned = warned
+    torch.set_num_threads(threads)
