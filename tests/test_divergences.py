@@ -34,17 +34,14 @@ CASES = {
     "akl-0.9": (F.adaptive_kl_divergence, naive.adaptive_kl, {"head_mass": 0.9}),
     "ab": (F.alpha_beta_divergence, naive.alpha_beta, {}),
     **{
-        f"ab{pair}": (F.alpha_beta_divergence, naive.alpha_beta, dict(zip(("alpha", "beta"), pair)))
+        f"ab{pair}": (
+            F.alpha_beta_divergence,
+            naive.alpha_beta,
+            {"alpha": pair[0], "beta": pair[1]},
+        )
         for pair in (
-            (1, 0),
-            (0, 1),
-            (0.2, 0.7),
-            (1, 1),
-            (0.5, 0),
-            (0, 2),
-            (0, 0),
-            (1, -1),
-            (2, -0.5),
+            *((1, 0), (0, 1), (0.2, 0.7), (1, 1), (0.5, 0), (0, 2)),
+            *((0, 0), (1, -1), (2, -0.5)),
         )
     },
     "uld": (F.universal_logit_distance, naive.uld, {}),
@@ -93,7 +90,8 @@ DTYPES = {
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradient_are_those_of_the_formula(name, dtype):
     result, value_error, gradient_error = DTYPES[dtype]
-    student, teacher = logits(1, 2, 3, 11, dtype=dtype), logits(2, 2, 3, 11, dtype=dtype)
+    scale = 2.0 if name in BOUNDED else 1.0  # else their gradients are beyond float16
+    student, teacher = (logits(seed, 2, 3, 11, dtype=dtype, scale=scale) for seed in (1, 2))
     settings = ({}, {"temperature": 2.5}, {"temperature": 0.7, "teacher_temperature": 3.0})
     for options in settings:
         value, gradient = value_and_gradient(name, student, teacher, **options)
@@ -246,11 +244,11 @@ def test_masked_positions_may_hold_anything(name, garbage):
 def test_a_token_without_mass_on_either_side_does_not_count(name):
     student, teacher = logits(1, 3, 6), logits(2, 3, 6)
     column = torch.full((3, 2), -torch.inf, dtype=torch.float64)
+    if "-0.5" in name:
+        return  # a negative power of a mass of zero
     value, gradient = value_and_gradient(name, student, teacher)
     pairs = [torch.cat([x, column], -1) for x in (student, teacher)]
     padded, padded_gradient = value_and_gradient(name, *pairs)
-    if "-" in name and name.startswith("ab"):
-        return  # a negative power of zero: (0/0) has no limit
     close(padded, value, rtol=1e-8, atol=1e-9)
     close(padded_gradient[:, :6], gradient, rtol=1e-8, atol=1e-9)
     assert padded_gradient[:, 6:].abs().max() == 0
@@ -302,7 +300,7 @@ def test_logits_without_a_softmax_are_refused(name, side, kind):
         pair[side][1, 0] = -torch.inf
     else:
         pair[side][1, 0, 2] = torch.nan if kind == "NaN" else torch.inf
-    with pytest.raises(ValueError, match="1 of 6 positions have a loss that is not finite .*3"):
+    with pytest.raises(ValueError, match=r"1 of 6 positions .*not finite .*position 3"):
         function(pair["student"], pair["teacher"], **options)
 
 
