@@ -24,6 +24,17 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_one_logits(name: str, logits: Tensor) -> None:
+    """Raise unless ``logits`` is a floating-point tensor ``(*batch, vocab)``."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"{name} must be a floating-point tensor (*batch, vocab), got {kind}")
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(
+            f"{name} must have shape (*batch, vocab) with vocab ≥ 1, got {tuple(logits.shape)}"
+        )
+
+
 def check_logits(student: Tensor, teacher: Tensor, *, same_vocabulary: bool = True) -> None:
     """Raise unless the two are logits of the same positions.
 
@@ -32,14 +43,8 @@ def check_logits(student: Tensor, teacher: Tensor, *, same_vocabulary: bool = Tr
         ValueError: if the batch shapes differ, the vocabulary is empty, the devices differ, or
             (with ``same_vocabulary``) the vocabularies differ in size.
     """
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"{name} must be a floating-point tensor (*batch, vocab), got {kind}")
-        if logits.ndim < 1 or logits.shape[-1] == 0:
-            raise ValueError(
-                f"{name} must have shape (*batch, vocab) with vocab ≥ 1, got {tuple(logits.shape)}"
-            )
+    check_one_logits("student_logits", student)
+    check_one_logits("teacher_logits", teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student_logits and teacher_logits must have the same batch shape, got "

@@ -74,5 +74,5 @@ def reduce_positions(
 
 def _at_least(count: int | float | Tensor, least: int, like: Tensor) -> float | Tensor:
     if isinstance(count, Tensor):
-        return count.to(like.device).clamp(min=least)
+        return count.reshape(()).to(like).clamp(min=least)
     return max(count, least)

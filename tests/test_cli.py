@@ -14,21 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import otkd
+from otkd.cli import models, runs, training
 from otkd.cli.app import app
-
-transformers = pytest.importorskip("transformers")
-
-from otkd.cli import models, runs, training  # noqa: E402
-from otkd.cli.console import CommandError  # noqa: E402
-from otkd.cli.precision import Precision, measure_precision, read_precision  # noqa: E402
-from otkd.cli.report import comparison_table, explanation, metric_title  # noqa: E402
-from otkd.cli.results import Result, read_result, write_result  # noqa: E402
-from otkd.cli.stats import estimate, summarise  # noqa: E402
-from otkd.data import encode, get_task, load_task  # noqa: E402
-from otkd.signals import DenseSignal  # noqa: E402
+from otkd.cli.console import CommandError
+from otkd.cli.objectives import build_objective, objective_options
+from otkd.cli.precision import Precision, measure_precision, read_precision
+from otkd.cli.report import comparison_table, explanation, metric_title
+from otkd.cli.results import Result, read_result, write_result
+from otkd.cli.settings import Settings
+from otkd.cli.stats import estimate, summarise
+from otkd.data import encode, get_task, load_task
+from otkd.signals import DenseSignal
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "it", "is", "not", "wet", "dry"]
 WORDS += [*"!.,?", "so", *"abcd"]
@@ -301,6 +301,45 @@ def test_unknown_task_and_bad_rows_are_named(arguments, tmp_path):
     result = otkd_command("compare", "wnli", "--losses", "kl", *arguments, "--data-dir", tmp_path)
     assert result.exit_code == 1
     assert "train.tsv, line 2: 2 tab-separated fields; expected 3" in said(result)
+
+
+def test_two_development_splits_and_three_classes(arguments, tmp_path):
+    rows = ["index\tsentence1\tsentence2\tgold_label"]
+    names = ("entailment", "neutral", "contradiction")
+    rows += [
+        f"{index}\tit is wet\ta b {WORDS[5 + index]}\t{names[index % 3]}" for index in range(9)
+    ]
+    (tmp_path / "MNLI").mkdir()
+    for split in ("train", "dev_matched", "dev_mismatched"):
+        kept = rows[:6] if split == "dev_mismatched" else rows
+        (tmp_path / "MNLI" / f"{split}.tsv").write_text("\n".join(kept) + "\n")
+    result = otkd_command(
+        *("compare", "mnli", "--losses", "wasserstein", "--seeds", 1, *arguments),
+        *("--data-dir", tmp_path, "--epochs", 1),
+    )
+    assert result.exit_code == 0, result.output
+    assert "accuracy (matched)" in result.stdout
+    assert "0.9 · loss + 0.1 · ce" in result.stdout
+    saved = read_result(tmp_path / "out" / "mnli" / "wasserstein" / "seed-0.json")
+    assert set(saved.metrics) == {"matched_accuracy", "mismatched_accuracy"}
+    assert saved.headline == "matched_accuracy"
+    assert saved.rows == {"train": 9, "dev": 9 + 5}
+
+
+@pytest.mark.parametrize("name", otkd.list_losses())
+def test_every_registered_loss_is_an_objective(name):
+    settings = Settings("rte", temperature=3.0, epsilon=0.5)
+    options = objective_options(name, settings)
+    assert ("weight" in options) == (name not in ("ce", "sinkd"))
+    assert options.get("temperature", 3.0) == 3.0
+    torch.manual_seed(0)
+    loss = build_objective(name, options, torch.randn(3, 8))
+    student = torch.randn(6, 3, requires_grad=True)
+    value = loss(student, torch.randn(6, 3), labels=torch.tensor([0, 1, 2, 0, 1, 2]))
+    value.backward()
+    assert value.isfinite()
+    assert student.grad.isfinite().all()
+    assert student.grad.abs().sum() > 0
 
 
 def test_missing_extra_names_the_command(monkeypatch):

@@ -205,6 +205,11 @@ def test_rotten_tomatoes_is_split_by_label():
     assert not set(data.train["text"][:]) & set(data.dev["dev"]["text"][:])
 
 
+def test_rotten_tomatoes_has_no_folder(tmp_path):
+    with pytest.raises(DataError, match=r"leave --data-dir out"):
+        load_task(get_task("rotten-tomatoes"), tmp_path)
+
+
 def test_rotten_tomatoes_names_its_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install 'otkd\[demo\]'"):

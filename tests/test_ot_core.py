@@ -152,6 +152,22 @@ def test_not_converged_is_reported_and_said_once(monkeypatch):
     assert not again.converged
 
 
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 1.0])
+def test_two_targets_need_no_iterations(epsilon, zero):
+    """Where Sinkhorn's own rate would ask for exp(C/ε) of them."""
+    for n in (2, 3):
+        a, b = masses(1, 5, n, spread=3), masses(2, 5, 2, spread=3)
+        b = b.roll(1, 0).masked_fill(torch.eye(5, 2, dtype=torch.bool), 0) if zero else b
+        b = b / b.sum(-1, keepdim=True)
+        cost = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.3, 0.1]], dtype=torch.float64)[:n]
+        solution = ot.sinkhorn(a, b, cost, epsilon=epsilon, tolerance=1e-9, max_iterations=5)
+        assert solution.converged
+        check_solution(solution, a, b, cost, epsilon, 1e-9)
+        single = ot.sinkhorn(a.float(), b.float(), cost.float(), epsilon=epsilon, max_iterations=5)
+        close(single.value.double(), solution.value, atol=1e-5, rtol=1e-5)
+
+
 def test_any_batch_shape():
     a, b, cost = problem("shared", batch=6)
     flat = ot.sinkhorn(a, b, cost, **TIGHT)

@@ -10,6 +10,9 @@ from rich.console import Console
 # Results go to stdout, all else to stderr, so that a table can be piped.
 out = Console()
 err = Console(stderr=True)
+if not out.is_terminal:
+    # A file has no width to respect, and a table is not to be cut to that of a small terminal.
+    out.width = max(out.width, 120)
 
 _TRAIN_MODULES = (
     "accelerate",

@@ -117,6 +117,10 @@ class Experiment:
                 values[name] = getattr(chosen, name)
         return values
 
+    @cached_property
+    def _student_weights(self) -> str | None:
+        return models.source_digest(self.settings.student or self.teacher_source)
+
     def student_settings(self, loss: str, seed: int) -> dict[str, Any]:
         """Everything a student depends on, by name."""
         chosen = self.settings
@@ -127,7 +131,7 @@ class Experiment:
             values["student_layers"] = chosen.student_layers
         else:
             values["student"] = chosen.student
-            values["student_weights"] = models.source_digest(chosen.student)
+            values["student_weights"] = self._student_weights
         options = objective_options(loss, chosen)
         return values | {f"loss.{name}": value for name, value in options.items()}
 

@@ -64,6 +64,7 @@ def explanation(teacher: Result, results: Sequence[Result]) -> str:
         f" {results[0].precision}.",
         "± is the half-width of the 95 % t-interval over seeds"
         + (" (– with one seed)." if counts[0] == 1 else "."),
+        *_objective(results),
         "Agreement: development rows on which student and teacher choose the same class.",
     ]
     if settings["freeze_embeddings"]:
@@ -71,6 +72,20 @@ def explanation(teacher: Result, results: Sequence[Result]) -> str:
     if len({tuple(run.versions.items()) for run in (teacher, *results)}) > 1:
         sentences.append("The runs were made with different versions; each file has its own.")
     return " ".join(sentences)
+
+
+def _objective(results: Sequence[Result]) -> list[str]:
+    """How losses and hard labels were weighed, as the result files have it."""
+    sentences = []
+    weights = {run.settings["loss.weight"] for run in results if "loss.weight" in run.settings}
+    if weights:
+        shares = " or ".join(f"{w:g} · loss + {1 - w:g} · ce" for w in sorted(weights))
+        sentences.append(f"Objective: {shares}, where ce is the cross-entropy to the labels.")
+    own = [name for name in ("ce", "sinkd") if any(run.loss == name for run in results)]
+    if weights and own:
+        alone = {"ce": "ce is that alone", "sinkd": "sinkd has a ce term of its own"}
+        sentences.append(f"{'; '.join(alone[name] for name in own)}.")
+    return sentences
 
 
 def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:

@@ -83,10 +83,11 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
     settings = experiment.teacher_settings
     result = find_result(path, settings, overwrite=overwrite, notice=notice)
     if result is None:
+        check_work(folder / "work", settings, overwrite=overwrite)
         return None
-    for name, digest in result.files.items():
+    for name in {_TRAIN_LOGITS, _DEV_LOGITS, *result.files}:
         file = folder / name
-        if not file.is_file() or file_digest(file) != digest:
+        if not file.is_file() or file_digest(file) != result.files.get(name):
             notice(f"{file} is not the file that {path} was written with; the teacher is redone.")
             return None
     return Teacher(

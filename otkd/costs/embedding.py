@@ -89,6 +89,10 @@ class EmbeddingCost(Cost):
         return result
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self._full_precision_distance(x, y)
+
+    def _full_precision_distance(self, x: Tensor, y: Tensor) -> Tensor:
         if self.metric == "cosine":
             x, y = nn.functional.normalize(x, dim=-1), nn.functional.normalize(y, dim=-1)
             return (1 - x @ y.mT).clamp(min=0)

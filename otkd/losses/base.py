@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from otkd.checks import check_choice, check_logits, check_positive
+from otkd.checks import check_choice, check_logits, check_one_logits, check_positive
 from otkd.reductions import REDUCTIONS, counted_positions, reduce_positions
 from otkd.signals import TeacherSignal, teacher_logits_of
 
@@ -139,6 +139,7 @@ class DistillationLoss(nn.Module, ABC):
         self, student_logits, teacher_logits, labels, mask, student_features, teacher_features
     ) -> Batch:
         name = type(self).__name__
+        check_one_logits("student_logits", student_logits)
         if self.needs_labels and labels is None:
             raise ValueError(f"{name} has a hard-label term: pass labels=")
         if self.needs_features and (student_features is None or teacher_features is None):
@@ -147,13 +148,12 @@ class DistillationLoss(nn.Module, ABC):
         if self.needs_teacher:
             if teacher_logits is None:
                 raise ValueError(f"{name} needs teacher_logits: a tensor or a stored TeacherSignal")
-            teacher = self._slice(teacher_logits_of(teacher_logits, student_logits.device))
+            teacher = teacher_logits_of(teacher_logits, student_logits.device)
+            sliced = self.vocab_size is not None
+            same_vocabulary = not (sliced or self.bridges_vocabularies)
+            check_logits(student_logits, teacher, same_vocabulary=same_vocabulary)
+            teacher = self._slice(teacher)
         student = self._slice(student_logits)
-        check_logits(
-            student,
-            student if teacher is None else teacher,
-            same_vocabulary=not self.bridges_vocabularies,
-        )
         return Batch(
             student,
             teacher,  # pyright: ignore[reportArgumentType]  (checked above where needed)

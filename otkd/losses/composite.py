@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from otkd.checks import check_one_logits
 from otkd.functional import kl_divergence
 from otkd.functional.rowwise import compute_dtype
 from otkd.losses.base import Batch, DistillationLoss
@@ -74,6 +75,7 @@ class WeightedLoss(nn.Module):
         teacher_features: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum; arguments as :meth:`otkd.losses.base.DistillationLoss.forward`."""
+        check_one_logits("student_logits", student_logits)
         total = student_logits.new_zeros((), dtype=compute_dtype(student_logits))
         values = {}
         for name, loss in self.terms.items():

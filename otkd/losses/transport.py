@@ -6,7 +6,7 @@ import warnings
 
 from torch import Tensor
 
-from otkd.checks import check_choice
+from otkd.checks import check_choice, check_positive
 from otkd.costs import Cost, DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost
 from otkd.functional.transport import sinkhorn_with_report, wasserstein_distance
 from otkd.losses.base import Batch, DistillationLoss
@@ -160,6 +160,7 @@ class WassersteinLoss(DistillationLoss):
 
     def __init__(self, cost: str | Tensor | Cost, p: float = 1.0, **common):
         super().__init__(**common)
+        check_positive(p=p)
         if isinstance(cost, str) and cost == "embedding":
             raise ValueError("pass otkd.costs.EmbeddingCost(embedding) as the cost")
         self.cost = make_cost(cost)

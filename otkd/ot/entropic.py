@@ -71,7 +71,7 @@ def sinkhorn(
 def sinkhorn_divergence(
     a: Float[Tensor, "*batch n"],
     b: Float[Tensor, "*#batch m"],
-    cost: Float[Tensor, "*#batch n n"] | tuple[Tensor, Tensor, Tensor] | Cost,
+    cost: Float[Tensor, "*#batch n m"] | tuple[Tensor, Tensor, Tensor] | Cost,
     *,
     epsilon: float = 0.1,
     debias: bool = True,

@@ -12,7 +12,9 @@ and eliminating df, dg by the adjoint (x, y) that solves
     x_i = Σ_j b_j·E_ij·(C_ij − y_j),   y_j = Σ_i a_i·E_ij·(C_ij − x_i)
 
 gives ∂V/∂a = x, ∂V/∂b = y and ∂V/∂C = P∘(1 + (x⊕y − C)/ε). The system is Sinkhorn's iteration
-linearised: it is solved by the same alternation at the same rate, in the same memory.
+linearised: it is solved by the same alternation at the same rate, in the same memory. Where the
+solver stopped early the sums of b_j·E_ij are not 1, and the linearised conditions have them as
+factors of x_i and y_j: divided by them the alternation averages, and cannot diverge.
 """
 
 from __future__ import annotations
@@ -40,10 +42,14 @@ class _WithGradient(torch.autograd.Function):
         grad_a, grad_b = ctx.saved_tensors
         weights = grad_value.unsqueeze(-1)
         needs_a, needs_b, needs_cost = ctx.needs_input_grad[:3]
+        grad_cost = None
+        if needs_cost:
+            with torch.autocast(weights.device.type, enabled=False):
+                grad_cost = ctx.pull_back_cost(weights)
         return (
             weights * grad_a if needs_a else None,
             weights * grad_b if needs_b else None,
-            ctx.pull_back_cost(weights) if needs_cost else None,
+            grad_cost,
             *(None,) * 4,
         )
 
@@ -99,10 +105,11 @@ def _solve_adjoint(
     """The pair (x, y) of the module's docstring, with ⟨a, x⟩ = ⟨b, y⟩."""
     a, b, f, g = problem.a, problem.b, potentials.f, potentials.g
     limit = tolerance * problem.cost.abs().max()
+    row_sums = kernel.mean(f, g, b, torch.ones_like(b)).clamp(min=torch.finfo(b.dtype).tiny)
     if problem.symmetric:
-        x = row_cost / 2
+        x = row_cost / row_sums / 2
         for _ in range(max_iterations):
-            next_x = row_cost - kernel.mean(f, g, a, x)
+            next_x = (row_cost - kernel.mean(f, g, a, x)) / row_sums
             change = (a * (x - next_x).abs()).sum(-1)
             x = (x + next_x) / 2
             if (change <= limit).all():
@@ -110,11 +117,11 @@ def _solve_adjoint(
         return x, x
     backward = kernel.transposed
     column_cost = backward.mean_cost(g, f, a)
-    next_x, y = row_cost, column_cost
+    next_x, y = row_cost / row_sums, column_cost
     for _ in range(max_iterations):
         x = next_x
         y = column_cost - backward.mean(g, f, a, x)
-        next_x = row_cost - kernel.mean(f, g, b, y)
+        next_x = (row_cost - kernel.mean(f, g, b, y)) / row_sums
         if ((a * (x - next_x).abs()).sum(-1) <= limit).all():
             break
     shift = ((b * y).sum(-1, keepdim=True) - (a * next_x).sum(-1, keepdim=True)) / 2

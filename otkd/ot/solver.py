@@ -60,7 +60,7 @@ def solve_potentials(
 
 
 def _two_target_potentials(problem: Problem) -> Tensor:
-    """g = (t, 0) with Σ_i a_i·σ((t − d_i)/ε + log b_0/b_1) = b_0, where d_i = C_i0 − C_i1."""
+    """Potentials (t, 0): Σ_i a_i·σ((t − d_i)/ε + log b_0/b_1) = b_0 with d_i = C_i0 − C_i1."""
     a, b, cost = problem.a.double(), problem.b.double(), problem.cost.double()
     a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
     difference = cost[..., 0] - cost[..., 1]
@@ -76,6 +76,7 @@ def _two_target_potentials(problem: Problem) -> Tensor:
         arrives = torch.sigmoid(sign * ((t - difference) / problem.epsilon + odds))
         too_high = sign * ((a * arrives).sum(-1, keepdim=True) - smaller) > 0
         low, high = torch.where(too_high, low, t), torch.where(too_high, t, high)
+    t = (low + high) / 2
     return torch.cat([t, torch.zeros_like(t)], -1).to(problem.b)
 
 

@@ -52,19 +52,26 @@ class DenseSignal:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        save_file({"logits": self.values.detach().cpu().contiguous()}, partial)
-        os.replace(partial, path)
+        try:
+            save_file({"logits": self.values.detach().cpu().contiguous()}, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> DenseSignal:
         """Read logits written by :meth:`save`.
 
         Raises:
-            ValueError: if the file holds no tensor named ``logits``.
+            ValueError: if it is no safetensors file, or holds no tensor named ``logits``.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(path)
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
         if "logits" not in tensors:
             raise ValueError(f"{path} holds {sorted(tensors)}, but no tensor named 'logits'")
         return cls(tensors["logits"])
