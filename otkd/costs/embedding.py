@@ -28,7 +28,9 @@ class EmbeddingCost(Cost):
             (closed form for sqeuclidean and cosine; for euclidean a seeded sample of 2²⁰ pairs,
             all pairs where there are no more), so that ε is a fraction of a typical cost. Computed
             once, here; the same number divides the self-costs. ``None`` leaves the units.
-        learnable: let gradients flow into the embeddings; otherwise they are constants.
+        learnable: let gradients flow into the embeddings; otherwise they are constants. The very
+            tensors given are used: a ``Parameter`` becomes a parameter of the loss, so pass a copy
+            of the teacher's, ``nn.Parameter(weight.detach().clone())``.
 
     Raises:
         ValueError: if shapes do not fit, a row is not finite, a row is zero under ``"cosine"``, or
