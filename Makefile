@@ -10,7 +10,7 @@ OUTPUT ?= results
 
 demo: $(VENV)/.demo  ## a real teacher and its students, every loss, in about five minutes
 	$(BIN)/otkd compare rotten-tomatoes --losses ce,kl,jsd,tvd,sinkd,sinkhorn --seeds 2 \
-	  --epochs 3 --max-train-rows 500 --output-dir $(OUTPUT)
+	  --epochs 3 --max-train-rows 800 --output-dir $(OUTPUT)
 
 test: $(VENV)/.dev  ## the test suite
 	$(BIN)/pytest -n auto

@@ -17,7 +17,7 @@ from otkd.cli.results import write_json
 
 # bf16 rounds; it has to pay for that.
 _REQUIRED_SPEEDUP = 1.1
-_REPEATS = 3
+_MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 3, 20, 5.0
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,18 @@ def measure_precision(
     model.to(device).train()
     batch = {name: value.to(device) for name, value in batch.items()}
     times = {"fp32": math.inf, "bf16": math.inf}
-    # In turn, so that a busy moment of the machine falls on both; the first round only warms up.
-    for repeat in range(_REPEATS + 1):
+    # In turn and for a while, so that other work on the machine falls on both, and the fastest pass
+    # of each is one that it left alone. The first round only warms up.
+    start = time.perf_counter()
+    rounds = 0
+    while rounds <= _MIN_ROUNDS or (
+        rounds <= _MAX_ROUNDS and time.perf_counter() - start < _SECONDS
+    ):
         for name in times:
             seconds = _time_pass(model, batch, name == "bf16")
-            if repeat:
+            if rounds:
                 times[name] = min(times[name], seconds)
+        rounds += 1
     model.zero_grad(set_to_none=True)
     ratio = times["fp32"] / times["bf16"]
     name = "bf16" if ratio >= _REQUIRED_SPEEDUP else "fp32"

@@ -33,13 +33,11 @@ class DenseSignal:
     def __getitem__(self, index) -> DenseSignal:
         return DenseSignal(self.values[index])
 
-    def to(self, device: torch.device | str) -> DenseSignal:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DenseSignal:
         """The same logits on ``device``."""
-        return (
-            self
-            if self.values.device == torch.device(device)
-            else DenseSignal(self.values.to(device))
-        )
+        if self.values.device == torch.device(device):
+            return self
+        return DenseSignal(self.values.to(device, non_blocking=non_blocking))
 
     def logits(self) -> Tensor:
         """The stored logits."""

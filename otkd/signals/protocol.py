@@ -25,8 +25,8 @@ class TeacherSignal(Protocol):
         """The signal of the chosen examples."""
         ...
 
-    def to(self, device: torch.device | str) -> TeacherSignal:
-        """The same signal on another device."""
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TeacherSignal:
+        """The same signal on another device; called as batches of transformers call it."""
         ...
 
     def logits(self) -> Tensor:
