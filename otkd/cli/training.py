@@ -83,13 +83,6 @@ class _Progress(TrainerCallback, ExportableState):
         self.on_steps(1)
 
 
-class _PlainCollator(DataCollatorWithPadding):
-    """Pads into a plain dictionary: moving a BatchEncoding to a device fails on a stored signal."""
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        return dict(super().__call__(features))
-
-
 def fit(
     model: PreTrainedModel,
     train: Dataset,
@@ -117,7 +110,7 @@ def fit(
         "model": model,
         "args": _arguments(folder, schedule),
         "train_dataset": train,
-        "data_collator": _PlainCollator(tokenizer),
+        "data_collator": DataCollatorWithPadding(tokenizer),
     }
     if loss is None:
         trainer = Trainer(**options)

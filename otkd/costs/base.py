@@ -27,6 +27,11 @@ class Cost(nn.Module, ABC):
 
     shape: tuple[int, int] | None = None
 
+    @property
+    def bridges_vocabularies(self) -> bool:
+        """Whether it leads from one vocabulary to another, of another size."""
+        return self.shape is not None and self.shape[0] != self.shape[1]
+
     @abstractmethod
     def matrices(
         self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool

@@ -16,7 +16,6 @@ def as_cost_matrices(
     b: Tensor,
     *,
     self_terms: bool = False,
-    epsilon: float | None = None,
 ) -> CostMatrices:
     """The matrices of any form in which a cost may be given.
 

@@ -13,7 +13,7 @@ from otkd.costs import Cost, as_cost_matrices
 from otkd.functional.rowwise import compute_dtype
 from otkd.ot.divergence import Options, Report, solve_divergence
 from otkd.ot.exact import exact_transport
-from otkd.ot.problem import check_problem
+from otkd.ot.problem import check_costs
 
 
 def sinkhorn_divergence(
@@ -81,8 +81,8 @@ def sinkhorn_with_report(
 
     def transport(q, p):
         nonlocal report
-        matrices = as_cost_matrices(cost, q, p, self_terms=options.debias, epsilon=options.epsilon)
-        check_problem(q, p, *matrices)
+        matrices = as_cost_matrices(cost, q, p, self_terms=options.debias)
+        check_costs(q.shape[-1], p.shape[-1], matrices)
         solution = solve_divergence(q, p, matrices, options)
         report = solution.report
         return solution.value
@@ -172,7 +172,7 @@ def distributions(
     temperature: float,
     teacher_temperature: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Q and p, ``softmax(logits / T)`` in at least float32; p carries no gradient.
+    """The distributions q and p, ``softmax(logits / T)``, in at least float32; p is a constant.
 
     Raises:
         ValueError: if a temperature is not positive or a row of logits has no softmax.

@@ -11,7 +11,7 @@ from otkd.functional.batch_transport import (
     point_distances,
     transport_between_samples,
 )
-from otkd.functional.transport import distributions
+from otkd.functional.transport import at_counted_positions
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.ot.divergence import Options
 
@@ -28,23 +28,14 @@ class BatchLoss(DistillationLoss):
 
     def per_position(self, batch: Batch) -> Tensor:
         """Shares ``(*batch,)``, adding up to b times the value of the batch."""
-        shape = batch.student_logits.shape[:-1]
-        student = batch.student_logits.reshape(-1, batch.student_logits.shape[-1])
-        teacher = batch.teacher_logits.reshape(-1, batch.teacher_logits.shape[-1])
-        counted = None
-        if batch.counted is not None:
-            counted = batch.counted.reshape(-1).nonzero().squeeze(-1)
-            student, teacher = student[counted], teacher[counted]
-        q, p = distributions(
-            student,
-            teacher,
+        return at_counted_positions(
+            self.shares,
+            batch.student_logits,
+            batch.teacher_logits,
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
+            mask=batch.counted,
         )
-        shares = self.shares(q, p) if len(q) else q.sum(-1)
-        if counted is not None:
-            shares = shares.new_zeros(shape.numel()).index_copy(0, counted, shares)
-        return shares.reshape(shape)
 
     def shares(self, q: Tensor, p: Tensor) -> Tensor:
         """Each sample's share ``(b,)`` for samples ``q``, ``p`` of shape ``(b, vocab)``."""

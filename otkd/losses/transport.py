@@ -113,7 +113,7 @@ class SinkhornLoss(DistillationLoss):
     @property
     def bridges_vocabularies(self) -> bool:
         """Whether the cost leads from one vocabulary to another."""
-        return self.cost.shape is not None and self.cost.shape[0] != self.cost.shape[1]
+        return self.cost.bridges_vocabularies
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
@@ -170,7 +170,7 @@ class WassersteinLoss(DistillationLoss):
     @property
     def bridges_vocabularies(self) -> bool:
         """Whether the cost leads from one vocabulary to another."""
-        return self.cost.shape is not None and self.cost.shape[0] != self.cost.shape[1]
+        return self.cost.bridges_vocabularies
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""

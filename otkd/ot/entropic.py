@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from otkd.costs import Cost, as_cost_matrices
+from otkd.costs import Cost, CostMatrices, as_cost_matrices
 from otkd.ot.divergence import Options, solve_divergence, solve_transport
-from otkd.ot.problem import Problem, check_problem, flatten_problem
+from otkd.ot.problem import Problem, check_costs, check_masses, flatten_problem
 from otkd.ot.solution import Solution
 
 
@@ -46,10 +46,10 @@ def sinkhorn(
     λ = 1/ε); Feydy et al. (2019) for the objective with KL(P‖a⊗b).
     """
     options = Options(epsilon, tolerance, max_iterations)
-    check_problem(a, b)
-    matrix = as_cost_matrices(cost, a, b).cross
-    check_problem(a, b, matrix)
-    a, b, matrix, batch = flatten_problem(a, b, matrix)
+    check_masses(a, b)
+    costs = CostMatrices(as_cost_matrices(cost, a, b).cross)
+    check_costs(a.shape[-1], b.shape[-1], costs)
+    a, b, matrix, batch = flatten_problem(a, b, costs.cross)
     problem = Problem(a, b, matrix, epsilon)
     with torch.autocast(a.device.type, enabled=False):
         transport = solve_transport(problem, options)
@@ -108,7 +108,7 @@ def sinkhorn_divergence(
     Divergences"; Genevay et al. (2018) for the sharp variant.
     """
     options = Options(epsilon, tolerance, max_iterations, value, debias)
-    check_problem(a, b)
-    matrices = as_cost_matrices(cost, a, b, self_terms=debias, epsilon=epsilon)
-    check_problem(a, b, *matrices)
+    check_masses(a, b)
+    matrices = as_cost_matrices(cost, a, b, self_terms=debias)
+    check_costs(a.shape[-1], b.shape[-1], matrices)
     return solve_divergence(a, b, matrices, options).value

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from otkd.checks import check_positive
-from otkd.costs import Cost, DiscreteCost, OrdinalCost, as_cost_matrices
-from otkd.ot.problem import check_problem, flatten_problem
+from otkd.costs import Cost, CostMatrices, DiscreteCost, OrdinalCost, as_cost_matrices
+from otkd.ot.problem import check_costs, check_masses, flatten_problem
 
 LARGEST_PROGRAM = 1024
 """Largest vocabulary for which a loss solves linear programs, one per position."""
@@ -48,18 +50,16 @@ def wasserstein(
     Source: Peyré and Cuturi (2019), "Computational Optimal Transport", chapters 2 and 3.
     """
     check_positive(p=p)
-    check_problem(a, b)
+    check_masses(a, b)
+    solve = _closed_form(cost, p)
+    if solve is not None and a.shape[-1] == b.shape[-1]:
+        return solve(a, b)
     if isinstance(cost, Cost):
-        cost = cost.power(p)
-        if isinstance(cost, DiscreteCost) and a.shape[-1] == b.shape[-1]:
-            return (a - b).abs().sum(-1) / 2
-        if isinstance(cost, OrdinalCost) and cost.p >= 1 and a.shape[-1] == b.shape[-1]:
-            return _monotone_transport(a, b, cost.p)
-        matrix = as_cost_matrices(cost, a, b).cross
+        matrix = as_cost_matrices(cost.power(p), a, b).cross
     else:
         matrix = as_cost_matrices(cost, a, b).cross
         matrix = matrix if p == 1 else matrix**p
-    check_problem(a, b, matrix)
+    check_costs(a.shape[-1], b.shape[-1], CostMatrices(matrix))
     flat_a, flat_b, flat_cost, batch = flatten_problem(a, b, matrix)
     if a.shape[-1] == b.shape[-1] == 2:
         return _two_points(flat_a, flat_b, flat_cost).reshape(batch)
@@ -68,15 +68,24 @@ def wasserstein(
 
 def exact_transport(a: Tensor, b: Tensor, cost: Cost | Tensor, *, p: float = 1.0) -> Tensor:
     """:func:`wasserstein`, refusing vocabularies for which one program a position is hopeless."""
-    closed = isinstance(cost, DiscreteCost) or (isinstance(cost, OrdinalCost) and cost.p * p >= 1)
     largest = max(a.shape[-1], b.shape[-1])
-    if not closed and largest > LARGEST_PROGRAM:
+    if _closed_form(cost, p) is None and largest > LARGEST_PROGRAM:
         raise ValueError(
             f"exact transport over {largest} tokens would solve one linear program of that size "
             f"per position; the limit is {LARGEST_PROGRAM} tokens. Use SinkhornLoss, or a cost "
             "with a closed form (DiscreteCost, OrdinalCost)"
         )
     return wasserstein(a, b, cost, p=p)
+
+
+def _closed_form(cost: Cost | Tensor, p: float) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Exact transport over one vocabulary of any size without a program, where there is one."""
+    powered = cost.power(p) if isinstance(cost, Cost) else None
+    if isinstance(powered, DiscreteCost):
+        return lambda a, b: (a - b).abs().sum(-1) / 2
+    if isinstance(powered, OrdinalCost) and powered.p >= 1:
+        return functools.partial(_monotone_transport, p=powered.p)
+    return None
 
 
 def _monotone_transport(a: Tensor, b: Tensor, p: float) -> Tensor:

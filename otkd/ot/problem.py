@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from otkd.checks import check_cost_shape, check_positive
+from otkd.costs import CostMatrices
 
 MASS_TOLERANCE = 1e-3
 
@@ -36,28 +37,43 @@ class Problem:
         return replace(self, a=self.a.detach(), b=self.b.detach(), cost=self.cost.detach())
 
 
-def check_problem(a: Tensor, b: Tensor, *costs: Tensor | None) -> None:
-    """Check what a caller gives: masses ``a (*batch, n)``, ``b (*batch, m)`` and their costs.
+def check_masses(a: Tensor, b: Tensor) -> None:
+    """Check the masses a caller gives, ``a (*batch, n)`` and ``b (*batch, m)``.
+
+    Raises:
+        TypeError: if either is not a floating-point tensor.
+        ValueError: if a mass is negative or not finite, or the masses of a problem do not add up
+            to 1 within 1e-3.
+    """
+    for name, masses in (("a", a), ("b", b)):
+        _check_floating(name, masses)
+        if masses.ndim < 1 or masses.shape[-1] == 0:
+            raise ValueError(f"{name} must have shape (*batch, size), got {tuple(masses.shape)}")
+        _check_distribution(name, masses.detach())
+
+
+def check_costs(n: int, m: int, costs: CostMatrices) -> None:
+    """Check the costs between and within the sides of problems of size n and m.
 
     Raises:
         TypeError: if any is not a floating-point tensor.
-        ValueError: if shapes do not fit, a mass or cost is not finite, a mass is negative, or the
-            masses of a problem do not add up to 1 within 1e-3.
+        ValueError: if any is of another size or holds a number that is not finite.
     """
-    costs = tuple(cost for cost in costs if cost is not None)
-    for name, tensor in (("a", a), ("b", b), *(("cost", cost) for cost in costs)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
-    for name, masses in (("a", a), ("b", b)):
-        if masses.ndim < 1 or masses.shape[-1] == 0:
-            raise ValueError(f"{name} must have shape (*batch, size), got {tuple(masses.shape)}")
-        _check_masses(name, masses.detach())
-    n, m = a.shape[-1], b.shape[-1]
-    for cost, size in zip(costs, ((n, m), (n, n), (m, m)), strict=False):
+    seen: list[Tensor] = []
+    for cost, size in zip(costs, ((n, m), (n, n), (m, m)), strict=True):
+        if cost is None or any(cost is other for other in seen):
+            continue  # one vocabulary: the three are one matrix
+        seen.append(cost)
+        _check_floating("cost", cost)
         check_cost_shape(cost, *size)
         if not cost.detach().isfinite().all():
             raise ValueError("cost must hold finite numbers only")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
 
 
 def flatten_problem(
@@ -100,7 +116,7 @@ def check_solver_options(epsilon: float, tolerance: float, max_iterations: int) 
         raise ValueError(f"max_iterations must be at least 1, got {max_iterations!r}")
 
 
-def _check_masses(name: str, masses: Tensor) -> None:
+def _check_distribution(name: str, masses: Tensor) -> None:
     if not (masses.isfinite().all() and (masses >= 0).all()):
         raise ValueError(f"{name} must hold finite masses of at least 0")
     total = masses.sum(-1)
