@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/pyright otkd
+	$(BIN)/pyright --pythonpath $(BIN)/python otkd
 
 check: lint types test
 
