@@ -166,7 +166,7 @@ def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
 
 def device() -> torch.device:
     """Where training happens: the accelerator if there is one."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _common(bf16: bool) -> dict[str, Any]:
