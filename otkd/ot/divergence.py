@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from otkd.checks import check_choice
+from otkd.checks import check_choice, check_positive
 from otkd.costs import CostMatrices
 from otkd.ot.gradients import dual_value, sharp_value
 from otkd.ot.kernels import Kernel, make_kernel
@@ -27,10 +28,20 @@ class Options:
     max_iterations: int = 1000
     value: str = "dual"
     debias: bool = True
+    unbalanced: float | None = None
 
     def __post_init__(self):
         check_solver_options(self.epsilon, self.tolerance, self.max_iterations)
         check_choice("value", self.value, VALUES)
+        if self.unbalanced is not None:
+            check_positive(unbalanced=self.unbalanced)
+            if self.value != "dual":
+                raise ValueError(f"unbalanced transport has value='dual' alone, got {self.value!r}")
+
+    @property
+    def penalty(self) -> float:
+        """ρ of the penalised marginals; infinite where they are held."""
+        return math.inf if self.unbalanced is None else self.unbalanced
 
 
 @dataclass(frozen=True)
@@ -114,18 +125,22 @@ def solve_divergence(
 ) -> DivergenceSolution:
     """OT_ε(a, b), or with ``options.debias`` OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b)."""
     a, b, cross, batch = flatten_problem(a, b, cost.cross)
-    problems = [Problem(a, b, cross, options.epsilon)]
+    settings = {"epsilon": options.epsilon, "penalty": options.penalty}
+    problems = [Problem(a, b, cross, **settings)]
     if options.debias:
         if cost.source is None or cost.target is None:
             raise ValueError("a debiased divergence needs the cost within each side")
         for masses, self_cost in ((a, cost.source), (b, cost.target)):
             _, _, self_cost, _ = flatten_problem(masses, masses, self_cost, batch)
-            problems.append(Problem(masses, masses, self_cost, options.epsilon, symmetric=True))
+            problems.append(Problem(masses, masses, self_cost, symmetric=True, **settings))
     with torch.autocast(a.device.type, enabled=False):
         transports = [solve_transport(problem, options) for problem in problems]
     value = transports[0].value
     for self_term in transports[1:]:
         value = value - self_term.value / 2
+    if options.debias and options.unbalanced is not None:
+        # Séjourné et al. (2019), "Sinkhorn Divergences for Unbalanced Optimal Transport".
+        value = value + options.epsilon / 2 * (a.sum(-1) - b.sum(-1)).square()
     potentials = [transport.potentials for transport in transports]
     errors = [p.marginal_error.max() for p in potentials if p.marginal_error.numel()]
     return DivergenceSolution(

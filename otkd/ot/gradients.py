@@ -14,7 +14,8 @@ and eliminating df, dg by the adjoint (x, y) that solves
 gives ∂V/∂a = x, ∂V/∂b = y and ∂V/∂C = P∘(1 + (x⊕y − C)/ε). The system is Sinkhorn's iteration
 linearised: it is solved by the same alternation at the same rate, in the same memory. Where the
 solver stopped early the sums of b_j·E_ij are not 1, and the linearised conditions have them as
-factors of x_i and y_j: divided by them the alternation averages, and cannot diverge.
+factors of x_i and y_j: divided by them the alternation averages, and cannot diverge. It is
+accelerated as the solver's is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels import Kernel
 from otkd.ot.problem import Problem
 from otkd.ot.solver import Potentials
@@ -56,14 +58,29 @@ class _WithGradient(torch.autograd.Function):
 
 def dual_value(problem: Problem, kernel: Kernel, potentials: Potentials) -> Tensor:
     """OT_ε of every problem, ``(B,)``, with its envelope gradients in a, b and the cost."""
-    a, b = problem.a.detach(), problem.b.detach()
+    a, b, epsilon = problem.a.detach(), problem.b.detach(), problem.epsilon
     f, g = potentials.f, potentials.g
-    value = (a * f).sum(-1) + (b * g).sum(-1) - problem.epsilon * potentials.excess_mass
+    grad_a, grad_b = problem.worth(f), problem.worth(g)
+    value = (a * grad_a).sum(-1) + (b * grad_b).sum(-1)
+    excess = potentials.row_excess
+    if not problem.balanced:
+        # The mass of the plan and of a⊗b both depend on a and b.
+        surplus_a, surplus_b = a.sum(-1, keepdim=True) - 1, b.sum(-1, keepdim=True) - 1
+        column_excess = excess if problem.symmetric else problem.optimal_row_excess(g)
+        grad_a = grad_a - epsilon * (excess - surplus_b)
+        grad_b = grad_b - epsilon * (column_excess - surplus_a)
+        value = value - epsilon * (a * (excess - surplus_b)).sum(-1)
+    elif problem.symmetric:
+        value = value - epsilon * (a * excess).sum(-1)
+    pull_back_cost = None
+    if problem.cost.requires_grad:  # else let the kernel go
 
-    def pull_back_cost(weights):
-        return kernel.coupling(f, g, weights * a, b)
+        def pull_back_cost(weights):
+            return kernel.coupling(f, g, weights * a, b)
 
-    return _WithGradient.apply(problem.a, problem.b, problem.cost, value, f, g, pull_back_cost)
+    return _WithGradient.apply(
+        problem.a, problem.b, problem.cost, value, grad_a, grad_b, pull_back_cost
+    )
 
 
 def sharp_value(
@@ -106,23 +123,27 @@ def _solve_adjoint(
     a, b, f, g = problem.a, problem.b, potentials.f, potentials.g
     limit = tolerance * problem.cost.abs().max()
     row_sums = kernel.mean(f, g, b, torch.ones_like(b)).clamp(min=torch.finfo(b.dtype).tiny)
+    accelerator = Anderson(a)
     if problem.symmetric:
         x = row_cost / row_sums / 2
         for _ in range(max_iterations):
             next_x = (row_cost - kernel.mean(f, g, a, x)) / row_sums
             change = (a * (x - next_x).abs()).sum(-1)
-            x = (x + next_x) / 2
             if (change <= limit).all():
                 break
-        return x, x
+            x = accelerator.next_point(x, (x + next_x) / 2, change)
+        return next_x, next_x
     backward = kernel.transposed
     column_cost = backward.mean_cost(g, f, a)
-    next_x, y = row_cost / row_sums, column_cost
+    x = row_cost / row_sums
     for _ in range(max_iterations):
-        x = next_x
         y = column_cost - backward.mean(g, f, a, x)
         next_x = (row_cost - kernel.mean(f, g, b, y)) / row_sums
-        if ((a * (x - next_x).abs()).sum(-1) <= limit).all():
+        next_x = next_x - (a * next_x).sum(-1, keepdim=True)  # x + c, y − c is as good
+        change = (a * (x - next_x).abs()).sum(-1)
+        if (change <= limit).all():
             break
+        x = accelerator.next_point(x, next_x, change)
+    y = column_cost - backward.mean(g, f, a, next_x)
     shift = ((b * y).sum(-1, keepdim=True) - (a * next_x).sum(-1, keepdim=True)) / 2
     return next_x + shift, y - shift

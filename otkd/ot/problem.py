@@ -18,12 +18,15 @@ MASS_TOLERANCE = 1e-3
 class Problem:
     """min over P ≥ 0 with marginals a, b of ⟨P, C⟩ + ε·KL(P‖a⊗b), for B problems at once.
 
+    With a finite ``penalty`` ρ the marginals are free and ρ·(KL(P1‖a) + KL(Pᵀ1‖b)) is added.
+
     Attributes:
         a: source masses, ``(B, n)``.
         b: target masses, ``(B, m)``.
         cost: ``(n, m)``, shared by the problems, or ``(B, n, m)``.
         epsilon: strength of the entropic term, in units of the cost.
         symmetric: a = b and the cost is symmetric, so that f = g.
+        penalty: ρ, in units of the cost; infinite where the marginals are held.
     """
 
     a: Tensor
@@ -31,6 +34,27 @@ class Problem:
     cost: Tensor
     epsilon: float
     symmetric: bool = False
+    penalty: float = math.inf
+
+    @property
+    def balanced(self) -> bool:
+        """Whether the marginals are held."""
+        return math.isinf(self.penalty)
+
+    @property
+    def damping(self) -> float:
+        """What the soft minimum is multiplied by to give a potential, ρ/(ρ + ε)."""
+        return 1.0 if self.balanced else self.penalty / (self.penalty + self.epsilon)
+
+    def worth(self, potential: Tensor) -> Tensor:
+        """What a unit of mass with this potential adds to the dual, −ρ·(exp(−f/ρ) − 1) or f."""
+        if self.balanced:
+            return potential
+        return -self.penalty * torch.expm1(potential / -self.penalty)
+
+    def optimal_row_excess(self, f: Tensor) -> Tensor | float:
+        """``Σ_j b_j·E_ij − 1`` at the optimum: exp(−f/ρ) − 1, and 0 where the marginals hold."""
+        return 0.0 if self.balanced else torch.expm1(f / -self.penalty)
 
     def detached(self) -> Problem:
         """The same problem without its autograd history."""

@@ -6,21 +6,27 @@ The entropic problem (see :class:`otkd.ot.problem.Problem`) has the dual
 
 which alternating exact maximisation solves: f ← softmin(g), g ← softmin(f). Where a = b and the
 cost is symmetric, f ← ½(f + softmin(f)) needs a few iterations only (Feydy et al., 2019,
-"Interpolating between Optimal Transport and MMD using Sinkhorn Divergences"). The soft minimum
+"Interpolating between Optimal Transport and MMD using Sinkhorn Divergences"). With marginals that
+are penalised by ρ·KL in place of being held, every soft minimum is multiplied by ρ/(ρ + ε) (Chizat
+et al., 2018, "Scaling Algorithms for Unbalanced Optimal Transport Problems"). The soft minimum
 defines the potentials at points without mass, too.
 
-Sinkhorn's rate tends to 1 as the plan tends to a diagonal: between two classes at a cost of 20ε it
-needs thousands of iterations. With two targets one number is unknown, t = g_0 − g_1, and the mass
-that arrives at the first target rises with it, so it is found by bisection instead.
+Both are fixed-point iterations on f, and are accelerated (:mod:`otkd.ot.acceleration`). Problems
+that are solved leave the batch whenever they are half of it.
+
+With two targets one number is unknown, t = g_0 − g_1, and the mass that arrives at the first target
+rises with it, so it is found by bisection instead.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels import Kernel
 from otkd.ot.problem import Problem
 
@@ -30,18 +36,19 @@ class Potentials:
     """Dual potentials and how far they are from optimal.
 
     Attributes:
-        f, g: ``(B, n)``, ``(B, m)``, with ⟨a, f⟩ = ⟨b, g⟩.
-        marginal_error: ``Σ_i |Σ_j P_ij − a_i|``, ``(B,)``. The columns are exact, or (symmetric
-            problems) off by the same.
-        excess_mass: ``Σ_ij P_ij − 1``, ``(B,)``; not zero for symmetric problems alone.
+        f, g: ``(B, n)``, ``(B, m)``; of balanced problems with ⟨a, f⟩ = ⟨b, g⟩.
+        row_excess: ``Σ_j b_j·E_ij − 1`` with E the density of the plan against a⊗b, ``(B, n)``: 0
+            where a row of the plan has the mass of a.
+        marginal_error: L1 distance between the row sums of the plan and what the optimum has there,
+            ``(B,)``. The columns are exact, or (symmetric problems) off by the same.
         iterations: number of updates of both potentials.
         converged: whether every marginal error is within the tolerance.
     """
 
     f: Tensor
     g: Tensor
+    row_excess: Tensor
     marginal_error: Tensor
-    excess_mass: Tensor
     iterations: int
     converged: bool
 
@@ -52,11 +59,104 @@ def solve_potentials(
 ) -> Potentials:
     """Iterate until the L1 marginal error of every problem is at most ``tolerance``."""
     if problem.symmetric:
-        return _solve_symmetric(problem, kernel, tolerance, max_iterations)
-    start = torch.zeros_like(problem.b)
-    if problem.b.shape[-1] == 2:
-        start = _two_target_potentials(problem)
-    return _solve_alternating(problem, kernel, start, tolerance, max_iterations)
+        update: _Update = _Averaging(problem, kernel)
+        f = kernel.softmin(torch.zeros_like(problem.a), problem.a.log()) / 2
+    else:
+        update = _Alternation(problem, kernel)
+        start = torch.zeros_like(problem.b)
+        if problem.b.shape[-1] == 2 and problem.balanced:
+            start = _two_target_potentials(problem)
+        f = problem.damping * kernel.softmin(start, problem.b.log())
+    return _iterate(problem, update, f, tolerance, max_iterations)
+
+
+class _Update(ABC):
+    """One step of the fixed-point iteration on f."""
+
+    def __init__(self, problem: Problem, kernel: Kernel):
+        self.epsilon = problem.epsilon
+        self.damping = problem.damping
+        self.kernel = kernel
+        self.log_a = problem.a.log()
+
+    @abstractmethod
+    def __call__(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """g, the next f, and ``Σ_j b_j·E_ij − 1`` of the plan of f and g."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the problems ``rows`` alone."""
+        self.kernel = self.kernel.rows(rows)
+        self.log_a = self.log_a[rows]
+
+    def _row_excess(self, f: Tensor, softmin: Tensor) -> Tensor:
+        return torch.expm1((f - softmin) / self.epsilon)
+
+
+class _Alternation(_Update):
+    def __init__(self, problem: Problem, kernel: Kernel):
+        super().__init__(problem, kernel)
+        self.log_b = problem.b.log()
+        self.gauge = problem.a if problem.balanced else None
+
+    def __call__(self, f):
+        # The columns are updated last and are exact: the test is on the rows, or it always passes.
+        g = self.damping * self.kernel.transposed.softmin(f, self.log_a)
+        softmin = self.kernel.softmin(g, self.log_b)
+        image = self.damping * softmin
+        if self.gauge is not None:  # f + constant is as good; extrapolated it might run away
+            image = image - (self.gauge * image).sum(-1, keepdim=True)
+        return g, image, self._row_excess(f, softmin)
+
+    def keep(self, rows):
+        super().keep(rows)
+        self.log_b = self.log_b[rows]
+        self.gauge = None if self.gauge is None else self.gauge[rows]
+
+
+class _Averaging(_Update):
+    def __call__(self, f):
+        softmin = self.kernel.softmin(f, self.log_a)
+        return f, (f + self.damping * softmin) / 2, self._row_excess(f, softmin)
+
+
+def _iterate(
+    problem: Problem, update: _Update, f: Tensor, tolerance: float, max_iterations: int
+) -> Potentials:
+    a = problem.a
+    accelerator = Anderson(a)
+    waiting = torch.arange(len(a), device=a.device)
+    found_f, found_g = torch.zeros_like(a), torch.zeros_like(problem.b)
+    found_excess, found_error = torch.zeros_like(a), a.new_zeros(len(a))
+    iteration = 0
+    while True:
+        iteration += 1
+        last = iteration == max_iterations
+        if last and iteration > 1:
+            f = accelerator.best_image
+        g, image, excess = update(f)
+        error = (a * (excess - problem.optimal_row_excess(f)).abs()).sum(-1)
+        solved = error <= tolerance
+        count = int(solved.sum())
+        if last or 2 * count >= len(solved):
+            done = solved | last
+            places = waiting[done]
+            found_f[places], found_g[places] = f[done], g[done]
+            found_excess[places], found_error[places] = excess[done], error[done]
+            if last or count == len(solved):
+                break
+            f = accelerator.next_point(f, image, error)
+            rows = (~solved).nonzero().squeeze(-1)
+            waiting, a, f = waiting[rows], a[rows], f[rows]
+            accelerator.keep(rows)
+            update.keep(rows)
+        else:
+            f = accelerator.next_point(f, image, error)
+    if problem.balanced:
+        means = (problem.a * found_f).sum(-1), (problem.b * found_g).sum(-1)
+        shift = (means[1] - means[0]).unsqueeze(-1) / 2
+        found_f, found_g = found_f + shift, found_g - shift
+    converged = bool((found_error <= tolerance).all())
+    return Potentials(found_f, found_g, found_excess, found_error, iteration, converged)
 
 
 def _two_target_potentials(problem: Problem) -> Tensor:
@@ -78,45 +178,3 @@ def _two_target_potentials(problem: Problem) -> Tensor:
         low, high = torch.where(too_high, low, t), torch.where(too_high, t, high)
     t = (low + high) / 2
     return torch.cat([t, torch.zeros_like(t)], -1).to(problem.b)
-
-
-def _solve_alternating(problem, kernel, start, tolerance, max_iterations) -> Potentials:
-    a, b, epsilon = problem.a, problem.b, problem.epsilon
-    log_a, log_b = a.log(), b.log()
-    backward = kernel.transposed
-    next_f = kernel.softmin(start, log_b)
-    iteration = 0
-    while True:
-        iteration += 1
-        f = next_f
-        g = backward.softmin(f, log_a)
-        # The next update tells the row sums of the plan of (f, g): Σ_j P_ij = a_i·exp((f − f')/ε).
-        # The columns were updated last and are exact; testing them would pass at once.
-        next_f = kernel.softmin(g, log_b)
-        error = (a * torch.expm1((f - next_f) / epsilon).abs()).sum(-1)
-        converged = _all_within(error, tolerance)
-        if converged or iteration == max_iterations:
-            break
-    shift = ((b * g).sum(-1, keepdim=True) - (a * f).sum(-1, keepdim=True)) / 2
-    return Potentials(f + shift, g - shift, error, torch.zeros_like(error), iteration, converged)
-
-
-def _solve_symmetric(problem, kernel, tolerance, max_iterations) -> Potentials:
-    a, epsilon = problem.a, problem.epsilon
-    log_a = a.log()
-    f = kernel.softmin(torch.zeros_like(a), log_a) / 2
-    iteration = 0
-    while True:
-        iteration += 1
-        next_f = kernel.softmin(f, log_a)
-        excess = a * torch.expm1((f - next_f) / epsilon)
-        error = excess.abs().sum(-1)
-        converged = _all_within(error, tolerance)
-        if converged or iteration == max_iterations:
-            break
-        f = (f + next_f) / 2
-    return Potentials(f, f, error, excess.sum(-1), iteration, converged)
-
-
-def _all_within(error: Tensor, tolerance: float) -> bool:
-    return bool((error <= tolerance).all())
