@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 import otkd.ot.solution
 from otkd import ConvergenceWarning, ot
-from otkd.ot.kernels import LogKernel, ProductKernel, make_kernel
+from otkd.ot.kernels import LogKernel, ProductKernel
 from otkd.ot.problem import Problem
 from tests import naive
 from tests.problems import (
@@ -98,8 +98,8 @@ def test_masses_of_zero_leave_everything_finite(epsilon, dtype):
 
 def test_products_where_they_are_representable_and_the_log_domain_elsewhere():
     a, b, cost = (x.float() for x in problem("shared"))
-    assert isinstance(make_kernel(Problem(a, b, cost, 0.1)), ProductKernel)
-    assert isinstance(make_kernel(Problem(a, b, cost, 0.01)), LogKernel)
+    assert isinstance(Problem(a, b, cost, 0.1).kernel(), ProductKernel)
+    assert isinstance(Problem(a, b, cost, 0.01).kernel(), LogKernel)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_products_lose_nothing_at_their_largest_reach(dtype, reach):
     epsilon = cost.max().item() / reach
     f, g = (cost.max() * torch.rand_like(x) for x in (a, b))
     product, log = ProductKernel(cost, epsilon), LogKernel(cost, epsilon)
-    assert isinstance(make_kernel(Problem(a, b, cost, epsilon)), ProductKernel)
+    assert isinstance(Problem(a, b, cost, epsilon).kernel(), ProductKernel)
     close(product.softmin(g, b.log()), log.softmin(g, b.log()))
     close(product.transposed.softmin(f, a.log()), log.transposed.softmin(f, a.log()))
 

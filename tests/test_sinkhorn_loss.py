@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 import otkd
 from otkd import functional as F
 from otkd.costs import DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost
-from otkd.supports import LARGEST_DENSE, Dense
+from otkd.supports import LARGEST_DENSE, Dense, TopK
 from tests import naive
 from tests.problems import logits, points, seeds, self_costs
 
@@ -261,7 +261,7 @@ def test_refused_settings():
         (TypeError, "cost must be one of", {"cost": 3}),
         (ValueError, "epsilon", {"cost": "discrete", "epsilon": 0.0}),
         (ValueError, "value must be one of", {"cost": "discrete", "value": "primal"}),
-        (ValueError, "backend must be one of", {"cost": "discrete", "backend": "fast"}),
+        (ValueError, "backend must be one of", {"cost": "discrete", "backend": "cuda"}),
         (TypeError, "support must be", {"cost": "discrete", "support": "all"}),
         (ValueError, "max_iterations", {"cost": "discrete", "max_iterations": 0}),
         (ValueError, "matrix", {"cost": torch.ones(3)}),
@@ -278,9 +278,16 @@ def test_refused_settings():
 
 def test_a_vocabulary_beyond_the_dense_limit_is_refused():
     wide = torch.zeros(1, LARGEST_DENSE + 1)
-    for support in ("auto", Dense()):
-        with pytest.raises(ValueError, match=f"the limit is {LARGEST_DENSE} tokens"):
-            otkd.SinkhornLoss("discrete", support=support)(wide, wide)
+    with pytest.raises(ValueError, match=f"the limit is {LARGEST_DENSE} tokens"):
+        otkd.SinkhornLoss("discrete", support=Dense())(wide, wide)
+
+
+def test_auto_takes_the_heads_of_a_large_vocabulary():
+    loss = otkd.SinkhornLoss("discrete")
+    loss(torch.randn(3, 2048), torch.randn(3, 2048))
+    assert loss.last_report.support == "Dense()"
+    loss(torch.randn(3, 2049), torch.randn(3, 2049))
+    assert loss.last_report.support == repr(TopK(64))
 
 
 # Cost, report ------------------------------------------------------------------------------------
@@ -343,7 +350,7 @@ def test_report():
     assert report.converged
     assert 1 <= report.iterations <= 200
     assert 0 <= report.marginal_error <= 1e-4
-    assert (report.support, report.backend) == ("dense", "torch")
+    assert (report.support, report.backend) == ("Dense()", "torch")
     assert not report.marginal_error.requires_grad
     hasty = otkd.SinkhornLoss("discrete", epsilon=0.05, tolerance=1e-9, max_iterations=1)
     with pytest.warns(otkd.ConvergenceWarning, match="in 1 iterations"):

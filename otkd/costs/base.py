@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+Side = Literal["source", "target"]
 
 
 class CostMatrices(NamedTuple):
@@ -27,6 +29,10 @@ class Cost(nn.Module, ABC):
 
     shape: tuple[int, int] | None = None
 
+    def __init__(self):
+        super().__init__()
+        self.tail_constants: dict[tuple, Tensor] = {}  # see otkd.costs.tails
+
     @property
     def bridges_vocabularies(self) -> bool:
         """Whether it leads from one vocabulary to another, of another size."""
@@ -41,6 +47,28 @@ class Cost(nn.Module, ABC):
         Raises:
             ValueError: if the cost does not fit those sizes.
         """
+
+    @abstractmethod
+    def between(
+        self, x: Int[Tensor, "batch k"], y: Int[Tensor, "batch l"], sides: tuple[Side, Side], dtype
+    ) -> Float[Tensor, "batch k l"]:
+        """The costs between tokens x of one side and y of the other, row by row of the batch."""
+
+    def mean_to_all(
+        self, tokens: Int[Tensor, "batch k"], sides: tuple[Side, Side], dtype: torch.dtype
+    ) -> Float[Tensor, "batch k"] | None:
+        """The uniform mean cost to the tokens of the second side; None without a closed form."""
+        return None
+
+    @property
+    def learns(self) -> bool:
+        """Whether gradients flow into the cost."""
+        return False
+
+    @property
+    def one_vocabulary(self) -> bool:
+        """Whether source and target are the same tokens."""
+        return not self.bridges_vocabularies
 
     def power(self, p: float) -> Cost:
         """The cost raised to the power ``p``, entry by entry."""
@@ -57,7 +85,8 @@ class Cost(nn.Module, ABC):
         device = next(iter([*self.buffers(), *self.parameters()]), torch.empty(0)).device
         return self.matrices(n, m, dtype=torch.float32, device=device, self_terms=False).cross
 
-    def _check_size(self, n: int, m: int) -> None:
+    def check_size(self, n: int, m: int) -> None:
+        """Raise ``ValueError`` if the cost is not for n source and m target tokens."""
         if self.shape is not None and self.shape != (n, m):
             raise ValueError(
                 f"the cost is for {self.shape[0]} source and {self.shape[1]} target tokens, but "

@@ -39,6 +39,7 @@ class EmbeddingCost(Cost):
 
     source: Tensor
     target: Tensor | None
+    centre: Tensor
 
     def __init__(
         self,
@@ -63,6 +64,8 @@ class EmbeddingCost(Cost):
                 )
         hold(self, "source", source, learnable)
         hold(self, "target", target, learnable)
+        # Squared distances do not see it, but their rounding does.
+        hold(self, "centre", source.detach().double().mean(0).to(source.dtype), learnable=False)
         self.shape = (source.shape[0], (source if target is None else target).shape[0])
         self.scale = self._mean_cost() if normalize == "mean" else 1.0
         if not self.scale > 0:
@@ -71,7 +74,7 @@ class EmbeddingCost(Cost):
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`. Constant matrices are computed once per device and dtype."""
-        self._check_size(n, m)
+        self.check_size(n, m)
         key = (dtype, device, self_terms)
         if key in self._cached:
             return self._cached[key]
@@ -90,20 +93,57 @@ class EmbeddingCost(Cost):
             self._cached = {key: result}
         return result
 
+    def between(self, x, y, sides, dtype):
+        """See :class:`Cost`."""
+        rows = nn.functional.embedding(x, self._side(sides[0])).to(dtype)
+        columns = rows
+        if x is not y or sides[0] != sides[1]:
+            columns = nn.functional.embedding(y, self._side(sides[1])).to(dtype)
+        distance = self._distance(rows, columns) / self.scale
+        if self.target is None or sides[0] == sides[1]:  # exactly 0 between a token and itself
+            distance = distance.masked_fill(x.unsqueeze(-1) == y.unsqueeze(-2), 0.0)
+        return distance
+
+    def mean_to_all(self, tokens, sides, dtype):
+        """|x − m|² + E|y − m|² with m = E[y]; 1 − ⟨x̂, E[ŷ]⟩; none for ``"euclidean"``."""
+        if self.metric == "euclidean":
+            return None
+        x = nn.functional.embedding(tokens, self._side(sides[0])).to(dtype)
+        y = self._side(sides[1]).to(dtype)
+        if self.metric == "cosine":
+            x, y = nn.functional.normalize(x, dim=-1), nn.functional.normalize(y, dim=-1)
+            return (1 - x @ y.mean(0)) / self.scale
+        mean = y.mean(0)
+        spread = (y - mean).square().sum(-1).mean()
+        return ((x - mean).square().sum(-1) + spread) / self.scale
+
+    @property
+    def learns(self) -> bool:
+        """Whether it was made ``learnable``."""
+        return self.learnable
+
+    @property
+    def one_vocabulary(self) -> bool:
+        """Whether no target was given."""
+        return self.target is None
+
+    def _side(self, side: str) -> Tensor:
+        return self.source if side == "source" or self.target is None else self.target
+
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return self._full_precision_distance(x, y)
 
     def _full_precision_distance(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.metric == "euclidean":
+            return torch.cdist(x, y)
         if self.metric == "cosine":
             x, y = nn.functional.normalize(x, dim=-1), nn.functional.normalize(y, dim=-1)
             return (1 - x @ y.mT).clamp(min=0)
-        if self.metric == "euclidean":
-            return torch.cdist(x, y)
-        centre = x.detach().mean(0)  # distances do not see it, but rounding does
+        centre = self.centre.to(x)
         x, y = x - centre, y - centre
-        squares = x.square().sum(-1, keepdim=True) + y.square().sum(-1)
-        return (squares - 2 * x @ y.mT).clamp(min=0)
+        squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
+        return torch.sub(squares, x @ y.mT, alpha=2).clamp(min=0)
 
     def _self_distance(self, x: Tensor) -> Tensor:
         distance = self._distance(x, x)

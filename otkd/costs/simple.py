@@ -15,8 +15,12 @@ class DiscreteCost(Cost):
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`."""
-        self._check_size(n, m)
+        self.check_size(n, m)
         return same_for_all(1 - torch.eye(n, dtype=dtype, device=device), self_terms)
+
+    def between(self, x, y, sides, dtype):
+        """See :class:`Cost`."""
+        return (x.unsqueeze(-1) != y.unsqueeze(-2)).to(dtype)
 
     def power(self, p: float) -> Cost:
         """0 and 1 are their own powers."""
@@ -41,9 +45,13 @@ class OrdinalCost(Cost):
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`."""
-        self._check_size(n, m)
+        self.check_size(n, m)
         places = torch.arange(n, dtype=dtype, device=device)
         return same_for_all((places[:, None] - places[None, :]).abs() ** self.p, self_terms)
+
+    def between(self, x, y, sides, dtype):
+        """See :class:`Cost`."""
+        return (x.unsqueeze(-1) - y.unsqueeze(-2)).abs().to(dtype) ** self.p
 
     def power(self, p: float) -> Cost:
         """|i − j|^(p·q)."""
@@ -63,7 +71,8 @@ class MatrixCost(Cost):
 
     Args:
         matrix: ``(V_s, V_t)``; square, symmetric and zero on the diagonal where debiasing is to
-            be possible. A constant, unless it is a ``Parameter``.
+            be possible.
+        learnable: let gradients flow into it; by default where it is a ``Parameter``.
 
     Raises:
         ValueError: if it is no matrix or holds numbers that are not finite.
@@ -71,7 +80,7 @@ class MatrixCost(Cost):
 
     matrix: Tensor
 
-    def __init__(self, matrix: Float[Tensor, "source target"]):
+    def __init__(self, matrix: Float[Tensor, "source target"], learnable: bool | None = None):
         super().__init__()
         if matrix.ndim != 2 or not matrix.is_floating_point() or not matrix.isfinite().all():
             raise ValueError(
@@ -79,14 +88,31 @@ class MatrixCost(Cost):
                 f"shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
             )
         self.shape = (matrix.shape[0], matrix.shape[1])
-        hold(self, "matrix", matrix, learnable=isinstance(matrix, nn.Parameter))
+        if learnable is None:
+            learnable = isinstance(matrix, nn.Parameter)
+        hold(self, "matrix", matrix, learnable)
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`."""
-        self._check_size(n, m)
+        self.check_size(n, m)
         if self_terms:
             check_self_cost(self.matrix)
         return same_for_all(self.matrix.to(device, dtype), self_terms)
+
+    def between(self, x, y, sides, dtype):
+        """See :class:`Cost`."""
+        if sides[0] == sides[1] and self.bridges_vocabularies:
+            raise ValueError(
+                f"a matrix of shape {tuple(self.matrix.shape)} does not say the costs within a "
+                "side that debiasing needs: use debias=False or EmbeddingCost(source, target)"
+            )
+        matrix = self.matrix.mT if sides == ("target", "source") else self.matrix
+        return matrix.to(dtype)[x.unsqueeze(-1), y.unsqueeze(-2)]
+
+    @property
+    def learns(self) -> bool:
+        """Whether the matrix was made ``learnable``."""
+        return self.matrix.requires_grad
 
     def keeps_divergence_positive(self, epsilon: float) -> bool:
         """Checked by factorising the kernel, up to 1024 tokens; beyond, taken as not shown."""
@@ -107,6 +133,20 @@ class PowerCost(Cost):
         base = self.base.matrices(n, m, dtype=dtype, device=device, self_terms=self_terms)
         raised = (None if matrix is None else matrix**self.p for matrix in base[1:])
         return CostMatrices(base.cross**self.p, *raised)
+
+    def between(self, x, y, sides, dtype):
+        """See :class:`Cost`."""
+        return self.base.between(x, y, sides, dtype) ** self.p
+
+    @property
+    def learns(self) -> bool:
+        """Whether the base learns."""
+        return self.base.learns
+
+    @property
+    def one_vocabulary(self) -> bool:
+        """Whether it is for the base."""
+        return self.base.one_vocabulary
 
     def keeps_divergence_positive(self, epsilon: float) -> bool:
         """Powers below 1 keep it (Schoenberg, 1938); others are taken as not shown."""

@@ -9,11 +9,11 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from otkd.checks import check_finite_rows, check_logits, check_positions, check_positive
-from otkd.costs import Cost, as_cost_matrices
+from otkd.costs import Cost, MatrixCost
 from otkd.functional.rowwise import compute_dtype
-from otkd.ot.divergence import Options, Report, solve_divergence
+from otkd.ot.divergence import Options, Report
 from otkd.ot.exact import exact_transport
-from otkd.ot.problem import check_costs
+from otkd.supports import Positions, Support, as_support, choose_support
 
 
 def sinkhorn_divergence(
@@ -27,6 +27,8 @@ def sinkhorn_divergence(
     epsilon: float = 0.1,
     debias: bool = True,
     value: str = "dual",
+    unbalanced: float | None = None,
+    support: str | Support = "auto",
     max_iterations: int = 200,
     tolerance: float = 1e-4,
 ) -> Float[Tensor, "*batch"]:
@@ -43,6 +45,8 @@ def sinkhorn_divergence(
         epsilon: entropic strength in units of the cost.
         debias: S_ε, which is 0 at p = q; with False, OT_ε.
         value: ``"dual"`` or ``"sharp"`` (⟨P, C⟩); see :func:`otkd.ot.sinkhorn_divergence`.
+        unbalanced: ρ; where given the marginals are penalised by ρ·KL in place of being held.
+        support: which tokens take part: ``"auto"`` or an object of :mod:`otkd.supports`.
         max_iterations: limit of the solver.
         tolerance: L1 marginal error at which a position is solved.
 
@@ -53,11 +57,12 @@ def sinkhorn_divergence(
         TypeError, ValueError: for input that does not fit, parameters out of range, NaN in a
             counted position.
     """
-    options = Options(epsilon, tolerance, max_iterations, value, debias)
+    options = Options(epsilon, tolerance, max_iterations, value, debias, unbalanced)
     values, _ = sinkhorn_with_report(
         student_logits,
         teacher_logits,
-        cost=cost,
+        cost=MatrixCost(cost, learnable=True) if isinstance(cost, Tensor) else cost,
+        support=as_support(support),
         options=options,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
@@ -70,32 +75,37 @@ def sinkhorn_with_report(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
-    cost: Cost | Tensor,
+    cost: Cost,
+    support: Support | None,
     options: Options,
     temperature: float,
     teacher_temperature: float | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Report | None]:
     """:func:`sinkhorn_divergence` and what its solver did (None without a counted position)."""
-    report = None
-
-    def transport(q, p):
-        nonlocal report
-        matrices = as_cost_matrices(cost, q, p, self_terms=options.debias)
-        check_costs(q.shape[-1], p.shape[-1], matrices)
-        solution = solve_divergence(q, p, matrices, options)
-        report = solution.report
-        return solution.value
-
-    values = at_counted_positions(
-        transport,
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        mask=mask,
+    check_logits(student_logits, teacher_logits, same_vocabulary=False)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
+    batch_shape = student_logits.shape[:-1]
+    check_positions("mask", mask, batch_shape)
+    n, m = student_logits.shape[-1], teacher_logits.shape[-1]
+    positions = Positions(
+        student_logits.reshape(-1, n),
+        teacher_logits.detach().reshape(-1, m),
+        None if mask is None else mask.reshape(-1).nonzero().squeeze(-1),
+        temperature,
+        teacher_temperature,
     )
-    return values, report
+    if support is None:
+        support = choose_support(n, m)
+    support.check(cost, n, m, options)
+    values, report = positions.student[:0].sum(-1).to(positions.dtype), None
+    if len(positions):
+        values, report = support.transport(positions, cost, options)
+    if positions.counted is not None:
+        values = values.new_zeros(batch_shape.numel()).index_copy(0, positions.counted, values)
+    return values.reshape(batch_shape), report
 
 
 def wasserstein_distance(

@@ -14,7 +14,6 @@ from otkd.ot.divergence import Options
 from otkd.supports import Support, as_support
 
 COSTS = ("embedding", "discrete", "ordinal")
-BACKENDS = ("auto", "torch")
 
 
 def make_cost(cost: str | Tensor | Cost, embedding: Tensor | None = None) -> Cost:
@@ -64,10 +63,15 @@ class SinkhornLoss(DistillationLoss):
             normalised cost.
         debias: False leaves OT_ε alone, which is not 0 at p = q.
         value: ``"dual"``, or ``"sharp"`` for ⟨P, C⟩ (gradients by implicit differentiation).
-        support: which tokens take part: ``"auto"`` or an object of :mod:`otkd.supports`.
+        support: which tokens take part: an object of :mod:`otkd.supports`, or ``"auto"``: every
+            token up to 2048, above the 64 heaviest of each side and one atom for the others.
         max_iterations: limit of the solver; reaching it warns once and shows in ``last_report``.
         tolerance: L1 marginal error at which a position is solved.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: what computes it: ``"auto"``, ``"torch"``, or another that the support has.
+        unbalanced: ρ, in units of the cost: where given, the plan need not have the marginals q and
+            p, and ρ·KL of its marginals from them is paid instead. For distributions that disagree
+            on support, and for ``TopK(k, tail=False)``, whose heads then keep the mass they have.
+            As ρ → ∞ the balanced value. With ``value="dual"`` alone.
         **common: see :class:`~otkd.losses.base.DistillationLoss`.
 
     Raises:
@@ -94,14 +98,15 @@ class SinkhornLoss(DistillationLoss):
         max_iterations: int = 200,
         tolerance: float = 1e-4,
         backend: str = "auto",
+        unbalanced: float | None = None,
         **common,
     ):
         super().__init__(**common)
-        self.solver_options = Options(epsilon, tolerance, max_iterations, value, debias)
-        check_choice("backend", backend, BACKENDS)
+        self.solver_options = Options(
+            epsilon, tolerance, max_iterations, value, debias, unbalanced, backend
+        )
         self.cost = make_cost(cost, embedding)
         self.support = as_support(support)
-        self.backend = backend
         if debias and not self.cost.keeps_divergence_positive(epsilon):
             warnings.warn(
                 f"exp(−C/ε) of this {type(self.cost).__name__} is not shown to be positive "
@@ -117,11 +122,11 @@ class SinkhornLoss(DistillationLoss):
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
-        self.support.check(batch.student_logits.shape[-1], batch.teacher_logits.shape[-1])
         values, self.last_report = sinkhorn_with_report(
             batch.student_logits,
             batch.teacher_logits,
             cost=self.cost,
+            support=self.support,
             options=self.solver_options,
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,

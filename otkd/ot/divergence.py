@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from otkd.checks import check_choice, check_positive
 from otkd.costs import CostMatrices
 from otkd.ot.gradients import dual_value, sharp_value
-from otkd.ot.kernels import Kernel, make_kernel
+from otkd.ot.kernels import Kernel
 from otkd.ot.problem import Problem, check_solver_options, flatten_problem
 from otkd.ot.solution import warn_not_converged
 from otkd.ot.solver import Potentials, solve_potentials
 
 VALUES = ("dual", "sharp")
+BACKENDS = ("auto", "torch", "keops", "triton")
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Options:
     value: str = "dual"
     debias: bool = True
     unbalanced: float | None = None
+    backend: str = "auto"
 
     def __post_init__(self):
         check_solver_options(self.epsilon, self.tolerance, self.max_iterations)
         check_choice("value", self.value, VALUES)
+        check_choice("backend", self.backend, BACKENDS)
         if self.unbalanced is not None:
             check_positive(unbalanced=self.unbalanced)
             if self.value != "dual":
@@ -54,13 +58,28 @@ class Report:
         converged: whether every marginal error is within the tolerance.
         support: which tokens took part.
         backend: what computed the kernel products.
+        coverage: mean over the positions of the mass that the head has, on the side that has less
+            of it; a scalar tensor, None where every token took part.
+        worst_coverage: the same at the position where it is least.
     """
 
     iterations: int
     marginal_error: Tensor
     converged: bool
-    support: str = "dense"
+    support: str = "Dense()"
     backend: str = "torch"
+    coverage: Tensor | None = None
+    worst_coverage: Tensor | None = None
+
+    @classmethod
+    def of(cls, blocks: Sequence[Report], **fields) -> Report:
+        """One report of all blocks of positions."""
+        return cls(
+            iterations=max(block.iterations for block in blocks),
+            marginal_error=torch.stack([block.marginal_error for block in blocks]).max(),
+            converged=all(block.converged for block in blocks),
+            **fields,
+        )
 
 
 @dataclass(frozen=True)
@@ -105,11 +124,11 @@ class DivergenceSolution:
         )
 
 
-def solve_transport(problem: Problem, options: Options) -> Transport:
+def solve_transport(problem: Problem, options: Options, kernel: Kernel | None = None) -> Transport:
     """Solve one batch of problems and attach the gradient of its value."""
     limits = {"tolerance": options.tolerance, "max_iterations": options.max_iterations}
     fixed = problem.detached()
-    kernel = make_kernel(fixed)
+    kernel = fixed.kernel() if kernel is None else kernel
     potentials = solve_potentials(fixed, kernel, **limits)
     if not potentials.converged:
         warn_not_converged(potentials.iterations, potentials.marginal_error, options.tolerance)
@@ -125,16 +144,20 @@ def solve_divergence(
 ) -> DivergenceSolution:
     """OT_ε(a, b), or with ``options.debias`` OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b)."""
     a, b, cross, batch = flatten_problem(a, b, cost.cross)
-    settings = {"epsilon": options.epsilon, "penalty": options.penalty}
-    problems = [Problem(a, b, cross, **settings)]
+    problems = [Problem(a, b, cross, options.epsilon, penalty=options.penalty)]
     if options.debias:
         if cost.source is None or cost.target is None:
             raise ValueError("a debiased divergence needs the cost within each side")
         for masses, self_cost in ((a, cost.source), (b, cost.target)):
             _, _, self_cost, _ = flatten_problem(masses, masses, self_cost, batch)
-            problems.append(Problem(masses, masses, self_cost, symmetric=True, **settings))
+            within = Problem(masses, masses, self_cost, options.epsilon, True, options.penalty)
+            problems.append(within)
     with torch.autocast(a.device.type, enabled=False):
-        transports = [solve_transport(problem, options) for problem in problems]
+        transports = [solve_transport(problems[0], options)]
+        for problem, self_cost in zip(problems[1:], cost[1:], strict=False):
+            # One vocabulary: the three costs are one, and so are their kernels.
+            kernel = transports[0].kernel if self_cost is cost.cross else None
+            transports.append(solve_transport(problem, options, kernel))
     value = transports[0].value
     for self_term in transports[1:]:
         value = value - self_term.value / 2

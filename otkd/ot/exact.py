@@ -61,6 +61,7 @@ def wasserstein(
         matrix = matrix if p == 1 else matrix**p
     check_costs(a.shape[-1], b.shape[-1], CostMatrices(matrix))
     flat_a, flat_b, flat_cost, batch = flatten_problem(a, b, matrix)
+    assert isinstance(flat_cost, Tensor)
     if a.shape[-1] == b.shape[-1] == 2:
         return _two_points(flat_a, flat_b, flat_cost).reshape(batch)
     return _LinearProgram.apply(flat_a, flat_b, flat_cost).reshape(batch)

@@ -35,7 +35,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, cost, value, grad_a, grad_b, pull_back_cost):
         ctx.save_for_backward(grad_a, grad_b)
-        ctx.pull_back_cost = pull_back_cost
+        ctx.pull_back_cost = pull_back_cost if cost.requires_grad else None  # else free the kernel
         return value.clone()
 
     @staticmethod
@@ -72,11 +72,9 @@ def dual_value(problem: Problem, kernel: Kernel, potentials: Potentials) -> Tens
         value = value - epsilon * (a * (excess - surplus_b)).sum(-1)
     elif problem.symmetric:
         value = value - epsilon * (a * excess).sum(-1)
-    pull_back_cost = None
-    if problem.cost.requires_grad:  # else let the kernel go
 
-        def pull_back_cost(weights):
-            return kernel.coupling(f, g, weights * a, b)
+    def pull_back_cost(weights):
+        return kernel.coupling(f, g, weights * a, b)
 
     return _WithGradient.apply(
         problem.a, problem.b, problem.cost, value, grad_a, grad_b, pull_back_cost
@@ -102,6 +100,7 @@ def sharp_value(
     x, y = _solve_adjoint(problem, kernel, potentials, row_cost, tolerance, max_iterations)
 
     def pull_back_cost(weights):
+        assert isinstance(cost, Tensor)  # a lazy cost is a constant
         left = weights * a
         plan = kernel.coupling(f, g, left, b)
         moved = kernel.coupling(f, g, left * x, b) + kernel.coupling(f, g, left, b * y)
@@ -121,11 +120,11 @@ def _solve_adjoint(
 ) -> tuple[Tensor, Tensor]:
     """The pair (x, y) of the module's docstring, with ⟨a, x⟩ = ⟨b, y⟩."""
     a, b, f, g = problem.a, problem.b, potentials.f, potentials.g
-    limit = tolerance * problem.cost.abs().max()
+    limit = tolerance * problem.largest_cost
     row_sums = kernel.mean(f, g, b, torch.ones_like(b)).clamp(min=torch.finfo(b.dtype).tiny)
     accelerator = Anderson(a)
     if problem.symmetric:
-        x = row_cost / row_sums / 2
+        x = next_x = row_cost / row_sums / 2
         for _ in range(max_iterations):
             next_x = (row_cost - kernel.mean(f, g, a, x)) / row_sums
             change = (a * (x - next_x).abs()).sum(-1)
@@ -135,7 +134,7 @@ def _solve_adjoint(
         return next_x, next_x
     backward = kernel.transposed
     column_cost = backward.mean_cost(g, f, a)
-    x = row_cost / row_sums
+    x = next_x = row_cost / row_sums
     for _ in range(max_iterations):
         y = column_cost - backward.mean(g, f, a, x)
         next_x = (row_cost - kernel.mean(f, g, b, y)) / row_sums

@@ -16,8 +16,6 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from otkd.ot.problem import Problem
-
 # exp(−60) keeps products with masses far above the subnormal numbers, which are slow and inexact.
 _LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
 # A weight this far below the largest may count where the kernel is larger by as much as above; what
@@ -62,16 +60,6 @@ class Kernel(ABC):
 
         Where the problems share one cost their couplings are added up.
         """
-
-
-def make_kernel(problem: Problem) -> Kernel:
-    """Products where the kernel is representable, the log domain where it would underflow."""
-    if problem.cost.numel() == 0:
-        return LogKernel(problem.cost, problem.epsilon)
-    reach = problem.cost.abs().max().item() / problem.epsilon
-    if reach <= _LARGEST_EXPONENT[problem.cost.dtype]:
-        return ProductKernel(problem.cost, problem.epsilon)
-    return LogKernel(problem.cost, problem.epsilon)
 
 
 class ProductKernel(Kernel):
@@ -196,3 +184,13 @@ def coupling_density(f: Tensor, g: Tensor, cost: Tensor, epsilon: float) -> Tens
     """E_ij = exp((f_i + g_j − C_ij)/ε), the density of the plan against a⊗b, ``(B, n, m)``."""
     log_density = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon
     return log_density.clamp_(max=_LARGEST_LOG_DENSITY[log_density.dtype]).exp_()
+
+
+def dense_kernel(cost: Tensor, epsilon: float) -> Kernel:
+    """Products where the kernel is representable, the log domain where it would underflow."""
+    if cost.numel() == 0:
+        return LogKernel(cost, epsilon)
+    reach = cost.abs().max().item() / epsilon
+    if reach <= _LARGEST_EXPONENT[cost.dtype]:
+        return ProductKernel(cost, epsilon)
+    return LogKernel(cost, epsilon)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from otkd.checks import check_cost_shape, check_positive
 from otkd.costs import CostMatrices
+from otkd.ot.kernels import Kernel, dense_kernel
+from otkd.ot.lazy import LazyCost
 
 MASS_TOLERANCE = 1e-3
 
@@ -23,7 +25,7 @@ class Problem:
     Attributes:
         a: source masses, ``(B, n)``.
         b: target masses, ``(B, m)``.
-        cost: ``(n, m)``, shared by the problems, or ``(B, n, m)``.
+        cost: ``(n, m)``, shared by the problems, or ``(B, n, m)``; or a lazy one, shared.
         epsilon: strength of the entropic term, in units of the cost.
         symmetric: a = b and the cost is symmetric, so that f = g.
         penalty: ρ, in units of the cost; infinite where the marginals are held.
@@ -31,10 +33,21 @@ class Problem:
 
     a: Tensor
     b: Tensor
-    cost: Tensor
+    cost: Tensor | LazyCost
     epsilon: float
     symmetric: bool = False
     penalty: float = math.inf
+
+    def kernel(self) -> Kernel:
+        """How exp(−C/ε) is applied."""
+        if isinstance(self.cost, LazyCost):
+            return self.cost.kernel(self.epsilon)
+        return dense_kernel(self.cost, self.epsilon)
+
+    @property
+    def largest_cost(self) -> Tensor | float:
+        """An upper bound of |C|."""
+        return self.cost.largest() if isinstance(self.cost, LazyCost) else self.cost.abs().max()
 
     @property
     def balanced(self) -> bool:
@@ -85,7 +98,7 @@ def check_costs(n: int, m: int, costs: CostMatrices) -> None:
     """
     seen: list[Tensor] = []
     for cost, size in zip(costs, ((n, m), (n, n), (m, m)), strict=True):
-        if cost is None or any(cost is other for other in seen):
+        if cost is None or isinstance(cost, LazyCost) or any(cost is other for other in seen):
             continue  # one vocabulary: the three are one matrix
         seen.append(cost)
         _check_floating("cost", cost)
@@ -101,8 +114,8 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 
 def flatten_problem(
-    a: Tensor, b: Tensor, cost: Tensor, batch: tuple[int, ...] = ()
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    a: Tensor, b: Tensor, cost: Tensor | LazyCost, batch: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor | LazyCost, tuple[int, ...]]:
     """Bring masses and cost to one batch dimension and one floating dtype of at least float32.
 
     Returns:
@@ -115,7 +128,7 @@ def flatten_problem(
     n, m = a.shape[-1], b.shape[-1]
     if not batch:
         try:
-            shapes = (a.shape[:-1], b.shape[:-1], cost.shape[:-2])
+            shapes = (a.shape[:-1], b.shape[:-1], tuple(cost.shape[:-2]))
             batch = tuple(torch.broadcast_shapes(*shapes))
         except RuntimeError:
             raise ValueError(
@@ -127,9 +140,11 @@ def flatten_problem(
     for tensor in (a, b, cost):
         dtype = torch.promote_types(dtype, tensor.dtype)
     size = math.prod(batch)
-    flat_cost = cost.to(dtype)
-    if cost.ndim > 2:
-        flat_cost = flat_cost.expand(*batch, n, m).reshape(size, n, m)
+    flat_cost = cost
+    if isinstance(cost, Tensor):
+        flat_cost = cost.to(dtype)
+        if cost.ndim > 2:
+            flat_cost = flat_cost.expand(*batch, n, m).reshape(size, n, m)
     return a.to(dtype).reshape(size, n), b.to(dtype).reshape(size, m), flat_cost, batch
 
 

@@ -45,6 +45,8 @@ class Solution:
     def plan(self) -> Float[Tensor, "*batch n m"]:
         """The transport plan P, built on demand; not differentiable."""
         problem = self._problem
+        if not isinstance(problem.cost, Tensor):
+            raise TypeError("a lazy cost has no plan in full: it would be as large as the cost")
         n, m = self.f.shape[-1], self.g.shape[-1]
         f, g = self.f.reshape(-1, n), self.g.reshape(-1, m)
         density = coupling_density(f, g, problem.cost, problem.epsilon)

@@ -64,8 +64,8 @@ def solve_potentials(
     else:
         update = _Alternation(problem, kernel)
         start = torch.zeros_like(problem.b)
-        if problem.b.shape[-1] == 2 and problem.balanced:
-            start = _two_target_potentials(problem)
+        if problem.b.shape[-1] == 2 and problem.balanced and isinstance(problem.cost, Tensor):
+            start = _two_target_potentials(problem.a, problem.b, problem.cost, problem.epsilon)
         f = problem.damping * kernel.softmin(start, problem.b.log())
     return _iterate(problem, update, f, tolerance, max_iterations)
 
@@ -159,9 +159,10 @@ def _iterate(
     return Potentials(found_f, found_g, found_excess, found_error, iteration, converged)
 
 
-def _two_target_potentials(problem: Problem) -> Tensor:
+def _two_target_potentials(a: Tensor, b: Tensor, cost: Tensor, epsilon: float) -> Tensor:
     """Potentials (t, 0): Σ_i a_i·σ((t − d_i)/ε + log b_0/b_1) = b_0 with d_i = C_i0 − C_i1."""
-    a, b, cost = problem.a.double(), problem.b.double(), problem.cost.double()
+    dtype, device = b.dtype, b.device
+    a, b, cost = a.double(), b.double(), cost.double()
     a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
     difference = cost[..., 0] - cost[..., 1]
     odds = (b[:, :1].log() - b[:, 1:].log()).clamp(-1e4, 1e4)
@@ -173,8 +174,8 @@ def _two_target_potentials(problem: Problem) -> Tensor:
     smaller = b.amin(-1, keepdim=True)
     for _ in range(64):
         t = (low + high) / 2
-        arrives = torch.sigmoid(sign * ((t - difference) / problem.epsilon + odds))
+        arrives = torch.sigmoid(sign * ((t - difference) / epsilon + odds))
         too_high = sign * ((a * arrives).sum(-1, keepdim=True) - smaller) > 0
         low, high = torch.where(too_high, low, t), torch.where(too_high, t, high)
     t = (low + high) / 2
-    return torch.cat([t, torch.zeros_like(t)], -1).to(problem.b)
+    return torch.cat([t, torch.zeros_like(t)], -1).to(device, dtype)

@@ -1,0 +1,92 @@
+"""The costs of an atom that stands for the whole vocabulary: all tokens outside a head.
+
+Let w be uniform over the vocabulary. From a token to the atom it costs the mean E_w[C(token, ·)]
+(not the cost to the mean embedding, which is smaller by the spread of the vocabulary), and from the
+atom to itself the soft mean −ε·log E_w,w[exp(−C/ε)]: what its tokens have among themselves.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from otkd.costs.base import Cost, Side
+
+SAMPLED_TOKENS = 1024
+_EXACT_SIZE = 2048
+_BLOCK_PAIRS = 2**20
+
+
+def mean_cost_to_all(
+    cost: Cost, tokens: Tensor, sides: tuple[Side, Side], sizes: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """E_w[C(token, ·)] with w uniform over the second side, ``(batch, k) -> (batch, k)``.
+
+    In closed form where the cost has one; else over a seeded sample of 1024 tokens, or all of them
+    up to 2048. For a constant cost it is computed once for all tokens.
+    """
+    if cost.learns:
+        return _mean_to_all(cost, tokens, sides, sizes[1], dtype)
+    key = ("mean", sides, sizes, dtype, tokens.device)
+    if key not in cost.tail_constants:
+        with torch.no_grad():
+            every = torch.arange(sizes[0], device=tokens.device).unsqueeze(0)
+            blocks = every.split(_BLOCK_PAIRS // SAMPLED_TOKENS, -1)
+            means = [_mean_to_all(cost, block, sides, sizes[1], dtype) for block in blocks]
+        cost.tail_constants[key] = torch.cat(means, -1).squeeze(0)
+    return cost.tail_constants[key][tokens]
+
+
+def soft_mean_cost(
+    cost: Cost,
+    sides: tuple[Side, Side],
+    sizes: tuple[int, int],
+    epsilon: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """−ε·log E_w,w[exp(−C/ε)] with w uniform over each side, a scalar.
+
+    Over a seeded sample of 1024 tokens of each side, or all of them up to 2048; of a vocabulary
+    with itself, pairs of a token with itself have the weight they have in the whole, 1/V.
+    """
+    key = ("soft", sides, sizes, epsilon, dtype, device)
+    if cost.learns or key not in cost.tail_constants:
+        with torch.set_grad_enabled(cost.learns and torch.is_grad_enabled()):
+            value = _soft_mean(cost, sides, sizes, epsilon, dtype, device)
+        if cost.learns:
+            return value
+        cost.tail_constants[key] = value
+    return cost.tail_constants[key]
+
+
+def _mean_to_all(cost, tokens, sides, size, dtype) -> Tensor:
+    mean = cost.mean_to_all(tokens, sides, dtype)
+    if mean is not None:
+        return mean
+    others = _sample(size, tokens.device)
+    return cost.between(tokens, others.expand(len(tokens), -1), sides, dtype).mean(-1)
+
+
+def _soft_mean(cost, sides, sizes, epsilon, dtype, device) -> Tensor:
+    x, y = (_sample(size, device).unsqueeze(0) for size in sizes)
+    log_kernel = cost.between(x, y, sides, dtype).squeeze(0) / -epsilon
+    if not (cost.one_vocabulary or sides[0] == sides[1]):
+        return -epsilon * (log_kernel.logsumexp((0, 1)) - math.log(log_kernel.numel()))
+    size, sampled = sizes[0], x.shape[-1]
+    itself = torch.eye(sampled, dtype=torch.bool, device=device)
+    own = log_kernel.diagonal().logsumexp(0) - math.log(sampled * size)
+    if size == 1:
+        return -epsilon * own
+    others = log_kernel.masked_fill(itself, -torch.inf).logsumexp((0, 1))
+    share = math.log1p(-1 / size) - math.log(sampled * (sampled - 1))
+    return -epsilon * torch.logaddexp(own, others + share)
+
+
+def _sample(size: int, device: torch.device) -> Tensor:
+    if size <= _EXACT_SIZE:
+        return torch.arange(size, device=device)
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    return order[:SAMPLED_TOKENS].to(device)

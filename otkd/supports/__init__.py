@@ -1,0 +1,36 @@
+"""Which tokens take part in the transport of a position: the way from logits to the solver."""
+
+from __future__ import annotations
+
+import logging
+
+from otkd.supports.base import Positions, Support
+from otkd.supports.dense import LARGEST_DENSE, Dense
+from otkd.supports.topk import TopK
+
+__all__ = ["LARGEST_DENSE", "Dense", "Positions", "Support", "TopK", "as_support", "choose_support"]
+
+LARGEST_AUTOMATIC_DENSE = 2048
+"""Largest vocabulary for which ``"auto"`` chooses :class:`Dense`."""
+
+_logger = logging.getLogger("otkd")
+
+
+def as_support(support: str | Support) -> Support | None:
+    """The support meant by an object; None for ``"auto"``, which is chosen by the vocabulary.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(support, str) and support == "auto":
+        return None
+    if isinstance(support, Support):
+        return support
+    raise TypeError(f"support must be 'auto' or an object of otkd.supports, got {support!r}")
+
+
+def choose_support(n: int, m: int) -> Support:
+    """:class:`Dense` up to 2048 tokens, :class:`TopK` above; the choice is logged."""
+    support = Dense() if max(n, m) <= LARGEST_AUTOMATIC_DENSE else TopK(64)
+    _logger.info("support='auto' chose %r for %d×%d tokens", support, n, m)
+    return support

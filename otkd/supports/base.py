@@ -1,0 +1,89 @@
+"""What a support is: from the logits of the positions that count to their transport."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from otkd.checks import check_finite_rows
+from otkd.costs import Cost
+from otkd.ot.divergence import Options, Report
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The logits of the positions that count.
+
+    Attributes:
+        student: ``(positions, vocab)``, all of them.
+        teacher: ``(positions, teacher_vocab)``; a constant.
+        counted: indices of those that count, or None where all do.
+        temperature: divides the student's logits.
+        teacher_temperature: divides the teacher's.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    counted: Tensor | None
+    temperature: float
+    teacher_temperature: float
+
+    def __len__(self) -> int:
+        return len(self.student) if self.counted is None else len(self.counted)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision everything is computed in: float64 for float64 logits, else float32."""
+        return torch.float64 if self.student.dtype == torch.float64 else torch.float32
+
+    def blocks(self, size: int) -> Iterator[slice | Tensor]:
+        """What selects the rows that count, at most ``size`` at a time."""
+        if self.counted is not None:
+            yield from self.counted.split(size)
+        else:
+            for start in range(0, len(self.student), size):
+                yield slice(start, start + size)
+
+    def student_block(self, rows: slice | Tensor) -> Tensor:
+        """The student's logits over the temperature."""
+        return self.student[rows].to(self.dtype) / self.temperature
+
+    def teacher_block(self, rows: slice | Tensor) -> Tensor:
+        """The teacher's logits over its temperature."""
+        return self.teacher[rows].to(self.dtype) / self.teacher_temperature
+
+
+def check_softmax(name: str, normaliser: Tensor) -> None:
+    """Raise ``ValueError`` where the log-sum-exp of a row of logits is not finite."""
+    check_finite_rows(normaliser.detach(), f"{name} without a softmax")
+
+
+class Support(ABC):
+    """Which tokens take part in the transport of a position; a constant for the gradient.
+
+    Attributes:
+        backends: what can compute it beside torch.
+    """
+
+    backends: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
+        """Raise ``ValueError`` if this cost over n and m tokens cannot be handled so."""
+        cost.check_size(n, m)
+        backends = ("auto", "torch", *self.backends)
+        if options.backend not in backends:
+            raise ValueError(
+                f"{type(self).__name__} has the backends {', '.join(map(repr, backends))}, "
+                f"got {options.backend!r}"
+            )
+
+    @abstractmethod
+    def transport(
+        self, positions: Positions, cost: Cost, options: Options
+    ) -> tuple[Tensor, Report]:
+        """The divergence of every position that counts, ``(len(positions),)``, and a report."""
