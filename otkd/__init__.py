@@ -9,18 +9,20 @@ The same mathematics is in :mod:`otkd.functional` as plain functions of logits a
 :mod:`otkd.ot` as transport between probability vectors.
 """
 
-from otkd import costs, functional, losses, ot, signals, supports
+from otkd import alignment, costs, functional, losses, ot, signals, supports
 from otkd.losses import *  # noqa: F403
 from otkd.losses import __all__ as _loss_names
 from otkd.ot import ConvergenceWarning
-from otkd.signals import DenseSignal, TeacherSignal
+from otkd.signals import DenseSignal, TeacherSignal, TopKSignal
 from otkd.version import __version__
 
 __all__ = [
     "ConvergenceWarning",
     "DenseSignal",
     "TeacherSignal",
+    "TopKSignal",
     "__version__",
+    "alignment",
     "costs",
     "functional",
     "losses",

@@ -145,3 +145,99 @@ def embedding_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
                 square = ((u - v) ** 2).sum()
                 rows.append(square if metric == "sqeuclidean" else square.sqrt())
     return torch.stack(rows).reshape(len(x), len(y))
+
+
+def unbalanced_sinkhorn(a, b, cost, epsilon, rho, iterations=300):
+    """Unrolled: the dual value with marginals penalised by ρ·KL, and the plan."""
+    damping = rho / (rho + epsilon)
+    g = torch.zeros_like(b)
+    for _ in range(iterations):
+        f = damping * soft_minimum(g, b, cost, epsilon)
+        g = damping * soft_minimum(f, a, cost.mT, epsilon)
+    coupling = plan(f, g, a, b, cost, epsilon)
+    worth = (a * (1 - (-f / rho).exp())).sum(-1) + (b * (1 - (-g / rho).exp())).sum(-1)
+    surplus = coupling.sum((-2, -1)) - a.sum(-1) * b.sum(-1)
+    return rho * worth - epsilon * surplus, coupling
+
+
+def unbalanced_objective(coupling, a, b, cost, epsilon, rho):
+    """⟨P, C⟩ + ε·KL(P‖a⊗b) + ρ·KL(P1‖a) + ρ·KL(Pᵀ1‖b), each KL(x‖y) = Σ x·log(x/y) − x + y."""
+
+    def generalised_kl(x, y, dims):
+        logs = torch.where(x > 0, (x / y).log(), 0.0)
+        return (x * logs - x + y).sum(dims)
+
+    product = a.unsqueeze(-1) * b.unsqueeze(-2)
+    value = (coupling * cost).sum((-2, -1))
+    value = value + epsilon * generalised_kl(coupling, product, (-2, -1))
+    for sums, masses in ((coupling.sum(-1), a), (coupling.sum(-2), b)):
+        value = value + rho * generalised_kl(sums, masses, -1)
+    return value
+
+
+def unbalanced_divergence(a, b, costs, epsilon, rho, *, debias=True, iterations=300):
+    total = unbalanced_sinkhorn(a, b, costs[0], epsilon, rho, iterations)[0]
+    if not debias:
+        return total
+    for masses, cost in ((a, costs[1]), (b, costs[2])):
+        total = total - unbalanced_sinkhorn(masses, masses, cost, epsilon, rho, iterations)[0] / 2
+    return total + epsilon / 2 * (a.sum(-1) - b.sum(-1)) ** 2
+
+
+def heaviest(masses: Tensor, k: int) -> list[int]:
+    values = masses.tolist()
+    return sorted(range(len(values)), key=lambda i: -values[i])[:k]
+
+
+def atoms(masses: Tensor, head: list[int], tail: bool) -> Tensor:
+    """The masses of the tokens of the head, and last the sum of all others if there are any."""
+    parts = [masses[i] for i in head]
+    others = [masses[i] for i in range(len(masses)) if i not in head]
+    if tail and others:
+        parts.append(torch.stack(others).sum())
+    return torch.stack(parts)
+
+
+def atom_cost(cost, rows: list[int], columns: list[int], epsilon, tail: bool) -> Tensor:
+    """C of the heads; means to the tail, E_w[C]; between tails −ε·log E_ww[exp(−C/ε)]."""
+    n, m = cost.shape
+    row_tail, column_tail = tail and len(rows) < n, tail and len(columns) < m
+    soft = -epsilon * (cost / -epsilon).exp().mean().log()
+    matrix = []
+    for i in rows:
+        line = [cost[i, j] for j in columns]
+        matrix.append(line + [sum(cost[i, j] for j in range(m)) / m] * column_tail)
+    if row_tail:
+        line = [sum(cost[i, j] for i in range(n)) / n for j in columns]
+        matrix.append(line + [soft] * column_tail)
+    return torch.stack([torch.stack(line) for line in matrix])
+
+
+def topk_divergence(
+    q, p, costs, k, epsilon, *, shared=True, tail=True, rho=None, sharp=False, debias=True,
+    iterations=200,
+):  # fmt: skip
+    """Transport between the atoms of every position, ``(N, n)`` and ``(N, m)`` to ``(N,)``."""
+    values = []
+    for one_q, one_p in zip(q, p, strict=True):
+        head_q, head_p = heaviest(one_q, k), heaviest(one_p, k)
+        if shared:
+            head_q = head_p = sorted({*head_q, *head_p})
+        a, b = atoms(one_q, head_q, tail), atoms(one_p, head_p, tail)
+        sides = ((head_q, head_p), (head_q, head_q), (head_p, head_p))
+        reduced = [
+            atom_cost(cost, *heads, epsilon, tail)
+            for cost, heads in zip(costs, sides, strict=False)
+        ]
+        if rho is not None:
+            value = unbalanced_divergence(
+                a, b, reduced, epsilon, rho, debias=debias, iterations=iterations
+            )
+        else:
+            if not tail:
+                a, b = a / a.sum(), b / b.sum()
+            value = divergence(
+                a, b, reduced, epsilon, sharp=sharp, debias=debias, iterations=iterations
+            )
+        values.append(value)
+    return torch.stack(values)

@@ -56,6 +56,13 @@ for shape in ((), (3,), (2, 3)):
             assert F.batch_sinkhorn_distance(x, y, **options).shape == shape[:-1]
         called.add("batch_sinkhorn_distance")
 assert called == set(F.__all__), set(F.__all__) - called
+from otkd import alignment
+narrow, wide_rows = torch.randn(22, 3), torch.randn(25, 5)
+ids = torch.arange(20)
+for student in (narrow, narrow.bfloat16(), narrow.double()):
+    mapped, found = alignment.align_embeddings(student, wide_rows, anchors=(ids, ids))
+    assert mapped.shape == found.apply(student).shape == (22, 5)
+    assert alignment.aligned_cost(student, wide_rows, anchors=(ids, ids))(22, 25).shape == (22, 25)
 for broken in (
     lambda: F.sinkhorn_divergence(x, y[:1], cost=matrix),
     lambda: ot.sinkhorn(a, b, matrix.long()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +31,7 @@ class Cost(nn.Module, ABC):
 
     def __init__(self):
         super().__init__()
-        self.tail_constants: dict[tuple, Tensor] = {}  # see otkd.costs.tails
+        self.tail_constants: dict[tuple, Any] = {}  # see otkd.costs.tails
 
     @property
     def bridges_vocabularies(self) -> bool:
@@ -59,6 +59,9 @@ class Cost(nn.Module, ABC):
     ) -> Float[Tensor, "batch k"] | None:
         """The uniform mean cost to the tokens of the second side; None without a closed form."""
         return None
+
+    def check_within(self) -> None:
+        """Raise ``ValueError`` if it says no costs within a side, as debiasing needs them."""
 
     @property
     def learns(self) -> bool:

@@ -7,10 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from otkd.checks import check_choice
-from otkd.costs.base import Cost, CostMatrices, hold, same_for_all
+from otkd.costs.base import Cost, CostMatrices, Side, hold, same_for_all
 
 METRICS = ("sqeuclidean", "euclidean", "cosine")
 _SAMPLED_PAIRS = 2**20
+_FAR = 10.0
 
 
 class EmbeddingCost(Cost):
@@ -39,7 +40,7 @@ class EmbeddingCost(Cost):
 
     source: Tensor
     target: Tensor | None
-    centre: Tensor
+    centre: Tensor | None
 
     def __init__(
         self,
@@ -64,13 +65,13 @@ class EmbeddingCost(Cost):
                 )
         hold(self, "source", source, learnable)
         hold(self, "target", target, learnable)
-        # Squared distances do not see it, but their rounding does.
-        hold(self, "centre", source.detach().double().mean(0).to(source.dtype), learnable=False)
+        hold(self, "centre", _needed_centre(source), learnable=False)
         self.shape = (source.shape[0], (source if target is None else target).shape[0])
         self.scale = self._mean_cost() if normalize == "mean" else 1.0
         if not self.scale > 0:
             raise ValueError("all tokens have the same embedding: every cost would be 0")
         self._cached: dict[tuple, CostMatrices] = {}
+        self._constant_moments: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`. Constant matrices are computed once per device and dtype."""
@@ -80,14 +81,14 @@ class EmbeddingCost(Cost):
             return self._cached[key]
         source = self.source.to(device, dtype)
         if self.target is None:
-            result = same_for_all(self._self_distance(source) / self.scale, self_terms)
+            result = same_for_all(self._self_distance(source), self_terms)
         else:
             target = self.target.to(device, dtype)
-            cross = self._distance(source, target) / self.scale
+            cross = self._distance(source, target)
             result = CostMatrices(cross)
             if self_terms:
-                source_cost = self._self_distance(source) / self.scale
-                target_cost = self._self_distance(target) / self.scale
+                source_cost = self._self_distance(source)
+                target_cost = self._self_distance(target)
                 result = CostMatrices(cross, source_cost, target_cost)
         if not self.learnable:
             self._cached = {key: result}
@@ -95,12 +96,14 @@ class EmbeddingCost(Cost):
 
     def between(self, x, y, sides, dtype):
         """See :class:`Cost`."""
-        rows = nn.functional.embedding(x, self._side(sides[0])).to(dtype)
-        columns = rows
-        if x is not y or sides[0] != sides[1]:
-            columns = nn.functional.embedding(y, self._side(sides[1])).to(dtype)
-        distance = self._distance(rows, columns) / self.scale
-        if self.target is None or sides[0] == sides[1]:  # exactly 0 between a token and itself
+        x_side, y_side = self._side(sides[0]), self._side(sides[1])
+        one_set = x is y and x_side is y_side
+        rows = nn.functional.embedding(x, x_side).to(dtype)
+        columns = rows if one_set else nn.functional.embedding(y, y_side).to(dtype)
+        distance = self._distance(rows, columns)
+        if one_set and not self.learnable:  # exactly 0 between a token and itself
+            distance.diagonal(dim1=-2, dim2=-1).zero_()
+        elif x_side is y_side:
             distance = distance.masked_fill(x.unsqueeze(-1) == y.unsqueeze(-2), 0.0)
         return distance
 
@@ -109,13 +112,11 @@ class EmbeddingCost(Cost):
         if self.metric == "euclidean":
             return None
         x = nn.functional.embedding(tokens, self._side(sides[0])).to(dtype)
-        y = self._side(sides[1]).to(dtype)
-        if self.metric == "cosine":
-            x, y = nn.functional.normalize(x, dim=-1), nn.functional.normalize(y, dim=-1)
-            return (1 - x @ y.mean(0)) / self.scale
-        mean = y.mean(0)
-        spread = (y - mean).square().sum(-1).mean()
-        return ((x - mean).square().sum(-1) + spread) / self.scale
+        with torch.autocast(x.device.type, enabled=False):
+            mean, spread = self._moments(sides[1], dtype)
+            if self.metric == "cosine":
+                return (1 - nn.functional.normalize(x, dim=-1) @ mean) / self.scale
+            return ((x - mean).square().sum(-1) + spread) / self.scale
 
     @property
     def learns(self) -> bool:
@@ -127,23 +128,58 @@ class EmbeddingCost(Cost):
         """Whether no target was given."""
         return self.target is None
 
+    def _moments(self, side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the vectors (directions) of a side; those of constants once."""
+        y = self._side(side)
+        key = (side, dtype, y.device)
+        if key in self._constant_moments:
+            return self._constant_moments[key]
+        y = y.to(dtype)
+        if self.metric == "cosine":
+            # A product in place of normalised copies: as large as the embedding, with autograd.
+            mean = (1 / y.norm(dim=-1)) @ y / len(y)
+            moments = mean, 1 - mean.square().sum()
+        else:
+            variance, mean = torch.var_mean(y, 0, correction=0)
+            moments = mean, variance.sum()
+        if not self.learnable:
+            self._constant_moments[key] = moments
+        return moments
+
     def _side(self, side: str) -> Tensor:
         return self.source if side == "source" or self.target is None else self.target
 
-    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+    def coordinates(self, side: Side, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The tokens of one side as :meth:`distance` takes them, ``(V, d)``."""
+        return self._placed(self._side(side).to(device, dtype))
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """The cost between two sets of :meth:`coordinates`, ``(..., k, d), (..., l, d)``."""
         with torch.autocast(x.device.type, enabled=False):
             return self._full_precision_distance(x, y)
 
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        placed = self._placed(x)
+        return self.distance(placed, placed if x is y else self._placed(y))
+
+    def _placed(self, x: Tensor) -> Tensor:
+        if self.metric == "cosine":
+            return nn.functional.normalize(x, dim=-1)
+        if self.metric == "sqeuclidean" and self.centre is not None:
+            return x - self.centre.to(x)
+        return x
+
     def _full_precision_distance(self, x: Tensor, y: Tensor) -> Tensor:
         if self.metric == "euclidean":
-            return torch.cdist(x, y)
+            return torch.cdist(x, y) / self.scale
         if self.metric == "cosine":
-            x, y = nn.functional.normalize(x, dim=-1), nn.functional.normalize(y, dim=-1)
-            return (1 - x @ y.mT).clamp(min=0)
-        centre = self.centre.to(x)
-        x, y = x - centre, y - centre
-        squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
-        return torch.sub(squares, x @ y.mT, alpha=2).clamp(min=0)
+            return (x @ y.mT).neg_().add_(1).clamp_(min=0).div_(self.scale)
+        x_squares = x.square().sum(-1)
+        y_squares = x_squares if y is x else y.square().sum(-1)
+        squares = x_squares.unsqueeze(-1) + y_squares.unsqueeze(-2)
+        product = torch.addmm if x.ndim == 2 else torch.baddbmm
+        distance = product(squares, x, y.mT, beta=1 / self.scale, alpha=-2 / self.scale)
+        return distance.clamp_(min=0)
 
     def _self_distance(self, x: Tensor) -> Tensor:
         distance = self._distance(x, x)
@@ -173,6 +209,15 @@ class EmbeddingCost(Cost):
     def extra_repr(self) -> str:
         """The settings."""
         return f"{self.shape}, metric={self.metric!r}, scale={self.scale:.4g}"
+
+
+@torch.no_grad()
+def _needed_centre(points: Tensor) -> Tensor | None:
+    """Squared distances do not see the centre, but where it is far off their rounding does."""
+    points = points.double()
+    centre = points.mean(0)
+    spread = (points - centre).square().sum(-1).mean()
+    return centre.float() if centre.square().sum() > _FAR * spread else None
 
 
 def _check_embedding(name: str, embedding: Tensor, metric: str) -> None:

@@ -91,13 +91,20 @@ class MatrixCost(Cost):
         if learnable is None:
             learnable = isinstance(matrix, nn.Parameter)
         hold(self, "matrix", matrix, learnable)
+        self._checked_within = False
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`."""
         self.check_size(n, m)
         if self_terms:
-            check_self_cost(self.matrix)
+            self.check_within()
         return same_for_all(self.matrix.to(device, dtype), self_terms)
+
+    def check_within(self) -> None:
+        """See :class:`Cost`; of a constant, once."""
+        if not self._checked_within:
+            check_self_cost(self.matrix)
+            self._checked_within = not self.learns
 
     def between(self, x, y, sides, dtype):
         """See :class:`Cost`."""
@@ -137,6 +144,10 @@ class PowerCost(Cost):
     def between(self, x, y, sides, dtype):
         """See :class:`Cost`."""
         return self.base.between(x, y, sides, dtype) ** self.p
+
+    def check_within(self) -> None:
+        """See :class:`Cost`."""
+        self.base.check_within()
 
     @property
     def learns(self) -> bool:

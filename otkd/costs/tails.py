@@ -28,7 +28,8 @@ def mean_cost_to_all(
     up to 2048. For a constant cost it is computed once for all tokens.
     """
     if cost.learns:
-        return _mean_to_all(cost, tokens, sides, sizes[1], dtype)
+        every, places = tokens.unique(return_inverse=True)  # positions share most of their tokens
+        return _mean_to_all(cost, every.unsqueeze(0), sides, sizes[1], dtype).squeeze(0)[places]
     key = ("mean", sides, sizes, dtype, tokens.device)
     if key not in cost.tail_constants:
         with torch.no_grad():

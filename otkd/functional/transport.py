@@ -13,6 +13,7 @@ from otkd.costs import Cost, MatrixCost
 from otkd.functional.rowwise import compute_dtype
 from otkd.ot.divergence import Options, Report
 from otkd.ot.exact import exact_transport
+from otkd.signals import TopKSignal
 from otkd.supports import Positions, Support, as_support, choose_support
 
 
@@ -81,8 +82,48 @@ def sinkhorn_with_report(
     temperature: float,
     teacher_temperature: float | None,
     mask: Tensor | None,
+    stored: TopKSignal | None = None,
 ) -> tuple[Tensor, Report | None]:
-    """:func:`sinkhorn_divergence` and what its solver did (None without a counted position)."""
+    """:func:`sinkhorn_divergence` and what its solver did (None without a counted position).
+
+    Arguments as :func:`transport_positions` takes them.
+    """
+    positions, support = transport_positions(
+        student_logits,
+        teacher_logits,
+        cost=cost,
+        support=support,
+        options=options,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        mask=mask,
+        stored=stored,
+    )
+    batch_shape = student_logits.shape[:-1]
+    values, report = positions.student[:0].sum(-1).to(positions.dtype), None
+    if len(positions):
+        values, report = support.transport(positions, cost, options)
+    if positions.counted is not None:
+        values = values.new_zeros(batch_shape.numel()).index_copy(0, positions.counted, values)
+    return values.reshape(batch_shape), report
+
+
+def transport_positions(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    cost: Cost,
+    support: Support | None,
+    options: Options,
+    temperature: float,
+    teacher_temperature: float | None,
+    mask: Tensor | None,
+    stored: TopKSignal | None = None,
+) -> tuple[Positions, Support]:
+    """The positions of :func:`sinkhorn_divergence` and the support that transports them, checked.
+
+    Where the support reads a ``stored`` teacher, ``teacher_logits`` have its shape alone.
+    """
     check_logits(student_logits, teacher_logits, same_vocabulary=False)
     if teacher_temperature is None:
         teacher_temperature = temperature
@@ -90,22 +131,25 @@ def sinkhorn_with_report(
     batch_shape = student_logits.shape[:-1]
     check_positions("mask", mask, batch_shape)
     n, m = student_logits.shape[-1], teacher_logits.shape[-1]
-    positions = Positions(
-        student_logits.reshape(-1, n),
-        teacher_logits.detach().reshape(-1, m),
-        None if mask is None else mask.reshape(-1).nonzero().squeeze(-1),
-        temperature,
-        teacher_temperature,
-    )
     if support is None:
         support = choose_support(n, m)
     support.check(cost, n, m, options)
-    values, report = positions.student[:0].sum(-1).to(positions.dtype), None
-    if len(positions):
-        values, report = support.transport(positions, cost, options)
-    if positions.counted is not None:
-        values = values.new_zeros(batch_shape.numel()).index_copy(0, positions.counted, values)
-    return values.reshape(batch_shape), report
+    counted = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
+    if stored is not None and support.reads_stored:
+        stored.check_vocabulary(m)
+        stored = stored.flatten()
+        (stored if counted is None else stored[counted]).validate()
+    elif stored is not None:
+        teacher_logits, stored = stored.logits()[..., :m], None
+    positions = Positions(
+        student_logits.reshape(-1, n),
+        teacher_logits.detach().reshape(-1, m),
+        counted,
+        temperature,
+        teacher_temperature,
+        stored,
+    )
+    return positions, support
 
 
 def wasserstein_distance(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from otkd.signals import DenseSignal, TeacherSignal
+from otkd.signals import DenseSignal, TeacherSignal, TopKSignal
 
 TEACHER_KEY = "teacher_logits"
 
@@ -110,15 +110,17 @@ def _refuse_left_padding(attention_mask: Any, rows: Sequence[Any]) -> None:
             )
 
 
-def fit_length(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+def fit_length(teacher_logits: Tensor | TopKSignal, student_logits: Tensor) -> Tensor | TopKSignal:
     """Crop token-level teacher logits to the student's length, or pad them with NaN.
 
     Stored logits have the length of the longest example or of the teacher's own padding, a batch
     that of its longest example.
     """
-    if teacher_logits.ndim != 3 or student_logits.ndim != 3:
+    if len(teacher_logits.shape) != 3 or student_logits.ndim != 3:
         return teacher_logits
     length = student_logits.shape[1]
+    if isinstance(teacher_logits, TopKSignal):
+        return teacher_logits.with_length(length)
     missing = length - teacher_logits.shape[1]
     if missing > 0:
         return torch.nn.functional.pad(teacher_logits, (0, 0, 0, missing), value=float("nan"))

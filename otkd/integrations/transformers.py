@@ -27,7 +27,7 @@ from otkd.integrations.stored import (
     with_eval_teacher,
 )
 from otkd.reductions import IGNORE_INDEX
-from otkd.signals import TeacherSignal, teacher_logits_of
+from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -210,9 +210,12 @@ class DistillationTrainer(Trainer):
             loss = loss * self._record(num_items_in_batch)
         return (loss, {"logits": predictions}) if return_outputs else loss
 
-    def _teacher_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    def _teacher_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         if TEACHER_KEY in inputs:
-            return {"logits": teacher_logits_of(inputs[TEACHER_KEY], self.args.device)}
+            stored = inputs[TEACHER_KEY]
+            if isinstance(stored, TopKSignal) and getattr(self.loss, "reads_stored", False):
+                return {"logits": stored.to(self.args.device)}
+            return {"logits": teacher_logits_of(stored, self.args.device)}
         if self.teacher is None:
             return None
         self.teacher.eval()

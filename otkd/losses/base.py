@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from otkd.checks import check_choice, check_logits, check_one_logits, check_positive
 from otkd.reductions import REDUCTIONS, counted_positions, reduce_positions
-from otkd.signals import TeacherSignal, teacher_logits_of
+from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class Batch:
         labels: ``(*batch,)``; given where the loss needs them.
         student_features: ``(*batch, width)`` or None.
         teacher_features: ``(*batch, teacher_width)`` or None.
+        stored: the teacher as it is stored, for losses that read it so; then ``teacher_logits`` are
+            NaN, of its shape.
     """
 
     student_logits: Tensor
@@ -32,6 +36,7 @@ class Batch:
     labels: Tensor
     student_features: Tensor | None = None
     teacher_features: Tensor | None = None
+    stored: TopKSignal | None = None
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -46,7 +51,9 @@ class DistillationLoss(nn.Module, ABC):
             logit gradient falls as 1/T² and False for the others.
         reduction: ``"mean"``, ``"sum"``, ``"none"`` or ``"sequence_mean"``; see
             :func:`otkd.reductions.reduce_positions`.
-        vocab_size: number of real tokens where the logits are padded; both are sliced there.
+        vocab_size: number of real tokens where the logits are padded; both are sliced there. A pair
+            ``(student, teacher)`` where the cost bridges two vocabularies. What the padding holds
+            is never read, and its gradient is 0.
 
     Attributes:
         last_report: what the solver did in the last call; None for losses without a solver.
@@ -55,6 +62,7 @@ class DistillationLoss(nn.Module, ABC):
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    reads_stored: ClassVar[bool] = False
     rescales_by_default: ClassVar[bool] = True
 
     def __init__(
@@ -64,14 +72,14 @@ class DistillationLoss(nn.Module, ABC):
         teacher_temperature: float | None = None,
         rescale_t2: bool | None = None,
         reduction: str = "mean",
-        vocab_size: int | None = None,
+        vocab_size: int | tuple[int, int] | None = None,
     ):
         super().__init__()
         check_positive(temperature=temperature)
         if teacher_temperature is not None:
             check_positive(teacher_temperature=teacher_temperature)
-        if vocab_size is not None and vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {vocab_size!r}")
+        if vocab_size is not None:
+            as_pair(vocab_size)
         check_choice("reduction", reduction, REDUCTIONS)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
@@ -144,16 +152,25 @@ class DistillationLoss(nn.Module, ABC):
             raise ValueError(f"{name} has a hard-label term: pass labels=")
         if self.needs_features and (student_features is None or teacher_features is None):
             raise ValueError(f"{name} needs student_features= and teacher_features=")
-        teacher = None
+        teacher = stored = None
         if self.needs_teacher:
             if teacher_logits is None:
                 raise ValueError(f"{name} needs teacher_logits: a tensor or a stored TeacherSignal")
-            teacher = teacher_logits_of(teacher_logits, student_logits.device)
+            if isinstance(teacher_logits, TopKSignal):
+                teacher_logits.check_temperature(self.teacher_temperature or self.temperature)
+                if self.reads_stored:
+                    stored = teacher_logits.to(student_logits.device)
+            if stored is None:
+                teacher = teacher_logits_of(teacher_logits, student_logits.device)
+            else:
+                teacher = stored.without_logits()
             sliced = self.vocab_size is not None
             same_vocabulary = not (sliced or self.bridges_vocabularies)
             check_logits(student_logits, teacher, same_vocabulary=same_vocabulary)
-            teacher = self._slice(teacher)
-        student = self._slice(student_logits)
+            teacher = self._slice(teacher, 1)
+        student = self._slice(student_logits, 0)
+        if teacher is not None and not self.bridges_vocabularies:
+            self._check_one_vocabulary(student.shape[-1], teacher.shape[-1])
         return Batch(
             student,
             teacher,  # pyright: ignore[reportArgumentType]  (checked above where needed)
@@ -161,17 +178,44 @@ class DistillationLoss(nn.Module, ABC):
             labels,  # pyright: ignore[reportArgumentType]
             student_features,
             teacher_features,
+            stored,
         )
 
-    def _slice(self, logits: Tensor) -> Tensor:
+    def _slice(self, logits: Tensor, side: int) -> Tensor:
         if self.vocab_size is None:
             return logits
-        if logits.shape[-1] < self.vocab_size:
+        size = as_pair(self.vocab_size)[side]
+        if logits.shape[-1] < size:
             raise ValueError(
-                f"vocab_size={self.vocab_size} is more than the {logits.shape[-1]} logits given"
+                f"vocab_size={self.vocab_size} is more than the {logits.shape[-1]} logits given by "
+                f"the {('student', 'teacher')[side]}"
             )
-        return logits[..., : self.vocab_size]
+        return logits[..., :size]
+
+    def _check_one_vocabulary(self, student: int, teacher: int) -> None:
+        if student != teacher:
+            raise ValueError(
+                f"vocab_size={self.vocab_size} leaves the student {student} tokens and the teacher "
+                f"{teacher}, but this {type(self).__name__} needs one vocabulary: use a loss that "
+                "bridges two, SinkhornLoss with EmbeddingCost(student_embedding, "
+                "teacher_embedding), or UniversalLogitLoss"
+            )
 
     def extra_repr(self) -> str:
         """The common settings."""
         return f"temperature={self.temperature}, reduction={self.reduction!r}"
+
+
+def as_pair(vocab_size: int | tuple[int, int]) -> tuple[int, int]:
+    """The number of real tokens of student and teacher.
+
+    Raises:
+        ValueError: if it is neither a whole number of at least 1 nor a pair of them.
+    """
+    sizes = vocab_size if isinstance(vocab_size, Sequence) else (vocab_size, vocab_size)
+    if len(sizes) == 2 and all(isinstance(size, Integral) and size >= 1 for size in sizes):
+        return sizes[0], sizes[1]
+    raise ValueError(
+        "vocab_size must be at least 1: a whole number, or two (student, teacher), got "
+        f"{vocab_size!r}"
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +12,9 @@ from otkd.checks import check_choice, check_positive
 from otkd.costs import Cost, DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost
 from otkd.functional.transport import sinkhorn_with_report, wasserstein_distance
 from otkd.losses.base import Batch, DistillationLoss
+from otkd.losses.explain import Explanation, explain_position
 from otkd.ot.divergence import Options
+from otkd.signals import TeacherSignal
 from otkd.supports import Support, as_support
 
 COSTS = ("embedding", "discrete", "ordinal")
@@ -85,6 +89,7 @@ class SinkhornLoss(DistillationLoss):
     Divergences".
     """
 
+    reads_stored = True
     rescales_by_default = False
 
     def __init__(
@@ -131,8 +136,40 @@ class SinkhornLoss(DistillationLoss):
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
             mask=batch.counted,
+            stored=batch.stored,
         )
         return values
+
+    def explain(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | TeacherSignal,
+        tokenizer: Any = None,
+        position: int | Sequence[int] = 0,
+        *,
+        top: int | None = 20,
+    ) -> Explanation:
+        """Which mass of the student's goes where at one position: the plan of OT_ε(q, p).
+
+        Args:
+            student_logits: as for a call.
+            teacher_logits: as for a call.
+            tokenizer: names the tokens by its ``convert_ids_to_tokens``; a pair (student's,
+                teacher's) where the cost bridges two vocabularies. None leaves their numbers.
+            position: an index into the batch of positions: a whole number into it flattened, or one
+                for each of its dimensions.
+            top: how many of the heaviest moves to keep; None for all.
+
+        Returns:
+            An :class:`~otkd.losses.explain.Explanation`; printed, a table.
+
+        Raises:
+            IndexError: if there is no such position.
+            TypeError, ValueError: for input that a call refuses, a tokenizer that is none, or a
+                support that does not hold a plan.
+        """
+        batch = self._prepare(student_logits, teacher_logits, None, None, None, None)
+        return explain_position(self, batch, tokenizer, position, top)
 
     def extra_repr(self) -> str:
         """The settings of the transport and the common ones."""

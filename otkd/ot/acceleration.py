@@ -34,7 +34,7 @@ class Anderson:
         self._root = weights.sqrt()
         self._images = weights.new_zeros(problems, DEPTH, size)  # differences of images
         self._residuals = weights.new_zeros(problems, DEPTH, size)  # and of weighted residuals
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # image, residual, usable
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # image, residual, failed
         self._best_error = weights.new_full((problems,), torch.inf)
         self._best_image = torch.zeros_like(weights)
         self._wait = weights.new_zeros(problems)
@@ -51,19 +51,20 @@ class Anderson:
         # The error may stay the same for long while the point moves: later is better.
         better = error <= _AS_GOOD * self._best_error
         failed = ~(error <= _GROWTH * self._best_error)  # NaN is a failure, too
-        self._best_error = torch.minimum(self._best_error, error.nan_to_num(nan=torch.inf))
+        self._best_error = torch.fmin(self._best_error, error)
         self._best_image = torch.where(better.unsqueeze(-1), image, self._best_image)
-        residual = (image - point) * self._root
+        residual = torch.sub(image, point).mul_(self._root)
         self._remember(image, residual, failed)
-        self._failures = self._failures + failed
-        pause = torch.exp2(self._failures - 1).clamp_(max=_LONGEST_WAIT)
-        self._wait = torch.where(failed, pause, (self._wait - 1).clamp(min=0))
         self._steps += 1
         if self._steps <= _PLAIN_STEPS:
             return image
         combined = image - (self._coefficients(residual) @ self._images).squeeze(-2)
-        plain = (self._wait > 0).unsqueeze(-1)
-        following = torch.where(plain, image, combined)
+        if not bool(failed.any() | (self._wait > 0).any()):
+            return combined
+        self._failures = self._failures + failed
+        pause = torch.exp2(self._failures - 1).clamp_(max=_LONGEST_WAIT)
+        self._wait = torch.where(failed, pause, (self._wait - 1).clamp(min=0))
+        following = torch.where((self._wait > 0).unsqueeze(-1), image, combined)
         return torch.where(failed.unsqueeze(-1), self._best_image, following)
 
     def keep(self, rows: Tensor) -> None:
@@ -72,20 +73,22 @@ class Anderson:
             setattr(self, name, getattr(self, name)[rows])
         self._wait, self._failures = self._wait[rows], self._failures[rows]
         if self._last is not None:
-            image, residual, usable = self._last
-            self._last = image[rows], residual[rows], usable[rows]
+            image, residual, failed = self._last
+            self._last = image[rows], residual[rows], failed[rows]
 
     def _remember(self, image: Tensor, residual: Tensor, failed: Tensor) -> None:
-        forgets = failed.reshape(-1, 1, 1)
         if self._last is not None:
-            last_image, last_residual, usable = self._last
-            usable = (usable & ~failed).unsqueeze(-1)
+            last_image, last_residual, last_failed = self._last
             slot = self._steps % DEPTH
-            self._images[:, slot] = torch.where(usable, image - last_image, 0)
-            self._residuals[:, slot] = torch.where(usable, residual - last_residual, 0)
-            self._images.masked_fill_(forgets, 0)
-            self._residuals.masked_fill_(forgets, 0)
-        self._last = image, residual, ~failed
+            torch.sub(image, last_image, out=self._images[:, slot])
+            torch.sub(residual, last_residual, out=self._residuals[:, slot])
+            restarted = failed | last_failed
+            if restarted.any():  # the way to a failure and back from it says nothing
+                self._images[:, slot].masked_fill_(restarted.unsqueeze(-1), 0)
+                self._residuals[:, slot].masked_fill_(restarted.unsqueeze(-1), 0)
+                self._images.masked_fill_(failed.reshape(-1, 1, 1), 0)
+                self._residuals.masked_fill_(failed.reshape(-1, 1, 1), 0)
+        self._last = image, residual, failed
 
     def _coefficients(self, residual: Tensor) -> Tensor:
         gram = (self._residuals @ self._residuals.mT).double()

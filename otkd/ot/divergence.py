@@ -124,12 +124,17 @@ class DivergenceSolution:
         )
 
 
-def solve_transport(problem: Problem, options: Options, kernel: Kernel | None = None) -> Transport:
-    """Solve one batch of problems and attach the gradient of its value."""
+def solve_transport(
+    problem: Problem,
+    options: Options,
+    kernel: Kernel | None = None,
+    start: Tensor | None = None,
+) -> Transport:
+    """Solve one batch of problems, from a guess of g, and attach the gradient of its value."""
     limits = {"tolerance": options.tolerance, "max_iterations": options.max_iterations}
     fixed = problem.detached()
     kernel = fixed.kernel() if kernel is None else kernel
-    potentials = solve_potentials(fixed, kernel, **limits)
+    potentials = solve_potentials(fixed, kernel, start=start, **limits)
     if not potentials.converged:
         warn_not_converged(potentials.iterations, potentials.marginal_error, options.tolerance)
     if options.value == "dual":
@@ -140,31 +145,47 @@ def solve_transport(problem: Problem, options: Options, kernel: Kernel | None = 
 
 
 def solve_divergence(
-    a: Tensor, b: Tensor, cost: CostMatrices, options: Options
+    a: Tensor,
+    b: Tensor,
+    cost: CostMatrices,
+    options: Options,
+    *,
+    target_value: Tensor | None = None,
 ) -> DivergenceSolution:
-    """OT_ε(a, b), or with ``options.debias`` OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b)."""
-    a, b, cross, batch = flatten_problem(a, b, cost.cross)
-    problems = [Problem(a, b, cross, options.epsilon, penalty=options.penalty)]
-    if options.debias:
-        if cost.source is None or cost.target is None:
-            raise ValueError("a debiased divergence needs the cost within each side")
-        for masses, self_cost in ((a, cost.source), (b, cost.target)):
-            _, _, self_cost, _ = flatten_problem(masses, masses, self_cost, batch)
-            within = Problem(masses, masses, self_cost, options.epsilon, True, options.penalty)
-            problems.append(within)
+    """OT_ε(a, b), or with ``options.debias`` OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b).
+
+    ``target_value`` is OT_ε(b, b) where it is known, ``(*batch,)``.
+    """
+    a, b, cross_cost, batch = flatten_problem(a, b, cost.cross)
+    within: list[tuple[Problem, Transport]] = []
+    kernels: dict[int, Kernel] = {}  # one vocabulary: the three costs are one, and so their kernels
+    start = None
     with torch.autocast(a.device.type, enabled=False):
-        transports = [solve_transport(problems[0], options)]
-        for problem, self_cost in zip(problems[1:], cost[1:], strict=False):
-            # One vocabulary: the three costs are one, and so are their kernels.
-            kernel = transports[0].kernel if self_cost is cost.cross else None
-            transports.append(solve_transport(problem, options, kernel))
-    value = transports[0].value
-    for self_term in transports[1:]:
+        if options.debias:
+            for masses, self_cost in ((a, cost.source), (b, cost.target)):
+                if self_cost is None:
+                    raise ValueError("a debiased divergence needs the cost within each side")
+                if masses is b and target_value is not None:
+                    continue
+                _, _, matrix, _ = flatten_problem(masses, masses, self_cost, batch)
+                problem = Problem(masses, masses, matrix, options.epsilon, True, options.penalty)
+                transport = solve_transport(problem, options, kernels.get(id(self_cost)))
+                kernels[id(self_cost)] = transport.kernel
+                within.append((problem, transport))
+                # Near a = b, where a good student is, the potentials of (b, b) are those of (a, b).
+                start = transport.potentials.f if masses is b else None
+        problem = Problem(a, b, cross_cost, options.epsilon, penalty=options.penalty)
+        transport = solve_transport(problem, options, kernels.get(id(cost.cross)), start)
+    parts = ((problem, transport), *within)
+    value = transport.value
+    for _, self_term in within:
         value = value - self_term.value / 2
+    if options.debias and target_value is not None:
+        value = value - target_value.reshape(-1) / 2
     if options.debias and options.unbalanced is not None:
         # Séjourné et al. (2019), "Sinkhorn Divergences for Unbalanced Optimal Transport".
         value = value + options.epsilon / 2 * (a.sum(-1) - b.sum(-1)).square()
-    potentials = [transport.potentials for transport in transports]
+    potentials = [transport.potentials for _, transport in parts]
     errors = [p.marginal_error.max() for p in potentials if p.marginal_error.numel()]
     return DivergenceSolution(
         value=value.reshape(batch),
@@ -173,7 +194,7 @@ def solve_divergence(
             marginal_error=torch.stack(errors).max() if errors else a.detach().new_zeros(()),
             converged=all(p.converged for p in potentials),
         ),
-        parts=tuple(zip(problems, transports, strict=True)),
+        parts=parts,
     )
 
 

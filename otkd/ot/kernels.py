@@ -11,16 +11,17 @@ E_ij = exp((f_i + g_j − C_ij)/ε) the density of the plan against a⊗b:
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # exp(−60) keeps products with masses far above the subnormal numbers, which are slow and inexact.
 _LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
 # A weight this far below the largest may count where the kernel is larger by as much as above; what
 # is lost is the difference of the two, exp(−20) of a sum.
-_SMALLEST_LOG_WEIGHT = {torch.float32: -80.0, torch.float64: -350.0}
+_SMALLEST_WEIGHT = {torch.float32: math.exp(-80), torch.float64: math.exp(-350)}
 _LOG_DOMAIN_BLOCK = 2**22
 # A density is at most 1/mass, but without bound between two points that have none: 0·inf is NaN.
 _LARGEST_LOG_DENSITY = {torch.float32: 80.0, torch.float64: 700.0}
@@ -67,7 +68,7 @@ class ProductKernel(Kernel):
 
     def __init__(self, cost: Tensor, epsilon: float, kernel: Tensor | None = None):
         super().__init__(cost, epsilon)
-        self.kernel = torch.exp(cost / -epsilon) if kernel is None else kernel
+        self.kernel = (cost * (-1 / epsilon)).exp_() if kernel is None else kernel
 
     @property
     def transposed(self) -> ProductKernel:
@@ -82,17 +83,17 @@ class ProductKernel(Kernel):
 
     def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
         """See :class:`Kernel`."""
-        weights, shift = self._weights(log_b + g / self.epsilon)
-        return -self.epsilon * (_apply(self.kernel, weights).log_() + shift)
+        weights, shift = self._weights(log_b, g)
+        return _apply(self.kernel, weights).log_().add_(shift).mul_(-self.epsilon)
 
     def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
         """See :class:`Kernel`."""
-        weights, shift = self._weights(b.log() + g / self.epsilon)
+        weights, shift = self._weights(b.log(), g)
         return _apply(self.kernel, weights * y) * (f / self.epsilon + shift).exp()
 
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`Kernel`."""
-        weights, shift = self._weights(b.log() + g / self.epsilon)
+        weights, shift = self._weights(b.log(), g)
         product = _apply(self.kernel * self.cost, weights)
         return product * (f / self.epsilon + shift).exp()
 
@@ -104,12 +105,13 @@ class ProductKernel(Kernel):
             return self.kernel * (left.mT @ right)
         return self.kernel * left.unsqueeze(-1) * right.unsqueeze(-2)
 
-    @staticmethod
-    def _weights(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(self, log_b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """b·exp(g/ε) over its largest entry, and the log of that."""
+        log_weights = torch.add(log_b, g, alpha=1 / self.epsilon)
         shift = log_weights.amax(-1, keepdim=True)
-        centred = log_weights - shift
-        # Smaller weights are lost beside the largest, but may be subnormal: make them zero.
-        return centred.exp().masked_fill_(centred < _SMALLEST_LOG_WEIGHT[centred.dtype], 0), shift
+        weights = log_weights.sub_(shift).exp_()
+        # Smaller ones are lost beside the largest, but would be subnormal in the products: slow.
+        return nn.functional.threshold_(weights, _SMALLEST_WEIGHT[weights.dtype], 0.0), shift
 
 
 def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:

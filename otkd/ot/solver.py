@@ -55,15 +55,24 @@ class Potentials:
 
 @torch.no_grad()
 def solve_potentials(
-    problem: Problem, kernel: Kernel, *, tolerance: float, max_iterations: int
+    problem: Problem,
+    kernel: Kernel,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    start: Tensor | None = None,
 ) -> Potentials:
-    """Iterate until the L1 marginal error of every problem is at most ``tolerance``."""
+    """Iterate until the L1 marginal error of every problem is at most ``tolerance``.
+
+    ``start`` is a first guess of g, ``(B, m)``; 0 where there is none.
+    """
     if problem.symmetric:
         update: _Update = _Averaging(problem, kernel)
         f = kernel.softmin(torch.zeros_like(problem.a), problem.a.log()) / 2
     else:
         update = _Alternation(problem, kernel)
-        start = torch.zeros_like(problem.b)
+        if start is None:
+            start = torch.zeros_like(problem.b)
         if problem.b.shape[-1] == 2 and problem.balanced and isinstance(problem.cost, Tensor):
             start = _two_target_potentials(problem.a, problem.b, problem.cost, problem.epsilon)
         f = problem.damping * kernel.softmin(start, problem.b.log())
@@ -140,6 +149,9 @@ def _iterate(
         if last or 2 * count >= len(solved):
             done = solved | last
             places = waiting[done]
+            if problem.symmetric:  # where there is no mass the error does not see f
+                f = torch.where(a > 0, f, 2 * image - f)
+                g = f
             found_f[places], found_g[places] = f[done], g[done]
             found_excess[places], found_error[places] = excess[done], error[done]
             if last or count == len(solved):

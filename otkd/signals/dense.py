@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from otkd.signals.files import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,7 @@ class DenseSignal:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the logits to a safetensors file, whole or not at all."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file({"logits": self.values.detach().cpu().contiguous()}, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_tensors(path, {"logits": self.values})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> DenseSignal:
@@ -63,13 +55,4 @@ class DenseSignal:
         Raises:
             ValueError: if it is no safetensors file, or holds no tensor named ``logits``.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
-        if "logits" not in tensors:
-            raise ValueError(f"{path} holds {sorted(tensors)}, but no tensor named 'logits'")
-        return cls(tensors["logits"])
+        return cls(load_tensors(path, "logits")[0]["logits"])

@@ -6,9 +6,19 @@ import logging
 
 from otkd.supports.base import Positions, Support
 from otkd.supports.dense import LARGEST_DENSE, Dense
+from otkd.supports.neighbours import NearestNeighbours
 from otkd.supports.topk import TopK
 
-__all__ = ["LARGEST_DENSE", "Dense", "Positions", "Support", "TopK", "as_support", "choose_support"]
+__all__ = [
+    "LARGEST_DENSE",
+    "Dense",
+    "NearestNeighbours",
+    "Positions",
+    "Support",
+    "TopK",
+    "as_support",
+    "choose_support",
+]
 
 LARGEST_AUTOMATIC_DENSE = 2048
 """Largest vocabulary for which ``"auto"`` chooses :class:`Dense`."""

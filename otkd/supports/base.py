@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from otkd.checks import check_finite_rows
 from otkd.costs import Cost
 from otkd.ot.divergence import Options, Report
+from otkd.signals import TopKSignal
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Positions:
         counted: indices of those that count, or None where all do.
         temperature: divides the student's logits.
         teacher_temperature: divides the teacher's.
+        stored: what is known of the teacher, ``(positions, k)``, where it is not its logits: those
+            are NaN.
     """
 
     student: Tensor
@@ -32,6 +35,12 @@ class Positions:
     counted: Tensor | None
     temperature: float
     teacher_temperature: float
+    stored: TopKSignal | None = None
+
+    def counted_stored(self) -> TopKSignal:
+        """What is stored of the positions that count."""
+        assert self.stored is not None
+        return self.stored if self.counted is None else self.stored[self.counted]
 
     def __len__(self) -> int:
         return len(self.student) if self.counted is None else len(self.counted)
@@ -51,11 +60,17 @@ class Positions:
 
     def student_block(self, rows: slice | Tensor) -> Tensor:
         """The student's logits over the temperature."""
-        return self.student[rows].to(self.dtype) / self.temperature
+        return over_temperature(self.student[rows], self.temperature, self.dtype)
 
     def teacher_block(self, rows: slice | Tensor) -> Tensor:
         """The teacher's logits over its temperature."""
-        return self.teacher[rows].to(self.dtype) / self.teacher_temperature
+        return over_temperature(self.teacher[rows], self.teacher_temperature, self.dtype)
+
+
+def over_temperature(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """``logits / temperature`` in ``dtype``; nothing is computed where nothing changes."""
+    logits = logits.to(dtype)
+    return logits if temperature == 1 else logits / temperature
 
 
 def check_softmax(name: str, normaliser: Tensor) -> None:
@@ -63,18 +78,40 @@ def check_softmax(name: str, normaliser: Tensor) -> None:
     check_finite_rows(normaliser.detach(), f"{name} without a softmax")
 
 
+class Atoms(NamedTuple):
+    """The transport problem of one position, for who wants to see it.
+
+    Attributes:
+        source: masses of the student's atoms, ``(n,)``.
+        target: masses of the teacher's, ``(m,)``.
+        cost: ``(n, m)``.
+        source_tokens: ``(n,)``; what is below 0 is an atom of other tokens.
+        target_tokens: ``(m,)``.
+    """
+
+    source: Tensor
+    target: Tensor
+    cost: Tensor
+    source_tokens: Tensor
+    target_tokens: Tensor
+
+
 class Support(ABC):
     """Which tokens take part in the transport of a position; a constant for the gradient.
 
     Attributes:
         backends: what can compute it beside torch.
+        reads_stored: whether ``positions.stored`` will do in the place of the teacher's logits.
     """
 
     backends: ClassVar[tuple[str, ...]] = ()
+    reads_stored: ClassVar[bool] = False
 
     def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
         """Raise ``ValueError`` if this cost over n and m tokens cannot be handled so."""
         cost.check_size(n, m)
+        if options.debias:
+            cost.check_within()
         backends = ("auto", "torch", *self.backends)
         if options.backend not in backends:
             raise ValueError(
@@ -87,3 +124,14 @@ class Support(ABC):
         self, positions: Positions, cost: Cost, options: Options
     ) -> tuple[Tensor, Report]:
         """The divergence of every position that counts, ``(len(positions),)``, and a report."""
+
+    def atoms(self, positions: Positions, cost: Cost, options: Options) -> Atoms:
+        """The problem of the one position that counts.
+
+        Raises:
+            ValueError: if this support does not have it in full.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not hold the transport of a position in full: use "
+            "otkd.supports.Dense or TopK"
+        )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from otkd.costs import Cost
+from otkd.costs import Cost, CostMatrices, EmbeddingCost
+from otkd.costs.base import Side, same_for_all
+from otkd.ot.blocked import BlockedCost, PointCost
 from otkd.ot.divergence import Options, Report, solve_divergence
+from otkd.ot.keops import KeOpsCost, keops_works
 from otkd.ot.problem import check_costs
-from otkd.supports.base import Positions, Support, check_softmax
+from otkd.supports.base import Atoms, Positions, Support, check_softmax
 
 LARGEST_DENSE = 16_384
 """Largest vocabulary for which a dense cost matrix is made: 1 GiB in float32."""
@@ -23,16 +27,30 @@ _BLOCK_ELEMENTS_ON_DEVICE = 2**26
 class Dense(Support):
     """Every token, with the whole cost matrix in memory, shared by all positions.
 
-    Each iteration is a matrix product over all positions of a block at once.
+    Each iteration is a matrix product over all positions of a block at once. Above 16384 tokens no
+    matrix is held: the rows of a constant :class:`~otkd.costs.EmbeddingCost` are made anew for
+    every product, and no other cost is accepted. So they are, too, with ``backend="keops"``, inside
+    KeOps' reductions at any size; where pykeops or a compiler is missing torch computes the same
+    with one warning.
     """
+
+    backends: ClassVar[tuple[str, ...]] = ("keops",)
 
     def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
         """See :class:`Support`."""
         super().check(cost, n, m, options)
+        if isinstance(cost, EmbeddingCost) and not cost.learns:
+            return
+        kind = f"a learnable {type(cost).__name__}" if cost.learns else type(cost).__name__
+        if options.backend == "keops":
+            raise ValueError(
+                f"backend='keops' computes a constant EmbeddingCost, got {kind}: use backend='auto'"
+            )
         if max(n, m) > LARGEST_DENSE:
             raise ValueError(
                 f"a dense cost over {n}×{m} tokens would take {4 * n * m / 2**30:.1f} GiB; the "
-                f"limit is {LARGEST_DENSE} tokens a side: use otkd.supports.TopK(64)"
+                f"limit is {LARGEST_DENSE} tokens a side, but for a constant EmbeddingCost, and "
+                f"this is {kind}: use otkd.supports.TopK(64)"
             )
 
     def transport(
@@ -40,23 +58,63 @@ class Dense(Support):
     ) -> tuple[Tensor, Report]:
         """See :class:`Support`."""
         n, m = positions.student.shape[-1], positions.teacher.shape[-1]
-        matrices = cost.matrices(
-            n,
-            m,
-            dtype=positions.dtype,
-            device=positions.student.device,
-            self_terms=options.debias,
-        )
+        where = {"dtype": positions.dtype, "device": positions.student.device}
+        lazy = _lazy_kind(n, m, options.backend, positions.student.device)
+        if lazy is None:
+            matrices = cost.matrices(n, m, self_terms=options.debias, **where)
+        else:
+            matrices = _lazy_costs(lazy, cast(EmbeddingCost, cost), options.debias, where)
         check_costs(n, m, matrices)
         on_cpu = positions.student.device.type == "cpu"
         elements = _BLOCK_ELEMENTS_ON_CPU if on_cpu else _BLOCK_ELEMENTS_ON_DEVICE
         values, reports = [], []
         for rows in positions.blocks(max(1, elements // max(n, m))):
-            q = torch.softmax(positions.student_block(rows), -1)
-            p = torch.softmax(positions.teacher_block(rows), -1)
-            check_softmax("student_logits", q[:, 0])
-            check_softmax("teacher_logits", p[:, 0])
-            solution = solve_divergence(q, p, matrices, options)
+            solution = solve_divergence(*_distributions(positions, rows), matrices, options)
             values.append(solution.value)
             reports.append(solution.report)
-        return torch.cat(values), Report.of(reports, support=repr(self))
+        backend = "keops" if lazy is KeOpsCost else "torch"
+        return torch.cat(values), Report.of(reports, support=repr(self), backend=backend)
+
+    def atoms(self, positions: Positions, cost: Cost, options: Options) -> Atoms:
+        """See :class:`Support`."""
+        n, m = positions.student.shape[-1], positions.teacher.shape[-1]
+        if max(n, m) > LARGEST_DENSE:
+            raise ValueError(
+                f"the transport of {n}×{m} tokens is not held in full: use otkd.supports.TopK(64)"
+            )
+        (rows,) = positions.blocks(1)
+        q, p = _distributions(positions, rows)
+        where = {"dtype": positions.dtype, "device": q.device}
+        matrix = cost.matrices(n, m, self_terms=False, **where).cross
+        tokens = (torch.arange(size, device=q.device) for size in (n, m))
+        return Atoms(q[0], p[0], matrix, *tokens)
+
+
+def _distributions(positions: Positions, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+    q = torch.softmax(positions.student_block(rows), -1)
+    p = torch.softmax(positions.teacher_block(rows), -1)
+    check_softmax("student_logits", q[:, 0])
+    check_softmax("teacher_logits", p[:, 0])
+    return q, p
+
+
+def _lazy_kind(n: int, m: int, backend: str, device: torch.device) -> type[PointCost] | None:
+    """What stands for the cost matrix where there is to be none."""
+    if backend == "keops":
+        return KeOpsCost if keops_works(device) else BlockedCost
+    return BlockedCost if max(n, m) > LARGEST_DENSE else None
+
+
+def _lazy_costs(
+    kind: type[PointCost], cost: EmbeddingCost, self_terms: bool, where: dict
+) -> CostMatrices:
+    """The costs between and within the sides; one object for all three in one vocabulary."""
+
+    def between(rows: Side, columns: Side) -> Tensor:
+        # A lazy cost stands where a matrix may.
+        return cast(Tensor, kind(cost, (rows, columns), **where))
+
+    cross = between("source", "target")
+    if cost.one_vocabulary or not self_terms:
+        return same_for_all(cross, self_terms)
+    return CostMatrices(cross, between("source", "source"), between("target", "target"))

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from otkd.supports.base import Positions, check_softmax
+from otkd.supports.base import Positions, check_softmax, over_temperature
 
 _BLOCK_ELEMENTS_ON_CPU = 2**19  # about what a core's cache holds
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
+_GROUP = 16
 
 
 class Heads(NamedTuple):
@@ -48,7 +49,7 @@ def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, 
     """
     size = block_size(positions.student.shape[-1], positions.student.device)
     blocks = [
-        (_heaviest(positions.student_block(rows), k), _heaviest(positions.teacher_block(rows), k))
+        (_heaviest(positions.student_block(rows), k), _teacher_head(positions, rows, k))
         for rows in positions.blocks(size)
     ]
     (q_tokens, q_normaliser), (p_tokens, p_normaliser) = (
@@ -63,10 +64,40 @@ def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, 
     return Heads(union, counts, q_normaliser), Heads(union, counts, p_normaliser)
 
 
+def _teacher_head(positions: Positions, rows: slice | Tensor, k: int) -> tuple[Tensor, Tensor]:
+    if positions.stored is None:
+        return _heaviest(positions.teacher_block(rows), k)
+    # Its log-masses are normalised: what they add up to is there to be checked alone.
+    stored = positions.stored[rows]
+    return stored.tokens.long(), stored.log_masses.to(positions.dtype).logsumexp(-1)
+
+
 def _heaviest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    heaviest, tokens = logits.topk(min(k, logits.shape[-1]), sorted=False)
-    top = heaviest.amax(-1, keepdim=True)
-    return tokens, (logits - top).exp_().sum(-1).log_() + top.squeeze(-1)
+    tokens = top_tokens(logits, k)
+    top, place = logits.gather(-1, tokens).max(-1)
+    # One fused pass; taken where the log-probability is small, the difference is exact.
+    log_q = torch.log_softmax(logits, -1)
+    best = tokens.gather(-1, place.unsqueeze(-1))
+    return tokens, top - log_q.gather(-1, best).squeeze(-1)
+
+
+def top_tokens(logits: Tensor, k: int) -> Tensor:
+    """The k largest of each row (all where there are no more), in no order, ``(N, k)``.
+
+    The k largest lie in the k groups with the largest maxima: a pass for the maxima and a selection
+    among groups and members is faster than one among all.
+    """
+    vocab = logits.shape[-1]
+    groups = vocab // _GROUP
+    if groups < 2 * k:
+        return logits.topk(min(k, vocab), sorted=False).indices
+    grouped = logits[:, : groups * _GROUP].unflatten(-1, (_GROUP, groups))
+    chosen = grouped.amax(-2).topk(k, sorted=False).indices
+    members = torch.arange(_GROUP, device=logits.device).mul_(groups)
+    candidates = (chosen.unsqueeze(-2) + members.unsqueeze(-1)).flatten(-2)
+    rest = torch.arange(groups * _GROUP, vocab, device=logits.device)
+    candidates = torch.cat([candidates, rest.expand(len(logits), -1)], -1)
+    return candidates.gather(-1, logits.gather(-1, candidates).topk(k, sorted=False).indices)
 
 
 def _distinct(tokens: Tensor, normaliser: Tensor) -> Heads:
@@ -83,42 +114,59 @@ def _union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class HeadMasses(torch.autograd.Function):
-    """Masses of the head and, last, of all other tokens, ``(N, K + 1)``.
+    """Masses of the head and, last, of the atoms of all other tokens, ``(N, K + atoms)``.
 
-    Its gradient in the logits z is q_i·(G_i − ⟨q, G⟩)/T with G the gradient in the mass of the atom
-    that token i belongs to. It is written a block of positions at a time, beside which nothing as
-    large as the logits is held.
+    There is one such atom, or one a cluster of the vocabulary. The gradient in the logits z is
+    q_i·(G_i − ⟨q, G⟩)/T with G the gradient in the mass of the atom that token i belongs to. It is
+    written a block of positions at a time, beside which nothing as large as the logits is held.
     """
 
     @staticmethod
-    def forward(ctx, logits, counted, heads, temperature, dtype):  # noqa: D102
+    def forward(ctx, logits, counted, heads, clusters, temperature, dtype):  # noqa: D102
         if counted is None:
             gathered = logits.gather(-1, heads.tokens)
         else:
             gathered = logits[counted.unsqueeze(-1), heads.tokens]
         log_masses = gathered.to(dtype) / temperature - heads.normaliser.unsqueeze(-1)
         masses = log_masses.exp_().masked_fill_(~heads.valid, 0)
-        rest = (1 - masses.sum(-1, keepdim=True)).clamp_(min=0)
-        rest.masked_fill_((heads.counts == logits.shape[-1]).unsqueeze(-1), 0)
-        ctx.save_for_backward(logits, counted, heads.tokens, heads.normaliser, masses, rest)
-        ctx.temperature = temperature
+        if clusters is None:
+            rest = 1 - masses.sum(-1, keepdim=True)
+        else:
+            membership = clusters.membership(dtype)
+            blocks = _blocks_of(logits, counted, temperature, dtype)
+            rest = torch.cat([q @ membership for _, _, q in blocks])
+            rest.scatter_add_(-1, clusters.assignment[heads.tokens], -masses)
+        rest.clamp_(min=0).masked_fill_((heads.counts == logits.shape[-1]).unsqueeze(-1), 0)
+        ctx.save_for_backward(logits, counted, heads.tokens, masses, rest)
+        ctx.clusters, ctx.temperature = clusters, temperature
         return torch.cat([masses, rest], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_masses):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, counted, tokens, normaliser, masses, rest = ctx.saved_tensors
-        grad_head, grad_rest = grad_masses[:, :-1], grad_masses[:, -1:]
-        inner = (masses * grad_head).sum(-1, keepdim=True) + rest * grad_rest
+        logits, counted, tokens, masses, rest = ctx.saved_tensors
+        grad_head, grad_rest = grad_masses.split([tokens.shape[-1], rest.shape[-1]], -1)
+        inner = (masses * grad_head).sum(-1, keepdim=True)
+        inner = inner + (rest * grad_rest).sum(-1, keepdim=True)
         of_rest = (grad_rest - inner) / ctx.temperature
-        correction = masses * (grad_head - grad_rest) / ctx.temperature
+        replaced = grad_rest
+        if ctx.clusters is not None:
+            replaced = grad_rest.gather(-1, ctx.clusters.assignment[tokens])
+        correction = masses * (grad_head - replaced) / ctx.temperature
         grad = torch.empty_like(logits) if counted is None else torch.zeros_like(logits)
-        size = block_size(logits.shape[-1], logits.device)
-        for start in range(0, len(tokens), size):
-            block = slice(start, start + size)
-            rows = block if counted is None else counted[block]
-            scaled = logits[rows].to(masses.dtype) / ctx.temperature
-            q = scaled.sub_(normaliser[block].unsqueeze(-1)).exp_()
-            q.mul_(of_rest[block]).scatter_add_(-1, tokens[block], correction[block])
-            grad[rows] = q.to(grad.dtype)
-        return grad, None, None, None, None
+        for rows, block, q in _blocks_of(logits, counted, ctx.temperature, masses.dtype):
+            every = of_rest[block]
+            if ctx.clusters is not None:
+                every = every.index_select(-1, ctx.clusters.assignment)
+            q.mul_(every).scatter_add_(-1, tokens[block], correction[block])
+            grad[rows] = q
+        return grad, None, None, None, None, None
+
+
+def _blocks_of(logits: Tensor, counted: Tensor | None, temperature: float, dtype: torch.dtype):
+    """Rows of the logits, their places among those that count, and their distributions."""
+    size = block_size(logits.shape[-1], logits.device)
+    for start in range(0, len(logits) if counted is None else len(counted), size):
+        block = slice(start, start + size)
+        rows = block if counted is None else counted[block]
+        yield rows, block, torch.softmax(over_temperature(logits[rows], temperature, dtype), -1)

@@ -1,0 +1,232 @@
+"""The rows of the benchmark: what is measured on what, and what it should be."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import measure
+import torch
+from compare import Settings, compare, errors_of, peak_of, peak_of_job, reference_of, target
+from peers import Peer, prepare
+from problems import EMBEDDINGS, LOGITS, Spec, build, coverage
+from steps import Step, StepSpec
+
+from otkd.supports import Dense, TopK
+
+GRADIENT_ERROR = 1e-5
+TOLERANCES = (1e-4, 3e-5, 1e-5, 3e-6, 2e-6, 1e-6)
+_UNREACHABLE = 1e-30  # a tolerance with which all iterations are made
+
+
+def dense(settings: Settings) -> dict:
+    """Every token, against POT, GeomLoss and unrolled iterations."""
+    sizes = settings.pick((4000, 256, 64), (120, 4, 8))
+    kinds = settings.pick((("zipf", "clustered"), ("dirichlet", "iid")), (("zipf", "clustered"),))
+    cases = [
+        _dense_case(Spec(*sizes, logits, embedding, settings.seed), settings)
+        for logits, embedding in kinds
+    ]
+    targets = []
+    for case in cases:
+        name, found = case["name"], case["peers"]
+        error = found["otkd"]["gradient_error"]
+        targets.append(target(f"{name}: gradient error", error, "≤", GRADIENT_ERROR))
+        limits = {"pot": 15, "geomloss .9": 5, "unrolled": 2, "unrolled, log domain": 50}
+        for peer, limit in limits.items():
+            if peer in case["times"]:
+                times = case["times"][peer]["median"]
+                targets.append(target(f"{name}: time of {peer} / otkd", times, "≥", limit))
+        few, many = (found[f"otkd, {i} iterations"]["peak_bytes"] for i in (50, 200))
+        growth = many / few if few and many else None
+        targets.append(target(f"{name}: memory at 200 / 50 iterations", growth, "≤", 1.05))
+    return {"cases": cases, "targets": targets}
+
+
+def _dense_case(spec: Spec, settings: Settings) -> dict:
+    reference = reference_of(spec, Dense(), positions=64)
+    search, chosen = _search_tolerance(spec, reference)
+    ours = Peer("otkd", "otkd_sinkhorn", {"tolerance": chosen["tolerance"]})
+    iterations = chosen["iterations"]
+    part = min(5, iterations)
+    many, few = min(64, spec.positions), settings.pick(4, 1)
+    pot = {"threshold": chosen["tolerance"], "max_iterations": 1000}
+    slow = min(3, settings.repeats)
+    log_domain = Peer(
+        "unrolled, log domain",
+        "unrolled",
+        {"iterations": part, "log_domain": True},
+        1,
+        slow,
+        iterations / part,
+    )
+    peers = [
+        ours,
+        Peer("otkd, default tolerance", "otkd_sinkhorn"),
+        Peer("unrolled", "unrolled", {"iterations": iterations}, many, slow),
+        Peer("pot", "pot", pot, few, slow),
+        Peer("geomloss .9", "geomloss", {"scaling": 0.9}, 1, slow),
+        log_domain,
+    ]
+    if not settings.quick:
+        peers.append(Peer("geomloss .99", "geomloss", {"scaling": 0.99}, 1, 1))
+    if settings.keops:
+        online = {"scaling": 0.9, "backend": "online"}
+        peers.append(Peer("geomloss .9, KeOps", "geomloss", online, 1, 1))
+    unmeasured = (
+        "unrolled",
+        log_domain.name,
+        "geomloss .99",
+        *(["otkd"] if settings.quick else ()),
+    )
+    case = compare(spec, peers, reference, settings, skip_memory=unmeasured)
+    smaller = dataclasses.replace(spec, positions=many)
+    for count in (50, 200):
+        limits = {"tolerance": _UNREACHABLE, "max_iterations": count}
+        measured = [Peer(f"otkd, {count} iterations", "otkd_sinkhorn", limits)]
+        if not settings.quick:
+            unrolled = {"iterations": count}
+            measured.append(Peer(f"unrolled, {count} iterations", "unrolled", unrolled))
+        for peer in measured:
+            case["peers"][peer.name] = peak_of(peer, smaller)
+    return {**case, "tolerance_search": search, "chosen": chosen}
+
+
+def _search_tolerance(spec: Spec, reference) -> tuple[list[dict], dict]:
+    """The loosest tolerance with which the gradient is good enough, else the most exact."""
+    search = []
+    for tolerance in TOLERANCES:
+        call = prepare(Peer("otkd", "otkd_sinkhorn", {"tolerance": tolerance}), spec)
+        found = {"tolerance": tolerance, **errors_of(call, reference)}
+        search.append({**found, "iterations": call.report.iterations})
+        if found["gradient_error"] <= GRADIENT_ERROR:
+            return search, search[-1]
+    return search, min(search, key=lambda found: found["gradient_error"])
+
+
+def topk(settings: Settings, vocab: int = 32_000) -> dict:
+    """The 64 heaviest tokens of each side, against the cheapest losses there are."""
+    sizes = settings.pick((vocab, 512, 256), (3000, 16, 16))
+    specs = [
+        Spec(*sizes, logits, "clustered", settings.seed)
+        for logits in settings.pick(("zipf", "dirichlet"), ("zipf",))
+    ]
+    peers = [
+        Peer("otkd", "otkd_sinkhorn", {"k": 64}),
+        Peer("F.kl_div", "kl_div"),
+        Peer("otkd.KLLoss", "otkd", {"loss": "KLLoss"}),
+        Peer("otkd.UniversalLogitLoss", "otkd", {"loss": "UniversalLogitLoss"}),
+    ]
+    cases, targets = [], []
+    for spec in specs:
+        many = settings.pick(512, 128)
+        reference = reference_of(spec, TopK(many), positions=settings.pick(32, 4))
+        case = compare(spec, peers, reference, settings, compared=("otkd",))
+        case["reference"] = f"TopK({many}) in float64"
+        peak = case["peers"]["otkd"]["peak_units"]
+        beyond = None if peak is None else peak - 1
+        cost = case["times"]["F.kl_div"]["median"]
+        targets += [
+            target(f"{spec.name}: time of otkd / F.kl_div", 1 / cost, "≤", 2.0),
+            target(f"{spec.name}: memory beyond the gradient, N·V·4", beyond, "≤", 1.0),
+        ]
+        cases.append(case)
+    return {"cases": cases, "targets": targets}
+
+
+def topk_large(settings: Settings) -> dict:
+    """The same for 152,000 tokens."""
+    return topk(settings, vocab=152_000)
+
+
+def accuracy(settings: Settings) -> dict:
+    """How far top-k is from every token, for k from 16 to 512."""
+    vocab, positions, width = settings.pick((4000, 64, 64), (300, 4, 8))
+    sizes = settings.pick((16, 32, 64, 128, 256, 512), (16, 64))
+    cases, targets = [], []
+    for logits in LOGITS:
+        for embedding in EMBEDDINGS:
+            spec = Spec(vocab, positions, width, logits, embedding, settings.seed)
+            reference = reference_of(spec, Dense())
+            curve = []
+            for k in sizes:
+                call = prepare(Peer("", "otkd_sinkhorn", {"k": k, "tolerance": 1e-5}), spec)
+                errors = errors_of(call, reference)
+                curve.append({"k": k, **errors, "coverage": float(call.report.coverage)})
+            at_64 = next(point["gradient_error"] for point in curve if point["k"] == 64)
+            limit = 0.16 if logits == "flat" else 0.06
+            targets.append(target(f"{spec.name}: gradient error at k = 64", at_64, "≤", limit))
+            heads = coverage(build(spec).student)
+            case = {"name": spec.name, "problem": spec.as_dict(), "coverage_of_64": heads}
+            cases.append({**case, "curve": curve})
+    return {"cases": cases, "targets": targets}
+
+
+def step(settings: Settings) -> dict:
+    """A training step with Sinkhorn, against one with KL."""
+    quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
+    spec = settings.pick(StepSpec(seed=settings.seed), quick)
+    calls = {"otkd": Step(spec, "sinkhorn"), "otkd.KLLoss": Step(spec, "kl")}
+    seconds = measure.alternate(calls, dict.fromkeys(calls, settings.repeats))
+    peers = {}
+    for name, loss in (("otkd", "sinkhorn"), ("otkd.KLLoss", "kl")):
+        job = {"runner": "steps", "arguments": {"spec": spec.as_dict(), "loss": loss}}
+        peers[name] = {
+            "seconds": measure.spread(seconds[name]),
+            **peak_of_job(job, spec.logits_bytes),
+        }
+    report = calls["otkd"].report
+    times = measure.ratio(seconds["otkd"], seconds["otkd.KLLoss"])
+    peaks = [peers[name].get("peak_bytes") for name in calls]
+    memory = peaks[0] / peaks[1] if all(peaks) else None
+    case = {
+        "name": "gpt2",
+        "problem": spec.as_dict(),
+        "support": report.support,
+        "coverage_of_64": None if report.coverage is None else float(report.coverage),
+        "iterations": report.iterations,
+        "peers": peers,
+        "times": {"otkd.KLLoss": measure.ratio(seconds["otkd.KLLoss"], seconds["otkd"])},
+    }
+    targets = [
+        target("time of a step, otkd / KL", times["median"], "≤", 1.15),
+        target("peak memory of a step, otkd / KL", memory, "≤", 1.0),
+    ]
+    return {"cases": [case], "targets": targets}
+
+
+def gpu(settings: Settings) -> dict:
+    """On a GPU, by precision and backend: 64 of 152,000 tokens, and every one of 16,000."""
+    if not torch.cuda.is_available():
+        return {"measured": False, "reason": "no GPU", "cases": [], "targets": []}
+    head = {"k": 64}
+    parts = (
+        (settings.pick((152_000, 2048, 1024), (3000, 16, 16)), head, ("torch", "triton")),
+        (settings.pick((16_000, 512, 256), (200, 6, 8)), {}, ("torch", "keops")),
+    )
+    cases = []
+    for dtype in ("float32", "bfloat16"):
+        for sizes, options, backends in parts:
+            spec = Spec(*sizes, "zipf", "clustered", settings.seed, dtype, "cuda")
+            peers, refused = [], {}
+            for backend in backends:
+                peer = Peer(f"otkd, {backend}", "otkd_sinkhorn", {**options, "backend": backend})
+                try:
+                    prepare(peer, dataclasses.replace(spec, vocab=100, positions=2))()
+                    peers.append(peer)
+                except (ImportError, ValueError, RuntimeError) as error:
+                    refused[backend] = str(error)
+            case = compare(spec, [*peers, Peer("F.kl_div", "kl_div")], None, settings)
+            name = f"{'top 64' if options else 'dense'}, {dtype}"
+            cases.append({**case, "name": name, "refused": refused})
+    return {"cases": cases, "targets": []}
+
+
+ROWS: dict[str, Callable[[Settings], dict]] = {
+    "dense": dense,
+    "topk": topk,
+    "topk_large": topk_large,
+    "accuracy": accuracy,
+    "step": step,
+    "gpu": gpu,
+}

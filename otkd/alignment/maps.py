@@ -1,0 +1,165 @@
+"""Linear maps between two embedding spaces, fitted on the rows of the same tokens in both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from otkd.checks import check_choice, check_positive
+
+METHODS = ("procrustes", "least_squares")
+_HELD_OUT = 10
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorMap:
+    """x ↦ x·W + c from one embedding space to another.
+
+    Attributes:
+        weight: W, ``(source_width, target_width)``.
+        bias: c, ``(target_width,)``.
+        residual: ‖Y − Ŷ‖/‖Y − ȳ‖ over every tenth anchor, held out at random by a fixed seed and
+            mapped by a fit on the others, ȳ their mean: 0 where the spaces are images of one
+            another, 1 where the map knows no more than the mean.
+        anchors: number of anchors; the map itself is fitted on all.
+    """
+
+    weight: Float[Tensor, "source_width target_width"]
+    bias: Float[Tensor, " target_width"]
+    residual: float
+    anchors: int
+
+    def apply(self, embedding: Float[Tensor, "*tokens source_width"]) -> Tensor:
+        """The rows in the target's space, ``(*tokens, target_width)``, in the map's precision.
+
+        Raises:
+            ValueError: if the rows are not of the source's width.
+        """
+        if embedding.shape[-1] != len(self.weight):
+            raise ValueError(
+                f"the map is for rows of width {len(self.weight)}, got {embedding.shape[-1]}"
+            )
+        weight, bias = self.weight.to(embedding.device), self.bias.to(embedding.device)
+        return embedding.to(weight.dtype) @ weight + bias
+
+
+def fit_map(
+    source: Float[Tensor, "anchors source_width"],
+    target: Float[Tensor, "anchors target_width"],
+    *,
+    method: str = "procrustes",
+    ridge: float = 1e-3,
+) -> AnchorMap:
+    """The map that brings the rows of ``source`` nearest to those of ``target``.
+
+    Both are centred first. With X and Y what is left, UΣVᵀ = XᵀY (thin) and
+    k = min(source_width, target_width):
+
+    - ``"procrustes"``: W = s·UVᵀ, which maximises ⟨XW, Y⟩ among the semi-orthogonal matrices, with
+      s = tr Σ/‖XUVᵀ‖² the scale that is best for it. Angles and relative distances are kept where
+      the target is no narrower. Needs k + 1 anchors.
+    - ``"least_squares"``: W minimises ‖XW − Y‖² + λ‖W‖² with λ = ``ridge`` times the mean squared
+      norm of a column of X. Follows the anchors more closely and shrinks what it cannot tell. Needs
+      source_width + 1 anchors.
+
+    Sums are in float64, 4096 anchors at a time; the map is in float32, or float64 where the source
+    is. It is on the device of the source.
+
+    Args:
+        source: ``(anchors, source_width)``, the student's rows of the anchors.
+        target: ``(anchors, target_width)``, the teacher's rows of the same tokens, in this order.
+        method: one of the above.
+        ridge: strength of the penalty of ``"least_squares"``, above 0.
+
+    Raises:
+        TypeError, ValueError: for rows that are no floating-point matrix or not finite, sides of
+            different length, too few anchors, anchors that all coincide, or settings out of range.
+
+    Source: Schönemann (1966), "A generalized solution of the orthogonal Procrustes problem"; Xing
+    et al. (2015), "Normalized Word Embedding and Orthogonal Transform for Bilingual Word
+    Translation", for its use between the words of two languages.
+    """
+    check_choice("method", method, METHODS)
+    check_positive(ridge=ridge)
+    check_embedding("source anchors", source)
+    check_embedding("target anchors", target)
+    count = len(source)
+    if count != len(target):
+        raise ValueError(
+            f"source and target must have a row for every anchor, got {count} and {len(target)}"
+        )
+    widths = source.shape[1], target.shape[1]
+    needed = 1 + (min(widths) if method == "procrustes" else widths[0])
+    if count < needed:
+        raise ValueError(
+            f"method={method!r} from width {widths[0]} to {widths[1]} needs at least {needed} "
+            f"anchors, got {count}"
+        )
+    source, target = source.detach(), target.detach().to(source.device)
+    for name, rows in (("source", source), ("target", target)):
+        if (rows == rows[0]).all():
+            raise ValueError(f"all {name} anchors coincide: they tell no direction from another")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(source.device)
+    held, kept = order.tensor_split([max(1, count // _HELD_OUT)])
+    of_held, of_kept = (_moments(source, target, rows) for rows in (held, kept))
+    weight, bias, mean = _fit(*of_kept, method, ridge)
+    missed = (target[held].double() - source[held].double() @ weight - bias).norm()
+    spread = (target[held].double() - mean).norm()
+    weight, bias, _ = _fit(of_held[0] + of_kept[0], of_held[1] + of_kept[1], method, ridge)
+    dtype = torch.promote_types(source.dtype, torch.float32)
+    residual = (missed / spread.clamp(min=torch.finfo(spread.dtype).tiny)).item()
+    return AnchorMap(weight.to(dtype), bias.to(dtype), residual, count)
+
+
+def _moments(source: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """XᵀX and XᵀY over these anchors, every row with a 1 after it; of two sets they add up."""
+    moments: list[Tensor] = []
+    for block in rows.split(_BLOCK):
+        x, y = (
+            nn.functional.pad(side[block].double(), (0, 1), value=1) for side in (source, target)
+        )
+        if not moments:
+            moments = [x.new_zeros(x.shape[1], side.shape[1]) for side in (x, y)]
+        moments[0].addmm_(x.mT, x)
+        moments[1].addmm_(x.mT, y)
+    return moments[0], moments[1]
+
+
+def _fit(xx: Tensor, xy: Tensor, method: str, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and bias from the moments, and the mean of the targets."""
+    count, sum_x = xx[-1, -1], xx[-1, :-1]
+    mean_x, mean_y = sum_x / count, xy[-1, :-1] / count
+    xx = xx[:-1, :-1] - sum_x.outer(mean_x)
+    xy = xy[:-1, :-1] - sum_x.outer(mean_y)
+    if method == "procrustes":
+        left, sizes, right = torch.linalg.svd(xy, full_matrices=False)
+        weight = left @ right
+        weight = weight * (sizes.sum() / ((xx @ weight) * weight).sum())
+    else:
+        penalty = ridge * xx.diagonal().mean()
+        eye = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+        weight = torch.linalg.solve(xx + penalty * eye, xy)
+    return weight, mean_y - mean_x @ weight, mean_y
+
+
+def check_embedding(name: str, rows: Tensor) -> None:
+    """Raise unless ``rows`` is a floating-point matrix of finite numbers.
+
+    Raises:
+        TypeError: if it is not a floating-point tensor.
+        ValueError: if it is no matrix or a row is not finite.
+    """
+    if not isinstance(rows, Tensor) or not rows.is_floating_point():
+        kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(f"the {name} must be a floating-point matrix (tokens, width), got {kind}")
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise ValueError(f"the {name} must be a matrix (tokens, width), got {tuple(rows.shape)}")
+    bad = ~rows.detach().isfinite().all(-1)
+    if bad.any():
+        raise ValueError(
+            f"row {bad.nonzero()[0].item()} of the {name} holds NaN or infinite numbers"
+        )

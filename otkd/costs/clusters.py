@@ -1,0 +1,163 @@
+"""The tokens outside a head as several atoms: clusters of the embedding.
+
+Where the embedding has clusters, mass between the tokens of one moves for little and between two
+for much; one atom for all of them knows neither. With w_c uniform over cluster c, a token is as far
+from it as on average, E_{w_c}[C(token, ·)], and two clusters, or one from itself, are the soft mean
+−ε·log E_{w_c, w_d}[exp(−C/ε)] apart, as one atom for all is in :mod:`otkd.costs.tails`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from otkd.costs.base import Side
+from otkd.costs.embedding import EmbeddingCost
+from otkd.costs.tails import SAMPLED_TOKENS
+
+_FITTED_TOKENS = 2**14
+_ITERATIONS = 10
+_SMALLEST_MEAN = 1e-300  # of exp(−C/ε) in float64: a cost of 690ε, out of any reach
+
+
+class Clusters:
+    """k-means clusters of the tokens of one side, found once.
+
+    Args:
+        cost: whose coordinates are clustered; of a learnable one as they are now.
+        side: whose tokens.
+        number: of clusters asked for; empty ones are dropped.
+
+    Attributes:
+        assignment: the cluster of every token, ``(V,)``.
+        sizes: tokens of every cluster, ``(clusters,)``.
+    """
+
+    def __init__(self, cost: EmbeddingCost, side: Side, number: int, device: torch.device):
+        points = cost.coordinates(side, torch.float32, device).detach().cpu().numpy()
+        assignment = torch.from_numpy(_assign(points, number)).to(device)
+        self.assignment = assignment.unique(return_inverse=True)[1]
+        self.sizes = torch.bincount(self.assignment)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def membership(self, dtype: torch.dtype) -> Tensor:
+        """1 where a token is in a cluster, ``(V, clusters)``."""
+        return torch.nn.functional.one_hot(self.assignment, len(self)).to(dtype)
+
+    def sample(self) -> Tensor:
+        """About 1024 tokens, the same number of each cluster where it has so many, ``(S,)``."""
+        each = math.ceil(SAMPLED_TOKENS / len(self))
+        order = torch.randperm(len(self.assignment), generator=torch.Generator().manual_seed(0))
+        order = order.to(self.assignment.device)
+        order = order[self.assignment[order].argsort(stable=True)]
+        starts = self.sizes.cumsum(0) - self.sizes
+        places = torch.arange(len(order), device=order.device) - starts[self.assignment[order]]
+        return order[places < each]
+
+
+def clusters_of(cost: EmbeddingCost, side: Side, number: int, device: torch.device) -> Clusters:
+    """The clusters of one side of a cost, kept with it."""
+    key = ("clusters", "source" if cost.one_vocabulary else side, number, device)
+    if key not in cost.tail_constants:
+        cost.tail_constants[key] = Clusters(cost, side, number, device)
+    return cost.tail_constants[key]
+
+
+def mean_cost_to_clusters(
+    cost: EmbeddingCost, tokens: Tensor, sides: tuple[Side, Side], clusters: Clusters, dtype
+) -> Tensor:
+    """E_{w_c}[C(token, ·)] for every cluster c of the second side, ``(batch, k, clusters)``.
+
+    In closed form, |x − m_c|² + E|y − m_c|² or 1 − ⟨x̂, E[ŷ]⟩; for ``"euclidean"`` over a sample.
+    For a constant cost it is computed once for all tokens.
+    """
+    key = ("cluster means", sides, len(clusters), dtype, tokens.device)
+    if not cost.learns and key in cost.tail_constants:
+        return cost.tail_constants[key][tokens]
+    with torch.set_grad_enabled(cost.learns and torch.is_grad_enabled()):
+        table = _mean_cost_table(cost, sides, clusters, dtype, tokens.device)
+    if not cost.learns:
+        cost.tail_constants[key] = table
+    return table[tokens]
+
+
+def soft_mean_cost_of_clusters(
+    cost: EmbeddingCost,
+    sides: tuple[Side, Side],
+    clusters: tuple[Clusters, Clusters],
+    epsilon: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """−ε·log E_{w_c, w_d}[exp(−C/ε)] for clusters c and d of either side, ``(clusters, clusters)``.
+
+    Over a sample of about 1024 tokens of each side; within one cluster, pairs of a token with
+    itself have the weight they have among all its tokens.
+    """
+    key = ("cluster soft means", sides, len(clusters[0]), len(clusters[1]), epsilon, dtype, device)
+    if not cost.learns and key in cost.tail_constants:
+        return cost.tail_constants[key]
+    with torch.set_grad_enabled(cost.learns and torch.is_grad_enabled()):
+        value = _soft_means(cost, sides, clusters, epsilon, device).to(dtype)
+    if not cost.learns:
+        cost.tail_constants[key] = value
+    return value
+
+
+def _assign(points: np.ndarray, number: int) -> np.ndarray:
+    from scipy.cluster.vq import kmeans2, vq
+
+    generator = np.random.default_rng(0)
+    sample = points
+    if len(points) > _FITTED_TOKENS:
+        sample = points[generator.choice(len(points), _FITTED_TOKENS, replace=False)]
+    starts = sample[generator.choice(len(sample), min(number, len(sample)), replace=False)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of an empty cluster: it is dropped
+        centres, _ = kmeans2(sample, starts, iter=_ITERATIONS, minit="matrix")
+    return vq(points, centres)[0].astype(np.int64)
+
+
+def _mean_cost_table(cost, sides, clusters, dtype, device) -> Tensor:
+    x = cost.coordinates(sides[0], dtype, device)
+    if cost.metric == "euclidean":
+        sample = clusters.sample()
+        groups = clusters.membership(dtype)[sample]
+        y = cost.coordinates(sides[1], dtype, device)[sample]
+        return cost.distance(x, y) @ (groups / groups.sum(0))
+    y = cost.coordinates(sides[1], dtype, device)
+    weights = clusters.membership(dtype) / clusters.sizes.to(dtype)
+    means = weights.mT @ y
+    if cost.metric == "cosine":
+        return (1 - x @ means.mT) / cost.scale
+    spread = weights.mT @ y.square().sum(-1) - means.square().sum(-1)
+    squares = x.square().sum(-1, keepdim=True) + means.square().sum(-1) + spread
+    return (squares - 2 * x @ means.mT).clamp(min=0) / cost.scale
+
+
+def _soft_means(cost, sides, clusters, epsilon, device) -> Tensor:
+    x, y = (side.sample() for side in clusters)
+    one_side = sides[0] == sides[1] or cost.one_vocabulary
+    dtype = torch.float64
+    points = [
+        cost.coordinates(side, dtype, device)[tokens]
+        for side, tokens in zip(sides, (x, y), strict=True)
+    ]
+    kernel = torch.exp(cost.distance(*points) / -epsilon)
+    groups = [side.membership(dtype)[tokens] for side, tokens in zip(clusters, (x, y), strict=True)]
+    counts = [group.sum(0) for group in groups]
+    if not one_side:
+        means = groups[0].mT @ kernel @ groups[1] / torch.outer(*counts)
+        return -epsilon * means.clamp(min=_SMALLEST_MEAN).log()
+    kernel = kernel.masked_fill(torch.eye(len(x), dtype=torch.bool, device=device), 0.0)
+    pairs = torch.outer(*counts) - counts[0].diag()
+    means = groups[0].mT @ kernel @ groups[1] / pairs.clamp(min=1)
+    share = 1 / clusters[0].sizes.to(dtype)  # of a token with itself, where the cost is 0
+    means = means * (1 - share.diag()) + share.diag()
+    return -epsilon * means.clamp(min=_SMALLEST_MEAN).log()

@@ -1,0 +1,199 @@
+"""The transport plan of one position as a table of moves from token to token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from otkd.costs import CostMatrices
+from otkd.functional.transport import transport_positions
+from otkd.ot.divergence import solve_divergence
+from otkd.supports.base import Atoms
+
+if TYPE_CHECKING:
+    from otkd.losses.base import Batch
+    from otkd.losses.transport import SinkhornLoss
+
+OTHER_TOKENS = "(other tokens)"
+
+
+class Move(NamedTuple):
+    """Mass that goes from a token of the student's to one of the teacher's.
+
+    Attributes:
+        source: the student's token, or its number without a tokenizer.
+        target: the teacher's.
+        mass: P_ij.
+        cost: C_ij, of a unit of mass.
+    """
+
+    source: str | int
+    target: str | int
+    mass: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The plan of one position; as text, a table.
+
+    Entropy spreads a plan: even at q = p some mass moves between tokens that are near each other.
+
+    Attributes:
+        moves: the heaviest first.
+        value: the loss of the position, before T² and reduction.
+        transport_cost: ⟨P, C⟩ of the whole plan.
+        moved_mass: mass that does not stay at its token; of two vocabularies, all of it.
+        marginal_error: L1 distance between q and the row sums of the plan.
+    """
+
+    moves: tuple[Move, ...]
+    value: float
+    transport_cost: float
+    moved_mass: float
+    marginal_error: float
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The moves as dictionaries, for a table of another library."""
+        return [move._asdict() for move in self.moves]
+
+    def __str__(self) -> str:
+        head = (
+            f"value {self.value:.4g}, transport cost {self.transport_cost:.4g}, "
+            f"moved mass {self.moved_mass:.4g}, marginal error {self.marginal_error:.1e}"
+        )
+        names = [("from", "to"), *((_shown(m.source), _shown(m.target)) for m in self.moves)]
+        numbers = [("mass", "cost"), *((f"{m.mass:.4f}", f"{m.cost:.4f}") for m in self.moves)]
+        columns = [
+            *(_aligned(column, left=True) for column in zip(*names, strict=True)),
+            *(_aligned(column, left=False) for column in zip(*numbers, strict=True)),
+        ]
+        return "\n".join([head, *map("  ".join, zip(*columns, strict=True))])
+
+
+def explain_position(
+    loss: SinkhornLoss,
+    batch: Batch,
+    tokenizer: Any,
+    position: int | Sequence[int],
+    top: int | None,
+) -> Explanation:
+    """See :meth:`otkd.SinkhornLoss.explain`."""
+    shape = tuple(batch.student_logits.shape[:-1])
+    if top is not None and top < 0:
+        raise ValueError(f"top must be a number of moves or None for all, got {top!r}")
+    two = not loss.cost.one_vocabulary
+    source_names, target_names = _tokenizers(tokenizer, two=two)
+    options = loss.solver_options
+    mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=batch.student_logits.device)
+    mask[_flat_index(position, shape)] = True
+    with torch.no_grad():
+        positions, support = transport_positions(
+            batch.student_logits,
+            batch.teacher_logits,
+            cost=loss.cost,
+            support=loss.support,
+            options=options,
+            temperature=loss.temperature,
+            teacher_temperature=loss.teacher_temperature,
+            mask=mask.reshape(shape),
+            stored=batch.stored,
+        )
+        atoms = support.atoms(positions, loss.cost, options)
+        value = support.transport(positions, loss.cost, options)[0].item()
+        plan, error = _plan(atoms, loss)
+    stays = atoms.source_tokens.unsqueeze(-1) == atoms.target_tokens
+    moved = plan.sum() if two else plan.masked_fill(stays, 0).sum()
+    masses, places = plan.flatten().topk(plan.numel() if top is None else min(top, plan.numel()))
+    rows, columns = places // plan.shape[-1], places % plan.shape[-1]
+    several = bool((atoms.source_tokens < -1).any())
+    moves = zip(
+        _names(atoms.source_tokens[rows], source_names, several=several),
+        _names(atoms.target_tokens[columns], target_names, several=several),
+        masses.tolist(),
+        atoms.cost.flatten()[places].tolist(),
+        strict=True,
+    )
+    return Explanation(
+        moves=tuple(Move(*move) for move in moves),
+        value=value,
+        transport_cost=(plan * atoms.cost).sum().item(),
+        moved_mass=moved.item(),
+        marginal_error=error.item(),
+    )
+
+
+def _plan(atoms: Atoms, loss: SinkhornLoss) -> tuple[Tensor, Tensor]:
+    """The plan of OT_ε(q, p), ``(n, m)``, and its marginal error."""
+    options = replace(loss.solver_options, debias=False, value="dual")
+    solution = solve_divergence(
+        atoms.source[None], atoms.target[None], CostMatrices(atoms.cost), options
+    )
+    ((problem, transport),) = solution.parts
+    f, g = transport.potentials.f, transport.potentials.g
+    with torch.autocast(f.device.type, enabled=False):
+        plan = transport.kernel.coupling(f, g, problem.a, problem.b)
+    return plan, transport.potentials.marginal_error[0]
+
+
+def _flat_index(position: int | Sequence[int], shape: tuple[int, ...]) -> int:
+    if isinstance(position, Sequence):
+        places, sizes = [int(place) for place in position], list(shape)
+    else:
+        places, sizes = [int(position)], [math.prod(shape)]
+    if len(places) != len(sizes):
+        raise IndexError(f"position {position} has not the {len(sizes)} dimensions of {shape}")
+    flat = 0
+    for place, size in zip(places, sizes, strict=True):
+        if not -size <= place < size:
+            raise IndexError(f"there is no position {position} in a batch of shape {shape}")
+        flat = flat * size + place % size
+    return flat
+
+
+def _tokenizers(tokenizer: Any, *, two: bool) -> tuple[Any, Any]:
+    pair = tokenizer if isinstance(tokenizer, tuple) else (tokenizer, tokenizer)
+    if two and tokenizer is not None and not isinstance(tokenizer, tuple):
+        raise TypeError("the cost bridges two vocabularies: tokenizer= must be a pair, one of each")
+    if len(pair) != 2:
+        raise TypeError(f"tokenizer= must be one, or a pair of them, got {len(pair)}")
+    for one in pair:
+        if one is not None and not hasattr(one, "convert_ids_to_tokens"):
+            raise TypeError(
+                f"a tokenizer needs convert_ids_to_tokens, which {type(one).__name__} has not"
+            )
+    return pair[0], pair[1]
+
+
+def _names(tokens: Tensor, tokenizer: Any, *, several: bool) -> list[str | int]:
+    """Names of tokens, and of the atoms of others, of which there may be ``several``."""
+    ids = tokens.tolist()
+    distinct = sorted({index for index in ids if index >= 0})
+    names: dict[int, str | int] = {index: index for index in distinct}
+    if tokenizer is not None:
+        # Of a padded vocabulary the last tokens have no name.
+        named = zip(distinct, tokenizer.convert_ids_to_tokens(distinct), strict=True)
+        names |= {index: name for index, name in named if name is not None}
+    return [names[index] if index >= 0 else _name_of_others(index, several) for index in ids]
+
+
+def _name_of_others(index: int, several: bool) -> str:
+    return f"{OTHER_TOKENS[:-1]} {-index})" if several else OTHER_TOKENS
+
+
+def _shown(token: str | int) -> str:
+    text = str(token)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def _aligned(column: Sequence[str], *, left: bool) -> list[str]:
+    from rich.cells import cell_len
+
+    width = max(map(cell_len, column))
+    pads = [" " * (width - cell_len(text)) for text in column]
+    return [text + pad if left else pad + text for text, pad in zip(column, pads, strict=True)]

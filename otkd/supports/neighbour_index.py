@@ -1,0 +1,140 @@
+"""The nearest tokens of every token, found by faiss once an embedding and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_FORMAT, _VERSION = "otkd.neighbours", "1"
+
+
+def nearest(
+    queries: Tensor, points: Tensor, k: int, metric: str, cache_dir: Path | str | None = None
+) -> Tensor:
+    """The k points nearest to every query, exactly; a file is kept for the next time.
+
+    Args:
+        queries: ``(n, d)``.
+        points: ``(m, d)``.
+        k: how many; all of them where there are no more.
+        metric: of :class:`~otkd.costs.EmbeddingCost`: inner products of normalised vectors for
+            ``"cosine"``, L2 for the others.
+        cache_dir: where files are kept; by default ``$OTKD_CACHE``, else ``~/.cache/otkd``.
+
+    Returns:
+        Indices of points, ``(n, min(k, m))``, int32, on the CPU, in no order.
+
+    Raises:
+        ImportError: if faiss is not installed and no file has the answer.
+
+    Warns:
+        UserWarning: if a file is damaged (it is made anew) or cannot be written.
+    """
+    folder = Path(cache_dir or os.environ.get("OTKD_CACHE") or Path.home() / ".cache" / "otkd")
+    k = min(k, len(points))
+    key = _key(queries, points, k, metric)
+    path = folder / "neighbours" / f"{key}.safetensors"
+    try:
+        return _read(path, key, (len(queries), k), len(points))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{path} is damaged and is made anew: {error}", stacklevel=2)
+    table = _search(queries, points, k, metric)
+    try:
+        _write(path, key, table)
+    except OSError as error:
+        warnings.warn(f"the nearest neighbours were not kept in {path}: {error}", stacklevel=2)
+    return table
+
+
+def _search(queries: Tensor, points: Tensor, k: int, metric: str) -> Tensor:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "NearestNeighbours finds neighbours with faiss, which is not installed: "
+            "pip install 'otkd[faiss]'"
+        ) from error
+    queries, points = queries.detach().double().cpu(), points.detach().double().cpu()
+    if metric == "cosine":
+        queries, points = (nn.functional.normalize(x, dim=-1) for x in (queries, points))
+        index = faiss.IndexFlatIP(points.shape[1])
+    else:  # faiss computes in float32: distances do not see the centre, but their rounding does
+        centre = points.mean(0)
+        queries, points = queries - centre, points - centre
+        index = faiss.IndexFlatL2(points.shape[1])
+    index.add(points.float().numpy())  # pyright: ignore[reportCallIssue]
+    _, found = index.search(queries.float().numpy(), k)  # pyright: ignore[reportCallIssue]
+    return torch.from_numpy(found).to(torch.int32)
+
+
+def _key(queries: Tensor, points: Tensor, k: int, metric: str) -> str:
+    """SHA-256 of everything that the answer depends on."""
+    sides = [points] if queries is points else [points, queries]
+    order = "cosine" if metric == "cosine" else "L2"
+    header = [_FORMAT, _VERSION, order, k, [(str(x.dtype), list(x.shape)) for x in sides]]
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for side in sides:
+        digest.update(_bytes(side))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _read(path: Path, key: str, shape: tuple[int, int], points: int) -> Tensor:
+    """The table of a file, or ``ValueError`` if it is not the one that was written."""
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            table = file.get_tensor("neighbours")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"no safetensors file with neighbours ({error})") from error
+    if metadata.get("key") != key:
+        raise ValueError("it belongs to another embedding")
+    if table.dtype != torch.int32 or tuple(table.shape) != shape:
+        raise ValueError(f"it holds {table.dtype} {tuple(table.shape)}, not int32 {shape}")
+    if table.numel() and not (int(table.min()) >= 0 and int(table.max()) < points):
+        raise ValueError(f"an index is outside 0 … {points - 1}")
+    if metadata.get("sha256") != hashlib.sha256(_bytes(table)).hexdigest():
+        raise ValueError("its content has changed since it was written")
+    return table
+
+
+def _write(path: Path, key: str, table: Tensor) -> None:
+    """Write under a temporary name, then rename: a file is there whole or not at all."""
+    _safetensors()
+    from safetensors.torch import save
+
+    content = hashlib.sha256(_bytes(table)).hexdigest()
+    metadata = {"format": _FORMAT, "version": _VERSION, "key": key, "sha256": content}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(save({"neighbours": table.contiguous()}, metadata))
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _safetensors():
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError(
+            "NearestNeighbours keeps neighbours in safetensors files, and safetensors is not "
+            "installed: pip install 'otkd[faiss]'"
+        ) from error
+    return safetensors

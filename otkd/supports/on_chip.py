@@ -1,0 +1,59 @@
+"""The heads of all positions solved by the Triton kernel, where a problem is one that it knows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from otkd.costs import Cost, EmbeddingCost
+from otkd.costs.base import Side
+from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
+from otkd.fused.topk_sinkhorn import TopKSinkhorn
+from otkd.ot.divergence import Options, Report
+from otkd.ot.solution import warn_not_converged
+from otkd.supports.heads import Heads
+
+
+def check_on_chip(cost: Cost, options: Options) -> None:
+    """Raise ``ValueError`` unless the kernel knows this cost and these options."""
+    if not isinstance(cost, EmbeddingCost) or cost.learns or not cost.one_vocabulary:
+        raise ValueError(
+            "backend='triton' computes a constant EmbeddingCost of one vocabulary, got "
+            f"{cost!r}: use backend='torch'"
+        )
+    if options.value != "dual" or options.unbalanced is not None:
+        raise ValueError(
+            "backend='triton' computes value='dual' of balanced transport: use backend='torch'"
+        )
+
+
+def solve_on_chip(
+    a: Tensor, b: Tensor, heads: Heads, cost: EmbeddingCost, options: Options, vocab: int
+) -> tuple[Tensor, Report]:
+    """The divergences of masses ``(N, K + 1)``, differentiable in a, and a report.
+
+    Raises:
+        ImportError, ValueError: see :func:`otkd.fused.topk_sinkhorn.topk_sinkhorn`.
+    """
+    sides: tuple[Side, Side] = ("source", "target")
+    sizes = (vocab, vocab)
+    every = torch.arange(vocab, device=a.device).unsqueeze(0)
+    to_tail = mean_cost_to_all(cost, every, sides, sizes, a.dtype).squeeze(0)
+    corner = soft_mean_cost(cost, sides, sizes, options.epsilon, a.dtype, a.device)
+    settings = {
+        "metric": cost.metric,
+        "scale": cost.scale,
+        "centre": None if cost.centre is None else cost.centre.to(a.device),
+        "epsilon": options.epsilon,
+        "tolerance": options.tolerance,
+        "max_iterations": options.max_iterations,
+        "debias": options.debias,
+    }
+    embedding = cost.source.to(a.device)
+    value, error, iterations = TopKSinkhorn.apply(
+        a, b, heads.tokens, embedding, to_tail, corner, settings
+    )
+    report = Report(int(iterations.max()), error.max(), bool((error <= options.tolerance).all()))
+    if not report.converged:
+        warn_not_converged(report.iterations, error, options.tolerance)
+    return value, report

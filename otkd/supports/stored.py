@@ -1,0 +1,135 @@
+"""A stored teacher under the TopK support: its masses on the atoms, and its self-term kept."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from otkd.costs import Cost
+from otkd.ot.divergence import Options, solve_transport
+from otkd.ot.problem import Problem
+from otkd.signals.topk import SelfTermSettings, TopKSignal
+from otkd.supports.heads import Heads
+
+if TYPE_CHECKING:
+    from otkd.supports.base import Support
+    from otkd.supports.topk import TopK
+
+_COMPARED_TOKENS = 6
+_BLOCK_ELEMENTS = 2**22
+
+
+def stored_masses(stored: TopKSignal, heads: Heads, dtype: torch.dtype) -> Tensor:
+    """The masses of N stored positions on atoms that include their tokens, ``(N, K + 1)``.
+
+    An atom that is not stored has none; the last has what is left. A constant.
+    """
+    order = heads.tokens.masked_fill(~heads.valid, stored.vocab_size).sort(-1)
+    tokens = stored.tokens.long()
+    places = order.indices.gather(-1, torch.searchsorted(order.values, tokens))
+    masses = stored.masses(dtype)
+    head = torch.zeros_like(heads.tokens, dtype=dtype).scatter_(-1, places, masses[:, :-1])
+    return torch.cat([head, masses[:, -1:]], -1)
+
+
+def stored_self_values(
+    stored: TopKSignal, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+) -> Tensor | None:
+    """OT_ε(p, p) of N stored positions as their potentials have it, ``(N,)``.
+
+    None where it is not asked for, not stored, or stored for another problem.
+    """
+    if stored.self_potential is None or stored.self_settings is None or not options.debias:
+        return None
+    reason = _obstacle(cost, support, options)
+    if reason is None:
+        settings = _settings(stored, cost, support, options, dtype)
+        if stored.self_settings.fits(settings):
+            potential = stored.self_potential.to(dtype)
+            return 2 * (stored.masses(dtype) * potential).sum(-1)
+        reason = "it was stored for another cost or epsilon"
+    warnings.warn(
+        f"the stored self-term of the teacher is not used but solved in every step: {reason}",
+        stacklevel=2,
+    )
+    return None
+
+
+@torch.no_grad()
+def solve_self_term(
+    signal: TopKSignal, cost: Cost, support: Support | None, options: Options
+) -> tuple[Tensor, SelfTermSettings]:
+    """The potential of OT_ε(p, p) at every stored position, ``(*batch, k + 1)``.
+
+    It is NaN where the masses are: there is no teacher.
+
+    Raises:
+        ValueError: if what is asked for has no such term that could be kept.
+    """
+    from otkd.supports import choose_support
+    from otkd.supports.topk import TopK
+
+    if support is None:
+        support = choose_support(signal.vocab_size, signal.vocab_size)
+    reason = "debias=False" if not options.debias else None
+    if not isinstance(support, TopK):
+        reason = f"the support is {support!r}, not a TopK"
+    reason = reason or _obstacle(cost, support, options)  # pyright: ignore[reportArgumentType]
+    if reason is not None:
+        raise ValueError(f"the self-term of the teacher cannot be stored: {reason}")
+    assert isinstance(support, TopK)
+    flat = signal.flatten()
+    dtype = torch.float64 if signal.log_masses.dtype == torch.float64 else torch.float32
+    potential = flat.log_masses.new_full((len(flat), flat.k + 1), torch.nan, dtype=dtype)
+    there = (~flat.log_masses.isnan().any(-1)).nonzero().squeeze(-1)
+    for rows in there.split(max(1, _BLOCK_ELEMENTS // (flat.k + 1) ** 2)):
+        block = flat[rows].validate()
+        b, matrix = block.masses(dtype), _matrix(block, cost, support, options, dtype)
+        problem = Problem(b, b, matrix, options.epsilon, symmetric=True)
+        with torch.autocast(b.device.type, enabled=False):
+            solved = solve_transport(problem, options).potentials
+        # Of the unconverged rest, too: 2·⟨b, f⟩ is then the dual value as it is solved in a step.
+        potential[rows] = solved.f - options.epsilon / 2 * solved.row_excess
+    settings = _settings(signal, cost, support, options, dtype)
+    return potential.reshape(*signal.tokens.shape[:-1], -1), settings
+
+
+def _obstacle(cost: Cost, support: TopK, options: Options) -> str | None:
+    """Why a self-term of the teacher cannot be kept, if it cannot."""
+    obstacles = {
+        "the cost learns": cost.learns,
+        "the support has no tail": not support.tail,
+        f"clusters={support.clusters}, and the tail is stored as one": support.clusters > 1,
+        f"value={options.value!r}, and only the dual value is kept": options.value != "dual",
+        "unbalanced transport": options.unbalanced is not None,
+    }
+    return next((reason for reason, present in obstacles.items() if present), None)
+
+
+def _matrix(
+    stored: TopKSignal, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+) -> Tensor:
+    tokens, size = stored.tokens.long(), stored.vocab_size
+    # Of one vocabulary the sides are all the same: then it is what the steps compute, too.
+    sides = "source" if cost.one_vocabulary else "target", "target"
+    return support._matrix(cost, tokens, tokens, sides, (size, size), options, dtype)
+
+
+def _settings(
+    stored: TopKSignal, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+) -> SelfTermSettings:
+    """ε and the costs between a few tokens, spread over the vocabulary, and the tail."""
+    key = ("settings", stored.vocab_size, options.epsilon, stored.tokens.device)
+    if key not in cost.tail_constants:
+        size = stored.vocab_size
+        chosen = torch.linspace(0, size - 1, min(size, _COMPARED_TOKENS)).round().long()
+        few = TopKSignal(chosen.unsqueeze(0), torch.zeros(1, len(chosen)), size)
+        few = few.to(stored.tokens.device)
+        with torch.no_grad():
+            matrix = _matrix(few, cost, support, options, dtype)[0]
+        upper = torch.ones_like(matrix, dtype=torch.bool).triu_()
+        cost.tail_constants[key] = matrix[upper].cpu()
+    return SelfTermSettings(options.epsilon, tuple(cost.tail_constants[key].tolist()))

@@ -1,0 +1,132 @@
+"""The benchmark of vocabulary transport at tiny sizes: that every row runs and says what it should.
+
+The figures themselves are of no meaning at these sizes, but for errors, which have their bounds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+ROWS = ("dense", "topk", "accuracy", "step", "gpu")
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_rows(output: Path, *rows: str, extra: tuple[str, ...] = ()) -> str:
+    where = ("--output", str(output))
+    options = ("--quick", "--repeats", "2", "--threads", "1", *extra)
+    return run("vocabulary.py", "--rows", ",".join(rows), *where, *options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The results of all rows, made once for all workers of a parallel run."""
+    pytest.importorskip("transformers")
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    output = root / "benchmark"
+    with FileLock(root / "benchmark.lock"):
+        if not (output / f"{ROWS[-1]}.json").is_file():
+            run_rows(output, *ROWS)
+    return output
+
+
+def load(folder: Path, row: str) -> dict:
+    return json.loads((folder / f"{row}.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_says_what_was_measured_where(folder, row):
+    result = load(folder, row)
+    assert result["row"] == row
+    assert result["settings"] == {"quick": True, "seed": 0, "repeats": 2, "keops": False}
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["machine"]["cores"] >= 1
+    assert result["machine"]["threads"] == 1
+    assert not list(folder.glob("*.unfinished"))
+    for target in result["targets"]:
+        measured, limit = target["measured"], target["limit"]
+        expected = None if measured is None else measured <= limit
+        if target["relation"] == "≥" and measured is not None:
+            expected = measured >= limit
+        assert target["met"] is expected
+
+
+def test_dense_agrees_with_a_solver_that_is_not_ours(folder):
+    (case,) = load(folder, "dense")["cases"]
+    peers = case["peers"]
+    assert peers["otkd"]["gradient_error"] <= 1e-5
+    assert peers["pot"]["gradient_error"] <= 1e-4
+    assert peers["pot"]["value_error"] <= 1e-4
+    assert case["chosen"] in case["tolerance_search"]
+    assert peers["pot"]["time_scaled_by"] == case["problem"]["positions"]
+    for name, ratio in case["times"].items():
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"], name
+
+
+@pytest.mark.parametrize(("row", "baseline"), [("topk", "F.kl_div"), ("step", "otkd.KLLoss")])
+def test_time_spread_and_memory_are_recorded(folder, row, baseline):
+    (case,) = load(folder, row)["cases"]
+    for name in ("otkd", baseline):
+        seconds = case["peers"][name]["seconds"]
+        assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+        assert seconds["repeats"] == 2
+    assert case["times"][baseline]["repeats"] == 2
+    assert case["peers"]["otkd"]["peak_bytes"] > 0
+    assert case["coverage_of_64"] > 0.5
+
+
+def test_more_tokens_are_more_accurate(folder):
+    result = load(folder, "accuracy")
+    assert len(result["cases"]) == 6
+    for case in result["cases"]:
+        few, *_, many = case["curve"]
+        assert few["k"] < many["k"]
+        assert few["coverage"] < many["coverage"]
+        assert few["gradient_error"] > many["gradient_error"]
+
+
+def test_without_a_gpu_nothing_is_claimed(folder):
+    result = load(folder, "gpu")
+    if torch.cuda.is_available():
+        assert result["measured"]
+    else:
+        assert not result["measured"]
+        assert result["reason"] == "no GPU"
+
+
+def test_a_finished_row_is_kept_and_a_broken_one_made_anew(folder, tmp_path):
+    for row in ("accuracy", "gpu"):
+        (tmp_path / f"{row}.json").write_bytes((folder / f"{row}.json").read_bytes())
+    before = (tmp_path / "accuracy.json").read_bytes()
+    (tmp_path / "gpu.json").write_text("{", "utf-8")
+    out = run_rows(tmp_path, "accuracy", "gpu")
+    assert "accuracy is finished" in out
+    assert "measuring gpu" in out
+    assert (tmp_path / "accuracy.json").read_bytes() == before
+    assert load(tmp_path, "gpu")["row"] == "gpu"
+    assert "measuring gpu" in run_rows(tmp_path, "gpu", extra=("--seed", "1"))  # other settings
+
+
+def test_the_figure_is_drawn_from_the_results(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    image = tmp_path / "images" / "topk-error.svg"
+    run("plot_vocabulary.py", "--results", str(folder), "--image", str(image))
+    drawing = image.read_text("utf-8")
+    assert drawing.rstrip().endswith("</svg>")
+    assert "flat, clustered embedding" in drawing
