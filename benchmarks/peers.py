@@ -90,8 +90,10 @@ def prepare_job(arguments: dict, *, tiny: bool) -> Call:
     return prepare(Peer(**arguments["peer"]), spec)
 
 
-def _otkd_sinkhorn(problem: Problem, *, k: int | None = None, **options) -> Function:
-    support = Dense() if k is None else TopK(k)
+def _otkd_sinkhorn(
+    problem: Problem, *, k: int | None = None, clusters: int = 1, **options
+) -> Function:
+    support = Dense() if k is None else TopK(k, clusters=clusters)
     return otkd.SinkhornLoss(
         embedding=problem.embedding,
         epsilon=EPSILON,

@@ -27,7 +27,8 @@ def draw(result: dict, image: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for case in result["cases"]:
         logits, embedding = case["problem"]["logits"], case["problem"]["embedding"]
-        curve = case["curve"]
+        curve = [point for point in case["curve"] if point["clusters"] == 1]
+        divided = [point for point in case["curve"] if point["clusters"] > 1]
         axes.plot(
             [point["k"] for point in curve],
             [point["gradient_error"] for point in curve],
@@ -37,14 +38,24 @@ def draw(result: dict, image: Path) -> None:
             markersize=3.5,
             label=f"{logits}, {embedding} embedding (top 64: {case['coverage_of_64']:.0%})",
         )
-    sizes = [point["k"] for point in result["cases"][0]["curve"]]
+        axes.scatter(
+            [point["k"] for point in divided],
+            [point["gradient_error"] for point in divided],
+            s=[point["clusters"] / 2 for point in divided],
+            facecolors="none" if embedding == "clustered" else _COLOURS[logits],
+            edgecolors=_COLOURS[logits],
+        )
+    sizes = sorted({point["k"] for point in result["cases"][0]["curve"]})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(k) for k in sizes])
     axes.set_xlabel("k, tokens of each side")
     axes.set_ylabel("relative error of the logit gradient")
     vocab = result["cases"][0]["problem"]["vocab"]
-    axes.set_title(f"TopK(k) against every one of {vocab:,} tokens, ε = 0.1", fontsize=10)
+    axes.set_title(
+        f"TopK(k) against all of {vocab:,} tokens, ε = 0.1; circles: 16, 32, 64 tail atoms",
+        fontsize=10,
+    )
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.legend(fontsize=7.5, frameon=False)
     image.parent.mkdir(parents=True, exist_ok=True)

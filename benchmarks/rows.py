@@ -32,7 +32,7 @@ def dense(settings: Settings) -> dict:
         name, found = case["name"], case["peers"]
         error = found["otkd"]["gradient_error"]
         targets.append(target(f"{name}: gradient error", error, "≤", GRADIENT_ERROR))
-        limits = {"pot": 15, "geomloss .9": 5, "unrolled": 2, "unrolled, log domain": 50}
+        limits = {"pot": 15, "geomloss .9": 10, "geomloss .9, KeOps": 60, "unrolled": 50}
         for peer, limit in limits.items():
             if peer in case["times"]:
                 times = case["times"][peer]["median"]
@@ -49,9 +49,9 @@ def _dense_case(spec: Spec, settings: Settings) -> dict:
     ours = Peer("otkd", "otkd_sinkhorn", {"tolerance": chosen["tolerance"]})
     iterations = chosen["iterations"]
     part = min(5, iterations)
-    many, few = min(64, spec.positions), settings.pick(4, 1)
+    many, few = min(64, spec.positions), settings.pick(2, 1)
     pot = {"threshold": chosen["tolerance"], "max_iterations": 1000}
-    slow = min(3, settings.repeats)
+    slow = min(2, settings.repeats)
     log_domain = Peer(
         "unrolled, log domain",
         "unrolled",
@@ -68,15 +68,12 @@ def _dense_case(spec: Spec, settings: Settings) -> dict:
         Peer("geomloss .9", "geomloss", {"scaling": 0.9}, 1, slow),
         log_domain,
     ]
-    if not settings.quick:
-        peers.append(Peer("geomloss .99", "geomloss", {"scaling": 0.99}, 1, 1))
     if settings.keops:
         online = {"scaling": 0.9, "backend": "online"}
         peers.append(Peer("geomloss .9, KeOps", "geomloss", online, 1, 1))
     unmeasured = (
         "unrolled",
         log_domain.name,
-        "geomloss .99",
         *(["otkd"] if settings.quick else ()),
     )
     case = compare(spec, peers, reference, settings, skip_memory=unmeasured)
@@ -126,9 +123,12 @@ def topk(settings: Settings, vocab: int = 32_000) -> dict:
         peak = case["peers"]["otkd"]["peak_units"]
         beyond = None if peak is None else peak - 1
         cost = case["times"]["F.kl_div"]["median"]
+        uld = case["times"]["otkd.UniversalLogitLoss"]["median"]
+        limit = 2.0 if vocab < 100_000 else 1.2
         targets += [
-            target(f"{spec.name}: time of otkd / F.kl_div", 1 / cost, "≤", 2.0),
-            target(f"{spec.name}: memory beyond the gradient, N·V·4", beyond, "≤", 1.0),
+            target(f"{spec.name}: time of otkd / F.kl_div", 1 / cost, "≤", limit),
+            target(f"{spec.name}: time of ULD / otkd", uld, "≥", 5.0),
+            target(f"{spec.name}: memory beyond the gradient, N·V·4", beyond, "≤", 0.1),
         ]
         cases.append(case)
     return {"cases": cases, "targets": targets}
@@ -149,14 +149,18 @@ def accuracy(settings: Settings) -> dict:
             spec = Spec(vocab, positions, width, logits, embedding, settings.seed)
             reference = reference_of(spec, Dense())
             curve = []
-            for k in sizes:
-                call = prepare(Peer("", "otkd_sinkhorn", {"k": k, "tolerance": 1e-5}), spec)
+            for k, clusters in (*((k, 1) for k in sizes), *((64, c) for c in (16, 32, 64))):
+                support = {"k": k, "clusters": clusters, "tolerance": 1e-5}
+                call = prepare(Peer("", "otkd_sinkhorn", support), spec)
                 errors = errors_of(call, reference)
-                curve.append({"k": k, **errors, "coverage": float(call.report.coverage)})
-            at_64 = next(point["gradient_error"] for point in curve if point["k"] == 64)
-            limit = 0.16 if logits == "flat" else 0.06
-            targets.append(target(f"{spec.name}: gradient error at k = 64", at_64, "≤", limit))
+                covered = float(call.report.coverage)
+                curve.append({"k": k, "clusters": clusters, **errors, "coverage": covered})
             heads = coverage(build(spec).student)
+            if heads >= 0.85:
+                for point in curve:
+                    if point["k"] == 64:
+                        name = f"{spec.name}: gradient error, {point['clusters']} tail atoms"
+                        targets.append(target(name, point["gradient_error"], "≤", 0.03))
             case = {"name": spec.name, "problem": spec.as_dict(), "coverage_of_64": heads}
             cases.append({**case, "curve": curve})
     return {"cases": cases, "targets": targets}
@@ -189,7 +193,7 @@ def step(settings: Settings) -> dict:
         "times": {"otkd.KLLoss": measure.ratio(seconds["otkd.KLLoss"], seconds["otkd"])},
     }
     targets = [
-        target("time of a step, otkd / KL", times["median"], "≤", 1.15),
+        target("time of a step, otkd / KL", times["median"], "≤", 1.2),
         target("peak memory of a step, otkd / KL", memory, "≤", 1.0),
     ]
     return {"cases": [case], "targets": targets}

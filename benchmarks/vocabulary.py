@@ -70,7 +70,8 @@ def show(console: Console, result: dict) -> None:
             table.add_column(column, justify="right")
         for point in case.get("curve", ()):
             fields = ("value_error", "gradient_error", "coverage")
-            table.add_row(str(point["k"]), *(_number(point[field]) for field in fields))
+            name = f"{point['k']}, {point['clusters']} tail atoms"
+            table.add_row(name, *(_number(point[field]) for field in fields))
         for name, found in case.get("peers", {}).items():
             table.add_row(
                 name,

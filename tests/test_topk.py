@@ -14,6 +14,7 @@ import otkd
 from otkd import functional as F
 from otkd.costs import DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost, PowerCost
 from otkd.supports import Dense, TopK
+from otkd.supports.heads import top_tokens
 from tests import naive
 from tests.problems import logits, points, seeds, self_costs
 
@@ -166,6 +167,36 @@ def test_a_matrix_between_two_vocabularies_says_nothing_of_either():
     check_against_reference(MatrixCost(matrix), (matrix,), student, teacher, 2, **options)
     with pytest.raises(ValueError, match="needs the cost within each side"):
         F.sinkhorn_divergence(student, teacher, cost=matrix, support=TopK(2))
+
+
+@pytest.mark.parametrize("vocab", [64, 75])
+def test_a_vocabulary_large_enough_to_be_searched_in_groups(vocab):
+    x = points(1, vocab, 3)
+    matrix = naive.embedding_cost(x, x, "sqeuclidean")
+    student, teacher = logits(1, 2, vocab), logits(2, 2, vocab)
+    student[1, 5:] = -30
+    check_against_reference(
+        EmbeddingCost(x), (matrix / matrix.mean(),) * 3, student, teacher, 2, debias=False
+    )
+    for bad in (torch.nan, torch.inf):
+        broken = teacher.clone()
+        broken[1, vocab - 1] = bad
+        with pytest.raises(ValueError, match="1 of 2 positions have teacher_logits"):
+            loss_of()(student, broken)
+
+
+@given(seed=seeds, vocab=st.integers(1, 200), k=st.integers(1, 12), kind=st.integers(0, 2))
+def test_the_heaviest_tokens_are_those_of_a_sort(seed, vocab, k, kind):
+    rows = logits(seed, 3, vocab)
+    if kind == 1:  # ties
+        rows = rows.round()
+    if kind == 2:  # few that have mass
+        rows = rows.masked_fill(rows < 2, -torch.inf)
+    tokens = top_tokens(rows, k)
+    assert tokens.shape == (3, min(k, vocab))
+    for row, chosen in zip(rows, tokens, strict=True):
+        assert len(set(chosen.tolist())) == len(chosen)
+        close(row[chosen].sort().values, row.sort().values[-len(chosen) :], rtol=0, atol=0)
 
 
 # Laws --------------------------------------------------------------------------------------------
@@ -558,20 +589,23 @@ def test_the_sampled_costs_of_the_tail_are_close_to_those_of_the_vocabulary(cost
 
 
 def test_the_report():
-    student = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.25, 0.25, 0.25, 0.25]]).log()
+    student = torch.tensor([[0.6, 0.3, 0.1, 0.0], [0.2, 0.3, 0.25, 0.25]]).log()
     teacher = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]]).log()
     loss = otkd.SinkhornLoss("discrete", support=TopK(1), epsilon=0.5)
     loss(student, teacher)
     report = loss.last_report
-    # Heads {0, 3} and {0, one more or none}: the side with less mass there says the coverage.
-    worst = (0.5 if report.worst_coverage > 0.3 else 0.25) if report.worst_coverage < 0.5 else 0.5
-    assert report.worst_coverage.item() == pytest.approx(worst, rel=1e-6)
+    # Heads {0, 3} and {1, 0}: the student has .6 and .5 of its mass there, the teacher .5 and .7.
+    assert report.coverage.item() == pytest.approx(0.5, rel=1e-6)
+    assert report.worst_coverage.item() == pytest.approx(0.5, rel=1e-6)
     assert report.support == repr(TopK(1))
     assert report.iterations >= 1
     assert report.converged
     assert 0 <= report.marginal_error.item() <= 1e-4
     assert report.coverage.ndim == report.worst_coverage.ndim == 0
     loss(student[:1], teacher[:1])
+    assert loss.last_report.coverage.item() == pytest.approx(0.5, rel=1e-6)
+    loss.support = TopK(1, tail=False)
+    loss(student[1:], teacher[1:])
     assert loss.last_report.coverage.item() == pytest.approx(0.5, rel=1e-6)
     loss.support = TopK(2)
     loss(student[:1], teacher[:1])  # {0, 1} and {3, 2}: all
@@ -584,7 +618,7 @@ def test_the_report():
 def test_a_compiled_model_around_the_loss():
     model = torch.nn.Linear(3, VOCAB, dtype=F64)
     features, teacher = points(1, 4, 3), logits(2, 4, VOCAB)
-    loss = loss_of(one_vocabulary("sqeuclidean")[0], reduction="mean")
+    loss = loss_of(one_vocabulary("sqeuclidean")[0], reduction="mean", tolerance=1e-2)
 
     def step(x, t):
         return loss(model(x), t)
@@ -594,8 +628,7 @@ def test_a_compiled_model_around_the_loss():
     compiled = torch.compile(step, backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # breaks of the graph are no fault
-        for _ in range(2):
-            actual = torch.autograd.grad(compiled(features, teacher), model.parameters())
-            for left, right in zip(actual, expected, strict=True):
-                close(left, right)
+        actual = torch.autograd.grad(compiled(features, teacher), model.parameters())
+    for left, right in zip(actual, expected, strict=True):
+        close(left, right)
     torch._dynamo.reset()

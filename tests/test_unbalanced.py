@@ -186,6 +186,20 @@ def test_in_float32_and_with_masses_of_zero():
         close(left.double(), right, atol=1e-3, rtol=1e-3)
 
 
+def test_gradients_where_there_is_no_mass_are_those_where_there_is_hardly_any():
+    a, b, _ = measures("zero_masses")
+    cost = self_costs(1, 6)["sqeuclidean"]
+    hardly = [x.clamp(min=1e-14) for x in (a, b)]
+    expected = slopes(
+        lambda a, b: naive.unbalanced_divergence(a, b, (cost,) * 3, 0.3, 0.5), *hardly
+    )
+    for tolerance in (1e-11, 1e-6):  # also there the solver stops when it is done elsewhere
+        options = {"debias": True, "tolerance": tolerance}
+        actual = slopes(lambda a, b: divergence(a, b, cost, 0.3, 0.5, **options).value, a, b)  # noqa: B023
+        for left, right in zip(actual, expected, strict=True):
+            close(left, right, atol=10 * tolerance, rtol=1e-6)
+
+
 # Limits and laws ---------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ def transport_positions(
     check_positions("mask", mask, batch_shape)
     n, m = student_logits.shape[-1], teacher_logits.shape[-1]
     if support is None:
-        support = choose_support(n, m)
+        support = choose_support(n, m, options.backend)
     support.check(cost, n, m, options)
     counted = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
     if stored is not None and support.reads_stored:

@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # exp(−60) keeps products with masses far above the subnormal numbers, which are slow and inexact.
 _LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
@@ -111,7 +111,7 @@ class ProductKernel(Kernel):
         shift = log_weights.amax(-1, keepdim=True)
         weights = log_weights.sub_(shift).exp_()
         # Smaller ones are lost beside the largest, but would be subnormal in the products: slow.
-        return nn.functional.threshold_(weights, _SMALLEST_WEIGHT[weights.dtype], 0.0), shift
+        return torch.threshold_(weights, _SMALLEST_WEIGHT[weights.dtype], 0.0), shift
 
 
 def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:

@@ -98,26 +98,30 @@ class _Update(ABC):
         self.log_a = self.log_a[rows]
 
     def _row_excess(self, f: Tensor, softmin: Tensor) -> Tensor:
-        return torch.expm1((f - softmin) / self.epsilon)
+        return torch.sub(f, softmin).div_(self.epsilon).expm1_()
 
 
 class _Alternation(_Update):
     def __init__(self, problem: Problem, kernel: Kernel):
         super().__init__(problem, kernel)
+        self.transposed = kernel.transposed
         self.log_b = problem.b.log()
         self.gauge = problem.a if problem.balanced else None
 
     def __call__(self, f):
         # The columns are updated last and are exact: the test is on the rows, or it always passes.
-        g = self.damping * self.kernel.transposed.softmin(f, self.log_a)
+        g = self.transposed.softmin(f, self.log_a)
+        if self.gauge is None:
+            softmin = self.kernel.softmin(g.mul_(self.damping), self.log_b)
+            return g, self.damping * softmin, self._row_excess(f, softmin)
         softmin = self.kernel.softmin(g, self.log_b)
-        image = self.damping * softmin
-        if self.gauge is not None:  # f + constant is as good; extrapolated it might run away
-            image = image - (self.gauge * image).sum(-1, keepdim=True)
+        # f + constant is as good; extrapolated, it might run away.
+        image = softmin - torch.linalg.vecdot(self.gauge, softmin).unsqueeze(-1)
         return g, image, self._row_excess(f, softmin)
 
     def keep(self, rows):
         super().keep(rows)
+        self.transposed = self.kernel.transposed
         self.log_b = self.log_b[rows]
         self.gauge = None if self.gauge is None else self.gauge[rows]
 
@@ -143,15 +147,16 @@ def _iterate(
         if last and iteration > 1:
             f = accelerator.best_image
         g, image, excess = update(f)
-        error = (a * (excess - problem.optimal_row_excess(f)).abs()).sum(-1)
+        missing = excess if problem.balanced else excess - problem.optimal_row_excess(f)
+        error = torch.linalg.vecdot(a, missing.abs())
         solved = error <= tolerance
         count = int(solved.sum())
         if last or 2 * count >= len(solved):
             done = solved | last
             places = waiting[done]
             if problem.symmetric:  # where there is no mass the error does not see f
-                f = torch.where(a > 0, f, 2 * image - f)
-                g = f
+                f = g = torch.where(a > 0, f, 2 * image - f)
+                excess = torch.where(a > 0, excess, problem.optimal_row_excess(f))
             found_f[places], found_g[places] = f[done], g[done]
             found_excess[places], found_error[places] = excess[done], error[done]
             if last or count == len(solved):

@@ -10,12 +10,13 @@ product of S with all problems at once and one scalar product with v for each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, threshold_
 
 from otkd.ot.kernels import Kernel
 from otkd.ot.lazy import LazyCost
@@ -84,7 +85,7 @@ class Graph:
             per_sample_weights=values,
             mode="sum",
             include_last_offset=True,
-        ).T
+        ).T.contiguous()
 
 
 class SparseCost(LazyCost):
@@ -151,7 +152,7 @@ class SparseKernel(Kernel):
     def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""
         weights, shift = _weights(log_b + g / self.epsilon)
-        return -self.epsilon * (self._apply(weights).log_() + shift)
+        return self._apply(weights).log_().add_(shift).mul_(-self.epsilon)
 
     def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""
@@ -174,7 +175,7 @@ class SparseKernel(Kernel):
 
     def _apply(self, weights: Tensor) -> Tensor:
         near = self.graph.sums(self.sparse, weights)
-        return near + self.log_u.exp() * (weights @ self.log_v.exp()).unsqueeze(-1)
+        return near.addcmul_(self.log_u.exp(), (weights @ self.log_v.exp()).unsqueeze(-1))
 
     def _sparse_entries(self) -> Tensor:
         """What is held of S, ``(E,)``."""
@@ -276,9 +277,9 @@ def _far_reach(log_u: Tensor, log_v: Tensor) -> float:
 def _weights(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weights over the largest of them, and the log of that."""
     shift = log_weights.amax(-1, keepdim=True)
-    centred = log_weights - shift
+    weights = (log_weights - shift).exp_()
     # Smaller ones are lost beside the largest, but would be subnormal in the products: slow.
-    return centred.exp().masked_fill_(centred < _SMALLEST_LOG_WEIGHT[centred.dtype], 0), shift
+    return threshold_(weights, math.exp(_SMALLEST_LOG_WEIGHT[weights.dtype]), 0.0), shift
 
 
 def _finite(logs: Tensor) -> Tensor:

@@ -39,8 +39,14 @@ def as_support(support: str | Support) -> Support | None:
     raise TypeError(f"support must be 'auto' or an object of otkd.supports, got {support!r}")
 
 
-def choose_support(n: int, m: int) -> Support:
-    """:class:`Dense` up to 2048 tokens, :class:`TopK` above; the choice is logged."""
-    support = Dense() if max(n, m) <= LARGEST_AUTOMATIC_DENSE else TopK(64)
+def choose_support(n: int, m: int, backend: str = "auto") -> Support:
+    """:class:`Dense` up to 2048 tokens, :class:`TopK` above; the choice is logged.
+
+    A backend that only one of them has decides.
+    """
+    dense = max(n, m) <= LARGEST_AUTOMATIC_DENSE
+    if backend in Dense.backends + TopK.backends:
+        dense = backend in Dense.backends
+    support = Dense() if dense else TopK(64)
     _logger.info("support='auto' chose %r for %d×%d tokens", support, n, m)
     return support
