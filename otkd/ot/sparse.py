@@ -15,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.functional import embedding_bag, threshold_
+from torch import Tensor, nn
 
 from otkd.ot.kernels import Kernel
 from otkd.ot.lazy import LazyCost
@@ -78,7 +77,7 @@ class Graph:
 
         As sums of bags of rows, which torch does two to three times as fast as CSR products.
         """
-        return embedding_bag(
+        return nn.functional.embedding_bag(
             self.columns,
             vectors.T.contiguous(),
             self.offsets,
@@ -279,7 +278,7 @@ def _weights(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     shift = log_weights.amax(-1, keepdim=True)
     weights = (log_weights - shift).exp_()
     # Smaller ones are lost beside the largest, but would be subnormal in the products: slow.
-    return threshold_(weights, math.exp(_SMALLEST_LOG_WEIGHT[weights.dtype]), 0.0), shift
+    return torch.threshold_(weights, math.exp(_SMALLEST_LOG_WEIGHT[weights.dtype]), 0.0), shift
 
 
 def _finite(logs: Tensor) -> Tensor:
