@@ -25,9 +25,11 @@ class Cost(nn.Module, ABC):
 
     Attributes:
         shape: sizes of source and target, or None where the cost fits any one vocabulary.
+        width: how many numbers it reads of every token.
     """
 
     shape: tuple[int, int] | None = None
+    width: int = 1
 
     def __init__(self):
         super().__init__()

@@ -66,6 +66,7 @@ class EmbeddingCost(Cost):
         hold(self, "source", source, learnable)
         hold(self, "target", target, learnable)
         hold(self, "centre", _needed_centre(source), learnable=False)
+        self.width = source.shape[1]
         self.shape = (source.shape[0], (source if target is None else target).shape[0])
         self.scale = self._mean_cost() if normalize == "mean" else 1.0
         if not self.scale > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -24,8 +25,9 @@ from otkd.supports.heads import HeadMasses, Heads, select_heads
 from otkd.supports.on_chip import check_on_chip, solve_on_chip
 from otkd.supports.stored import stored_masses, stored_self_values
 
-_BLOCK_ELEMENTS_ON_CPU = 2**20
+_BLOCK_ELEMENTS_ON_CPU = 2**22
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
+_GATHERED_ELEMENTS = 2**20  # of embeddings and their costs at a time, a share of a block
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,14 @@ class TopK(Support):
             )
             return value, Report.of([report], backend="triton", **settings)
         values, reports = [], []
-        for block in _blocks(student, teacher):
-            # Repeated tokens have no mass and come last: the longest head of the block is enough.
+        # Repeated tokens have no mass and come last: the longest head of a block is enough for it,
+        # and positions whose heads are about as long make a block.
+        order = (student.counts + teacher.counts).argsort()
+        for block in _blocks(order, heads):
             widths = [int(side.counts[block].max()) for side in (student, teacher)]
             x, y = (s.tokens[block, :w] for s, w in zip((student, teacher), widths, strict=True))
+            if student.tokens is teacher.tokens:
+                y = x
             matrices = self._costs(cost, x, y, sizes, options, a.dtype)
             q, p = (
                 self._trim(masses[block], head, width)
@@ -113,7 +119,7 @@ class TopK(Support):
             solution = solve_divergence(q, p, matrices, options, target_value=known)
             values.append(solution.value)
             reports.append(solution.report)
-        return torch.cat(values), Report.of(reports, **settings)
+        return torch.cat(values)[order.argsort()], Report.of(reports, **settings)
 
     def atoms(self, positions: Positions, cost: Cost, options: Options) -> Atoms:
         """See :class:`Support`."""
@@ -183,13 +189,16 @@ class TopK(Support):
         )
 
     def _matrix(self, cost, x, y, sides, sizes, options, dtype) -> Tensor:
-        within = cost.between(x, y, sides, dtype)
+        k, m = x.shape[-1], y.shape[-1]
         if not self.tail:
-            return within
+            return cost.between(x, y, sides, dtype)
         to_tail, from_tail, corner = self._tail_costs(cost, x, y, sides, sizes, options, dtype)
-        k, m = within.shape[-2:]
-        matrix = within.new_empty(len(x), k + from_tail.shape[-1], m + to_tail.shape[-1])
-        matrix[:, :k, :m] = within
+        matrix = to_tail.new_empty(len(x), k + from_tail.shape[-1], m + to_tail.shape[-1])
+        size = max(1, _GATHERED_ELEMENTS // (max(k, m) * (cost.width + m)))
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            part = x[rows]
+            matrix[rows, :k, :m] = cost.between(part, part if y is x else y[rows], sides, dtype)
         matrix[:, :k, m:] = to_tail
         matrix[:, k:, :m] = from_tail.mT
         matrix[:, k:, m:] = corner
@@ -217,12 +226,9 @@ class TopK(Support):
         return clusters_of(cast(EmbeddingCost, cost), side, self.clusters, device)
 
 
-def _blocks(student: Heads, teacher: Heads):
-    atoms = (student.tokens.shape[-1] + 1) * (teacher.tokens.shape[-1] + 1)
-    on_cpu = student.tokens.device.type == "cpu"
-    elements = _BLOCK_ELEMENTS_ON_CPU if on_cpu else _BLOCK_ELEMENTS_ON_DEVICE
-    positions = len(student.tokens)
-    count = -(-positions * atoms // elements)  # of blocks of about one size
-    size = -(-positions // max(1, min(count, positions)))
-    for start in range(0, positions, size):
-        yield slice(start, start + size)
+def _blocks(order: Tensor, heads: tuple[int, int]) -> Iterator[Tensor]:
+    """Positions in this order, in blocks of about one size."""
+    elements = _BLOCK_ELEMENTS_ON_CPU if order.device.type == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
+    atoms = (heads[0] + 1) * (heads[1] + 1)
+    count = -(-len(order) * atoms // elements)
+    yield from order.split(-(-len(order) // max(1, min(count, len(order)))))
