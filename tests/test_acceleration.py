@@ -295,3 +295,16 @@ def test_nan_does_not_spread_in_the_batch():
         f = accelerator.next_point(f, image, error)
         assert f.isfinite().all()
     close(f, target.expand(2, 3), atol=1e-9, rtol=0)
+
+
+def test_what_else_is_in_the_batch_changes_nothing():
+    """Even far from convergence, where other problems go on: microbatches add up."""
+    a, b = masses(3, 7, 12, spread=3.0), masses(4, 7, 12, spread=0.3)
+    x = points(5, 12)
+    cost = torch.cdist(x, x).square()
+    options = {"epsilon": 0.05 * cost.mean().item(), "tolerance": 1e-2}
+    together = ot.sinkhorn(a, b, cost, **options)
+    for place in range(len(a)):
+        alone = ot.sinkhorn(a[place : place + 1], b[place : place + 1], cost, **options)
+        assert alone.iterations <= together.iterations
+        torch.testing.assert_close(alone.f[0], together.f[place], rtol=1e-9, atol=1e-11)

@@ -12,7 +12,7 @@ et al., 2018, "Scaling Algorithms for Unbalanced Optimal Transport Problems"). T
 defines the potentials at points without mass, too.
 
 Both are fixed-point iterations on f, and are accelerated (:mod:`otkd.ot.acceleration`). Problems
-that are solved leave the batch whenever they are half of it.
+keep what they have when they are solved, and leave the batch whenever they are half of it.
 
 With two targets one number is unknown, t = g_0 − g_1, and the mass that arrives at the first target
 rises with it, so it is found by bisection instead.
@@ -137,10 +137,10 @@ def _iterate(
 ) -> Potentials:
     a = problem.a
     accelerator = Anderson(a)
-    waiting = torch.arange(len(a), device=a.device)
+    members, unsolved = torch.arange(len(a), device=a.device), torch.ones_like(a[:, 0]) > 0
     found_f, found_g = torch.zeros_like(a), torch.zeros_like(problem.b)
     found_excess, found_error = torch.zeros_like(a), a.new_zeros(len(a))
-    iteration = 0
+    left, iteration = len(a), 0
     while True:
         iteration += 1
         last = iteration == max_iterations
@@ -149,25 +149,29 @@ def _iterate(
         g, image, excess = update(f)
         missing = excess if problem.balanced else excess - problem.optimal_row_excess(f)
         error = torch.linalg.vecdot(a, missing.abs())
-        solved = error <= tolerance
-        count = int(solved.sum())
-        if last or 2 * count >= len(solved):
-            done = solved | last
-            places = waiting[done]
-            if problem.symmetric:  # where there is no mass the error does not see f
-                f = g = torch.where(a > 0, f, 2 * image - f)
-                excess = torch.where(a > 0, excess, problem.optimal_row_excess(f))
+        done = unsolved if last else unsolved & (error <= tolerance)
+        count = int(done.sum())
+        if count:  # kept as it is now, whatever else is in the batch
+            places = members[done]
             found_f[places], found_g[places] = f[done], g[done]
             found_excess[places], found_error[places] = excess[done], error[done]
-            if last or count == len(solved):
-                break
-            f = accelerator.next_point(f, image, error)
-            rows = (~solved).nonzero().squeeze(-1)
-            waiting, a, f = waiting[rows], a[rows], f[rows]
+            if problem.symmetric:  # where there is no mass the error does not see f
+                softmin = (2 * image - f)[done]
+                found_f[places] = torch.where(a[done] > 0, f[done], softmin)
+                optimal = problem.optimal_row_excess(softmin)
+                found_excess[places] = torch.where(a[done] > 0, excess[done], optimal)
+            unsolved = unsolved & ~done
+            left -= count
+        if left == 0:
+            break
+        f = accelerator.next_point(f, image, error)
+        if 2 * left <= len(members):
+            rows = unsolved.nonzero().squeeze(-1)
+            members, unsolved, a, f = members[rows], unsolved[rows], a[rows], f[rows]
             accelerator.keep(rows)
             update.keep(rows)
-        else:
-            f = accelerator.next_point(f, image, error)
+    if problem.symmetric:
+        found_g = found_f
     if problem.balanced:
         means = (problem.a * found_f).sum(-1), (problem.b * found_g).sum(-1)
         shift = (means[1] - means[0]).unsqueeze(-1) / 2
