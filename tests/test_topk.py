@@ -632,3 +632,15 @@ def test_a_compiled_model_around_the_loss():
     for left, right in zip(actual, expected, strict=True):
         close(left, right)
     torch._dynamo.reset()
+
+
+def test_the_trainers_record_has_the_coverage():
+    from otkd.integrations.records import LossRecord
+
+    loss = otkd.SinkhornLoss("discrete", support=TopK(1), epsilon=0.5)
+    loss(torch.tensor([[0.6, 0.4, 0.0], [0.8, 0.2, 0.0]]).log(), torch.eye(3)[:2].mul(9))
+    record = LossRecord()
+    record.add(loss, share=1.0, steps=1.0)
+    logged = dict(zip(*record.take(torch.device("cpu")), strict=True))
+    assert logged["solver/coverage"] == loss.last_report.coverage
+    assert 0 < logged["solver/worst_coverage"] <= logged["solver/coverage"] <= 1

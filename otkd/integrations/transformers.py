@@ -57,7 +57,8 @@ class DistillationTrainer(Trainer):
     Evaluation reports the loss where it has a teacher (a model, ``eval_teacher``, or a
     ``teacher_logits`` column) and the hard-label cross-entropy alone where it has none; predictions
     are the logits. Training logs hold each term of the loss (``loss/<name>``) and the mean report
-    of its solvers (``solver/iterations``, ``solver/marginal_error``) since the last log.
+    of its solvers (``solver/iterations``, ``solver/marginal_error``,
+    ``solver/coverage`` of a ``TopK`` support) since the last log.
     Parameters of the loss are trained without weight decay and gradient clipping, and saved in
     checkpoints as ``loss.pt``; nothing of the teacher is saved.
 
