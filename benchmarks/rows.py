@@ -15,18 +15,14 @@ from steps import Step, StepSpec
 from otkd.supports import Dense, TopK
 
 GRADIENT_ERROR = 1e-5
-TOLERANCES = (1e-4, 3e-5, 1e-5, 3e-6, 2e-6, 1e-6)
+TOLERANCES = (1e-5, 3e-6, 2e-6, 1e-6)
 _UNREACHABLE = 1e-30  # a tolerance with which all iterations are made
 
 
 def dense(settings: Settings) -> dict:
     """Every token, against POT, GeomLoss and unrolled iterations."""
     sizes = settings.pick((4000, 256, 64), (120, 4, 8))
-    kinds = settings.pick((("zipf", "clustered"), ("dirichlet", "iid")), (("zipf", "clustered"),))
-    cases = [
-        _dense_case(Spec(*sizes, logits, embedding, settings.seed), settings)
-        for logits, embedding in kinds
-    ]
+    cases = [_dense_case(Spec(*sizes, "zipf", "clustered", settings.seed), settings)]
     targets = []
     for case in cases:
         name, found = case["name"], case["peers"]
@@ -44,7 +40,7 @@ def dense(settings: Settings) -> dict:
 
 
 def _dense_case(spec: Spec, settings: Settings) -> dict:
-    reference = reference_of(spec, Dense(), positions=64)
+    reference = reference_of(spec, Dense(), positions=16)
     search, chosen = _search_tolerance(spec, reference)
     ours = Peer("otkd", "otkd_sinkhorn", {"tolerance": chosen["tolerance"]})
     iterations = chosen["iterations"]
