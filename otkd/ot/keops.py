@@ -143,11 +143,11 @@ def _keops_at_work():
 
 def _import_keops() -> ModuleType:
     with contextlib.redirect_stdout(sys.stderr):
-        import pykeops
+        import pykeops  # pyright: ignore[reportMissingImports]
     return pykeops
 
 
 def _lazy(values: Tensor):
-    from pykeops.torch import LazyTensor
+    from pykeops.torch import LazyTensor  # pyright: ignore[reportMissingImports]
 
     return LazyTensor(values.contiguous())
