@@ -29,9 +29,10 @@ class LossRecord:
             if report is not None:
                 self._add("solver/iterations", report.iterations, 1)
                 self._add("solver/marginal_error", report.marginal_error, 1)
-                if report.coverage is not None:
-                    self._add("solver/coverage", report.coverage, 1)
-                    self._add("solver/worst_coverage", report.worst_coverage, 1)
+                for name in ("coverage", "worst_coverage"):
+                    value = getattr(report, name, None)
+                    if value is not None:
+                        self._add(f"solver/{name}", value, 1)
 
     def _add(self, name: str, value: Tensor | float, weight: float) -> None:
         if isinstance(value, Tensor):
