@@ -18,6 +18,18 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
+def check_temperatures(temperature: float, teacher_temperature: float | None) -> float:
+    """The teacher's temperature, by default the student's.
+
+    Raises:
+        ValueError: unless both are finite numbers above 0.
+    """
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
+    return teacher_temperature
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:

@@ -28,14 +28,15 @@ def machine() -> dict[str, Any]:
     import torch
 
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its model, as the system tells it."""
     # platform.processor() is empty or only the architecture on most Linux systems.
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,6 +65,15 @@ class Cost(nn.Module, ABC):
 
     def check_within(self) -> None:
         """Raise ``ValueError`` if it says no costs within a side, as debiasing needs them."""
+
+    def kept(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``: of a constant cost once, of one that learns anew, with its gradient."""
+        if self.learns:
+            return make()
+        if key not in self.tail_constants:
+            with torch.no_grad():
+                self.tail_constants[key] = make()
+        return self.tail_constants[key]
 
     @property
     def learns(self) -> bool:

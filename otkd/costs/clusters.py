@@ -78,12 +78,7 @@ def mean_cost_to_clusters(
     For a constant cost it is computed once for all tokens.
     """
     key = ("cluster means", sides, len(clusters), dtype, tokens.device)
-    if not cost.learns and key in cost.tail_constants:
-        return cost.tail_constants[key][tokens]
-    with torch.set_grad_enabled(cost.learns and torch.is_grad_enabled()):
-        table = _mean_cost_table(cost, sides, clusters, dtype, tokens.device)
-    if not cost.learns:
-        cost.tail_constants[key] = table
+    table = cost.kept(key, lambda: _mean_cost_table(cost, sides, clusters, dtype, tokens.device))
     return table[tokens]
 
 
@@ -101,13 +96,7 @@ def soft_mean_cost_of_clusters(
     itself have the weight they have among all its tokens.
     """
     key = ("cluster soft means", sides, len(clusters[0]), len(clusters[1]), epsilon, dtype, device)
-    if not cost.learns and key in cost.tail_constants:
-        return cost.tail_constants[key]
-    with torch.set_grad_enabled(cost.learns and torch.is_grad_enabled()):
-        value = _soft_means(cost, sides, clusters, epsilon, device).to(dtype)
-    if not cost.learns:
-        cost.tail_constants[key] = value
-    return value
+    return cost.kept(key, lambda: _soft_means(cost, sides, clusters, epsilon, device).to(dtype))
 
 
 def _assign(points: np.ndarray, number: int) -> np.ndarray:

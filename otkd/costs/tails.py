@@ -30,14 +30,14 @@ def mean_cost_to_all(
     if cost.learns:
         every, places = tokens.unique(return_inverse=True)  # positions share most of their tokens
         return _mean_to_all(cost, every.unsqueeze(0), sides, sizes[1], dtype).squeeze(0)[places]
-    key = ("mean", sides, sizes, dtype, tokens.device)
-    if key not in cost.tail_constants:
-        with torch.no_grad():
-            every = torch.arange(sizes[0], device=tokens.device).unsqueeze(0)
-            blocks = every.split(_BLOCK_PAIRS // SAMPLED_TOKENS, -1)
-            means = [_mean_to_all(cost, block, sides, sizes[1], dtype) for block in blocks]
-        cost.tail_constants[key] = torch.cat(means, -1).squeeze(0)
-    return cost.tail_constants[key][tokens]
+
+    def all_means() -> Tensor:
+        every = torch.arange(sizes[0], device=tokens.device).unsqueeze(0)
+        blocks = every.split(_BLOCK_PAIRS // SAMPLED_TOKENS, -1)
+        means = [_mean_to_all(cost, block, sides, sizes[1], dtype) for block in blocks]
+        return torch.cat(means, -1).squeeze(0)
+
+    return cost.kept(("mean", sides, sizes, dtype, tokens.device), all_means)[tokens]
 
 
 def soft_mean_cost(
@@ -54,25 +54,19 @@ def soft_mean_cost(
     with itself, pairs of a token with itself have the weight they have in the whole, 1/V.
     """
     key = ("soft", sides, sizes, epsilon, dtype, device)
-    if cost.learns or key not in cost.tail_constants:
-        with torch.set_grad_enabled(cost.learns and torch.is_grad_enabled()):
-            value = _soft_mean(cost, sides, sizes, epsilon, dtype, device)
-        if cost.learns:
-            return value
-        cost.tail_constants[key] = value
-    return cost.tail_constants[key]
+    return cost.kept(key, lambda: _soft_mean(cost, sides, sizes, epsilon, dtype, device))
 
 
 def _mean_to_all(cost, tokens, sides, size, dtype) -> Tensor:
     mean = cost.mean_to_all(tokens, sides, dtype)
     if mean is not None:
         return mean
-    others = _sample(size, tokens.device)
+    others = sample_tokens(size, tokens.device)
     return cost.between(tokens, others.expand(len(tokens), -1), sides, dtype).mean(-1)
 
 
 def _soft_mean(cost, sides, sizes, epsilon, dtype, device) -> Tensor:
-    x, y = (_sample(size, device).unsqueeze(0) for size in sizes)
+    x, y = (sample_tokens(size, device).unsqueeze(0) for size in sizes)
     log_kernel = cost.between(x, y, sides, dtype).squeeze(0) / -epsilon
     if not (cost.one_vocabulary or sides[0] == sides[1]):
         return -epsilon * (log_kernel.logsumexp((0, 1)) - math.log(log_kernel.numel()))
@@ -86,7 +80,8 @@ def _soft_mean(cost, sides, sizes, epsilon, dtype, device) -> Tensor:
     return -epsilon * torch.logaddexp(own, others + share)
 
 
-def _sample(size: int, device: torch.device) -> Tensor:
+def sample_tokens(size: int, device: torch.device) -> Tensor:
+    """A seeded sample of 1024 tokens of a vocabulary, or all of them up to 2048."""
     if size <= _EXACT_SIZE:
         return torch.arange(size, device=device)
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))

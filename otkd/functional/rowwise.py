@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from otkd.checks import check_finite_rows, check_logits, check_positions, check_positive
+from otkd.checks import check_finite_rows, check_logits, check_positions, check_temperatures
 
 Formula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -78,9 +78,7 @@ def _as_function(make_formula: Callable[..., Formula], *, same_vocabulary: bool)
     ) -> Float[Tensor, "*batch"]:
         formula = make_formula(**options)
         check_logits(student_logits, teacher_logits, same_vocabulary=same_vocabulary)
-        if teacher_temperature is None:
-            teacher_temperature = temperature
-        check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
+        teacher_temperature = check_temperatures(temperature, teacher_temperature)
         batch_shape = student_logits.shape[:-1]
         check_positions("mask", mask, batch_shape)
         positions = math.prod(batch_shape)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from otkd.checks import check_finite_rows, check_logits, check_positions, check_positive
+from otkd.checks import check_finite_rows, check_logits, check_positions, check_temperatures
 from otkd.costs import Cost, MatrixCost
 from otkd.functional.rowwise import compute_dtype
 from otkd.ot.divergence import Options, Report
@@ -125,9 +125,7 @@ def transport_positions(
     Where the support reads a ``stored`` teacher, ``teacher_logits`` have its shape alone.
     """
     check_logits(student_logits, teacher_logits, same_vocabulary=False)
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
+    teacher_temperature = check_temperatures(temperature, teacher_temperature)
     batch_shape = student_logits.shape[:-1]
     check_positions("mask", mask, batch_shape)
     n, m = student_logits.shape[-1], teacher_logits.shape[-1]
@@ -231,9 +229,7 @@ def distributions(
     Raises:
         ValueError: if a temperature is not positive or a row of logits has no softmax.
     """
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
+    teacher_temperature = check_temperatures(temperature, teacher_temperature)
     dtype = compute_dtype(student_logits)
     q = torch.softmax(student_logits.to(dtype) / temperature, -1)
     p = torch.softmax(teacher_logits.detach().to(dtype) / teacher_temperature, -1)

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 # exp(−60) keeps products with masses far above the subnormal numbers, which are slow and inexact.
-_LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
+LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
 # A weight this far below the largest may count where the kernel is larger by as much as above; what
 # is lost is the difference of the two, exp(−20) of a sum.
 _SMALLEST_WEIGHT = {torch.float32: math.exp(-80), torch.float64: math.exp(-350)}
 _LOG_DOMAIN_BLOCK = 2**22
 # A density is at most 1/mass, but without bound between two points that have none: 0·inf is NaN.
-_LARGEST_LOG_DENSITY = {torch.float32: 80.0, torch.float64: 700.0}
+LARGEST_LOG_DENSITY = {torch.float32: 80.0, torch.float64: 700.0}
 
 
 class Kernel(ABC):
@@ -83,17 +83,17 @@ class ProductKernel(Kernel):
 
     def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
         """See :class:`Kernel`."""
-        weights, shift = self._weights(log_b, g)
+        weights, shift = centred_weights(log_b, g, self.epsilon)
         return _apply(self.kernel, weights).log_().add_(shift).mul_(-self.epsilon)
 
     def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
         """See :class:`Kernel`."""
-        weights, shift = self._weights(b.log(), g)
+        weights, shift = centred_weights(b.log(), g, self.epsilon)
         return _apply(self.kernel, weights * y) * (f / self.epsilon + shift).exp()
 
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`Kernel`."""
-        weights, shift = self._weights(b.log(), g)
+        weights, shift = centred_weights(b.log(), g, self.epsilon)
         product = _apply(self.kernel * self.cost, weights)
         return product * (f / self.epsilon + shift).exp()
 
@@ -105,13 +105,14 @@ class ProductKernel(Kernel):
             return self.kernel * (left.mT @ right)
         return self.kernel * left.unsqueeze(-1) * right.unsqueeze(-2)
 
-    def _weights(self, log_b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """b·exp(g/ε) over its largest entry, and the log of that."""
-        log_weights = torch.add(log_b, g, alpha=1 / self.epsilon)
-        shift = log_weights.amax(-1, keepdim=True)
-        weights = log_weights.sub_(shift).exp_()
-        # Smaller ones are lost beside the largest, but would be subnormal in the products: slow.
-        return torch.threshold_(weights, _SMALLEST_WEIGHT[weights.dtype], 0.0), shift
+
+def centred_weights(log_b: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """b·exp(g/ε) over its largest entry, and the log of that."""
+    log_weights = torch.add(log_b, g, alpha=1 / epsilon)
+    shift = log_weights.amax(-1, keepdim=True)
+    weights = log_weights.sub_(shift).exp_()
+    # Smaller ones are lost beside the largest, but would be subnormal in the products: slow.
+    return torch.threshold_(weights, _SMALLEST_WEIGHT[weights.dtype], 0.0), shift
 
 
 def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class LogKernel(Kernel):
 def coupling_density(f: Tensor, g: Tensor, cost: Tensor, epsilon: float) -> Tensor:
     """E_ij = exp((f_i + g_j − C_ij)/ε), the density of the plan against a⊗b, ``(B, n, m)``."""
     log_density = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon
-    return log_density.clamp_(max=_LARGEST_LOG_DENSITY[log_density.dtype]).exp_()
+    return log_density.clamp_(max=LARGEST_LOG_DENSITY[log_density.dtype]).exp_()
 
 
 def dense_kernel(cost: Tensor, epsilon: float) -> Kernel:
@@ -193,6 +194,6 @@ def dense_kernel(cost: Tensor, epsilon: float) -> Kernel:
     if cost.numel() == 0:
         return LogKernel(cost, epsilon)
     reach = cost.abs().max().item() / epsilon
-    if reach <= _LARGEST_EXPONENT[cost.dtype]:
+    if reach <= LARGEST_EXPONENT[cost.dtype]:
         return ProductKernel(cost, epsilon)
     return LogKernel(cost, epsilon)

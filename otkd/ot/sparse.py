@@ -10,20 +10,15 @@ product of S with all problems at once and one scalar product with v for each.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from otkd.ot.kernels import Kernel
+from otkd.ot.kernels import LARGEST_EXPONENT, LARGEST_LOG_DENSITY, Kernel, centred_weights
 from otkd.ot.lazy import LazyCost
 
-# As for dense kernels: products where no entry is smaller than exp(−60), else the log domain.
-_LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
-_SMALLEST_LOG_WEIGHT = {torch.float32: -80.0, torch.float64: -350.0}
-_LARGEST_LOG_DENSITY = {torch.float32: 80.0, torch.float64: 700.0}
 _LOG_DOMAIN_BLOCK = 2**22
 
 FarField = Callable[[float], tuple[Tensor, Tensor]]
@@ -150,17 +145,17 @@ class SparseKernel(Kernel):
 
     def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""
-        weights, shift = _weights(log_b + g / self.epsilon)
+        weights, shift = centred_weights(log_b, g, self.epsilon)
         return self._apply(weights).log_().add_(shift).mul_(-self.epsilon)
 
     def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""
-        weights, shift = _weights(b.log() + g / self.epsilon)
+        weights, shift = centred_weights(b.log(), g, self.epsilon)
         return self._apply(weights * y) * (f / self.epsilon + shift).exp()
 
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`; the far field costs −ε·log(u_i·v_j)."""
-        weights, shift = _weights(b.log() + g / self.epsilon)
+        weights, shift = centred_weights(b.log(), g, self.epsilon)
         log_far, log_kernel = self._log_entries()
         entropies = _times_log(log_kernel) - _times_log(log_far)
         far = weights @ torch.stack([self.log_v.exp(), _times_log(self.log_v)], -1)
@@ -234,7 +229,7 @@ class SparseLogKernel(SparseKernel):
                 total = torch.zeros_like(top).index_add_(0, local, (terms - top[local]).exp_())
                 blocks.append(total.log_().add_(top))
                 continue
-            terms = (terms + f.T[first:last][local]).clamp_(max=_LARGEST_LOG_DENSITY[terms.dtype])
+            terms = (terms + f.T[first:last][local]).clamp_(max=LARGEST_LOG_DENSITY[terms.dtype])
             terms.exp_()
             terms = terms if y is None else terms * y.T[places]
             terms = terms if factors is None else terms * factors[pairs].unsqueeze(-1)
@@ -245,7 +240,7 @@ class SparseLogKernel(SparseKernel):
         terms = log_weights + self.log_v
         top = terms.amax(-1, keepdim=True).clamp(min=torch.finfo(terms.dtype).min)
         total = ((terms - top).exp_() * y).sum(-1, keepdim=True)
-        limit = _LARGEST_LOG_DENSITY[terms.dtype]
+        limit = LARGEST_LOG_DENSITY[terms.dtype]
         return total * (self.log_u + f + top).clamp(max=limit).exp()
 
     def _row_blocks(self, problems: int):
@@ -263,7 +258,7 @@ def sparse_kernel(
     """Products where every entry of the kernel is representable, else the log domain."""
     own = cost.abs().max().item() / epsilon if len(cost) else 0.0
     reach = max(own, _far_reach(log_u, log_v))
-    products = reach <= _LARGEST_EXPONENT[cost.dtype]
+    products = reach <= LARGEST_EXPONENT[cost.dtype]
     return (SparseKernel if products else SparseLogKernel)(graph, cost, log_u, log_v, epsilon)
 
 
@@ -271,14 +266,6 @@ def _far_reach(log_u: Tensor, log_v: Tensor) -> float:
     """−log of the smallest u_i·v_j; 0 where all pairs are of the graph."""
     smallest = (x[x.isfinite()] for x in (log_u, log_v))
     return -sum(x.min().item() if len(x) else 0.0 for x in smallest)
-
-
-def _weights(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights over the largest of them, and the log of that."""
-    shift = log_weights.amax(-1, keepdim=True)
-    weights = (log_weights - shift).exp_()
-    # Smaller ones are lost beside the largest, but would be subnormal in the products: slow.
-    return torch.threshold_(weights, math.exp(_SMALLEST_LOG_WEIGHT[weights.dtype]), 0.0), shift
 
 
 def _finite(logs: Tensor) -> Tensor:

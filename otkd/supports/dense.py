@@ -65,15 +65,9 @@ class Dense(Support):
         else:
             matrices = _lazy_costs(lazy, cast(EmbeddingCost, cost), options.debias, where)
         check_costs(n, m, matrices)
-        on_cpu = positions.student.device.type == "cpu"
-        elements = _BLOCK_ELEMENTS_ON_CPU if on_cpu else _BLOCK_ELEMENTS_ON_DEVICE
-        values, reports = [], []
-        for rows in positions.blocks(max(1, elements // max(n, m))):
-            solution = solve_divergence(*_distributions(positions, rows), matrices, options)
-            values.append(solution.value)
-            reports.append(solution.report)
+        values, reports = transport_distributions(positions, matrices, options)
         backend = "keops" if lazy is KeOpsCost else "torch"
-        return torch.cat(values), Report.of(reports, support=repr(self), backend=backend)
+        return values, Report.of(reports, support=repr(self), backend=backend)
 
     def atoms(self, positions: Positions, cost: Cost, options: Options) -> Atoms:
         """See :class:`Support`."""
@@ -88,6 +82,21 @@ class Dense(Support):
         matrix = cost.matrices(n, m, self_terms=False, **where).cross
         tokens = (torch.arange(size, device=q.device) for size in (n, m))
         return Atoms(q[0], p[0], matrix, *tokens)
+
+
+def transport_distributions(
+    positions: Positions, matrices: CostMatrices, options: Options
+) -> tuple[Tensor, list[Report]]:
+    """The divergence of every position over all tokens, and a report of each block of them."""
+    on_cpu = positions.student.device.type == "cpu"
+    elements = _BLOCK_ELEMENTS_ON_CPU if on_cpu else _BLOCK_ELEMENTS_ON_DEVICE
+    vocab = max(positions.student.shape[-1], positions.teacher.shape[-1])
+    values, reports = [], []
+    for rows in positions.blocks(max(1, elements // vocab)):
+        solution = solve_divergence(*_distributions(positions, rows), matrices, options)
+        values.append(solution.value)
+        reports.append(solution.report)
+    return torch.cat(values), reports
 
 
 def _distributions(positions: Positions, rows: slice | Tensor) -> tuple[Tensor, Tensor]:

@@ -12,15 +12,11 @@ from torch import Tensor
 
 from otkd.costs import Cost, CostMatrices, EmbeddingCost
 from otkd.costs.base import Side, same_for_all
-from otkd.costs.tails import _sample
-from otkd.ot.divergence import Options, Report, solve_divergence
+from otkd.costs.tails import sample_tokens
+from otkd.ot.divergence import Options, Report
 from otkd.ot.sparse import Graph, SparseCost
 from otkd.supports.base import Positions, Support
-from otkd.supports.dense import (
-    _BLOCK_ELEMENTS_ON_CPU,
-    _BLOCK_ELEMENTS_ON_DEVICE,
-    _distributions,
-)
+from otkd.supports.dense import transport_distributions
 from otkd.supports.neighbour_index import nearest
 
 Sides = tuple[Side, Side]
@@ -79,14 +75,8 @@ class NearestNeighbours(Support):
         assert isinstance(cost, EmbeddingCost)
         device = positions.student.device
         costs = self._costs(cost, positions.dtype, device, self_terms=options.debias)
-        elements = _BLOCK_ELEMENTS_ON_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
-        size = max(positions.student.shape[-1], positions.teacher.shape[-1])
-        values, reports = [], []
-        for rows in positions.blocks(max(1, elements // size)):
-            solution = solve_divergence(*_distributions(positions, rows), costs, options)
-            values.append(solution.value)
-            reports.append(solution.report)
-        return torch.cat(values), Report.of(reports, support=repr(self))
+        values, reports = transport_distributions(positions, costs, options)
+        return values, Report.of(reports, support=repr(self))
 
     def _costs(self, cost: EmbeddingCost, dtype, device, *, self_terms: bool) -> CostMatrices:
         """The sparse costs between and within the sides, made once and kept with the cost."""
@@ -196,7 +186,7 @@ class MeanKernel:
         """Log of the mean of exp(−C/ε) by row, over the sampled pairs beside the graph."""
         n, m = graph.shape
         device = graph.offsets.device
-        sample = _sample(m, device)
+        sample = sample_tokens(m, device)
         place = torch.full((m,), -1, device=device)
         place[sample] = torch.arange(len(sample), device=device)
         place = place[graph.columns]
