@@ -21,6 +21,7 @@ import otkd
 from otkd.cli import models, runs, training
 from otkd.cli.app import app
 from otkd.cli.console import CommandError
+from otkd.cli.evaluation import Predictor
 from otkd.cli.objectives import build_objective, objective_options
 from otkd.cli.precision import Precision, measure_precision, read_precision
 from otkd.cli.report import comparison_table, explanation, metric_title
@@ -33,6 +34,7 @@ from otkd.signals import DenseSignal
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "it", "is", "not", "wet", "dry"]
 WORDS += [*"!.,?", "so", *"abcd"]
 SMALL = ("--epochs", "2", "--teacher-epochs", "1", "--batch-size", "8", "--max-length", "32")
+SMALL += ("--teacher-batch-size", "8")
 SMALL += ("--student-layers", "2", "--precision", "fp32", "--learning-rate", "1e-3")
 
 
@@ -151,11 +153,11 @@ def test_compare_writes_table_files_and_plot(compared):
 
 def test_result_files_say_how_they_were_made(compared):
     folder, _ = compared
-    path = folder / "rte" / "kl" / "seed-0.json"
+    path = folder / "rte" / "kl" / "0.json"
     content = json.loads(path.read_text())
     assert content["settings"]["epochs"] == 2
     assert content["settings"]["loss.temperature"] == 2.0
-    assert content["settings"]["loss.weight"] == 0.9
+    assert content["settings"]["loss.alpha"] == 0.9
     assert content["steps"] == 10
     assert content["seconds_per_step"] == pytest.approx(content["seconds"] / 10)
     assert content["rows"] == {"train": 40, "dev": 20}
@@ -171,7 +173,7 @@ def test_result_files_say_how_they_were_made(compared):
 
 def test_a_missing_result_alone_is_done_again_with_the_same_outcome(compared, glue, teacher):
     folder, _ = compared
-    kl, sinkd = (folder / "rte" / loss / "seed-0.json" for loss in ("kl", "sinkd"))
+    kl, sinkd = (folder / "rte" / loss / "0.json" for loss in ("kl", "sinkd"))
     before, other = read_result(kl), sinkd.stat().st_mtime_ns
     kl.unlink()
     result = otkd_command(
@@ -186,7 +188,7 @@ def test_a_missing_result_alone_is_done_again_with_the_same_outcome(compared, gl
 def test_other_settings_are_refused_until_overwritten(arguments, tmp_path):
     compare = ["compare", "rte", "--losses", "ce", "--seeds", 1, *arguments]
     assert otkd_command(*compare).exit_code == 0
-    path = tmp_path / "out" / "rte" / "ce" / "seed-0.json"
+    path = tmp_path / "out" / "rte" / "ce" / "0.json"
     before = path.read_bytes()
     changed = [*compare, "--epochs", 1]
     result = otkd_command(*changed)
@@ -206,7 +208,7 @@ def test_other_settings_are_refused_until_overwritten(arguments, tmp_path):
 def test_corrupt_results_are_done_again(arguments, tmp_path, damage):
     compare = ["compare", "rte", "--losses", "ce", "--seeds", 1, *arguments]
     assert otkd_command(*compare).exit_code == 0
-    path = tmp_path / "out" / "rte" / "ce" / "seed-0.json"
+    path = tmp_path / "out" / "rte" / "ce" / "0.json"
     good, text = read_result(path), path.read_text()
     damaged = {
         "cut": text[: len(text) // 2],
@@ -223,7 +225,7 @@ def test_corrupt_results_are_done_again(arguments, tmp_path, damage):
 def test_a_damaged_teacher_is_redone_and_its_students_kept(arguments, tmp_path):
     compare = ["compare", "rte", "--losses", "kl", "--seeds", 1, *arguments]
     assert otkd_command(*compare).exit_code == 0
-    student = tmp_path / "out" / "rte" / "kl" / "seed-0.json"
+    student = tmp_path / "out" / "rte" / "kl" / "0.json"
     logits = tmp_path / "out" / "rte" / "teacher" / "train-logits.safetensors"
     before, written = logits.read_bytes(), student.stat().st_mtime_ns
     logits.write_bytes(before[:-4] + b"\0\0\0\0")
@@ -237,7 +239,7 @@ def test_a_damaged_teacher_is_redone_and_its_students_kept(arguments, tmp_path):
 def test_interrupted_comparison_goes_on_where_it_stopped(arguments, tmp_path):
     compare = ["compare", "rte", "--losses", "ce,kl", "--seeds", 2, *arguments, "--epochs", 20]
     compare = [str(argument) for argument in compare]
-    first = tmp_path / "out" / "rte" / "ce" / "seed-0.json"
+    first = tmp_path / "out" / "rte" / "ce" / "0.json"
     process = subprocess.Popen(
         [sys.executable, "-m", "otkd.cli.app", *compare],
         stdout=subprocess.PIPE,
@@ -253,12 +255,12 @@ def test_interrupted_comparison_goes_on_where_it_stopped(arguments, tmp_path):
     assert process.returncode == 130, output
     assert "finished runs are kept" in output
     assert "Traceback" not in output
-    assert not (tmp_path / "out" / "rte" / "kl" / "seed-1.json").exists()
+    assert not (tmp_path / "out" / "rte" / "kl" / "1.json").exists()
     written = first.stat().st_mtime_ns
     result = otkd_command(*compare)
     assert result.exit_code == 0, result.output
     assert first.stat().st_mtime_ns == written
-    assert len(list((tmp_path / "out" / "rte").glob("*/seed-*.json"))) == 4
+    assert len(list((tmp_path / "out" / "rte").glob("*/[0-9].json"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -320,7 +322,7 @@ def test_two_development_splits_and_three_classes(arguments, tmp_path):
     assert result.exit_code == 0, result.output
     assert "accuracy (matched)" in result.stdout
     assert "0.9 · loss + 0.1 · ce" in result.stdout
-    saved = read_result(tmp_path / "out" / "mnli" / "wasserstein" / "seed-0.json")
+    saved = read_result(tmp_path / "out" / "mnli" / "wasserstein" / "0.json")
     assert set(saved.metrics) == {"matched_accuracy", "mismatched_accuracy"}
     assert saved.headline == "matched_accuracy"
     assert saved.rows == {"train": 9, "dev": 9 + 5}
@@ -330,7 +332,7 @@ def test_two_development_splits_and_three_classes(arguments, tmp_path):
 def test_every_registered_loss_is_an_objective(name):
     settings = Settings("rte", temperature=3.0, epsilon=0.5)
     options = objective_options(name, settings)
-    assert ("weight" in options) == (name not in ("ce", "sinkd"))
+    assert ("alpha" in options) == (name != "ce")
     assert options.get("temperature", 3.0) == 3.0
     torch.manual_seed(0)
     loss = build_objective(name, options, torch.randn(3, 8))
@@ -365,7 +367,7 @@ def test_train_saves_a_student_that_loads(arguments, tmp_path):
     assert student.config.id2label == {0: "entailment", 1: "not_entailment"}
     data = load_task(get_task("rte"), arguments[1])
     rows = encode(data.dev["dev"], tokenizer, 32)
-    logits = training.predict(student, rows, tokenizer, bf16=False)
+    logits = Predictor(rows, tokenizer, bf16=False).logits(student)
     labels = torch.tensor(data.dev["dev"]["label"][:])
     assert (logits.argmax(-1) == labels).float().mean().item() == pytest.approx(saved.score)
     written = (out / "results.json").stat().st_mtime_ns
@@ -496,7 +498,7 @@ def test_training_resumes_from_the_last_complete_epoch(training_parts, tmp_path)
 def test_predictions_keep_the_order_of_the_rows(training_parts):
     make_student, rows, tokenizer = training_parts
     student = make_student().eval()
-    logits = training.predict(student, rows, tokenizer, bf16=False)
+    logits = Predictor(rows, tokenizer, bf16=False).logits(student)
     columns = ("input_ids", "attention_mask", "token_type_ids")
     for index in (0, 4, 39):
         row = {name: torch.tensor([rows[index][name]]) for name in columns}
@@ -529,7 +531,7 @@ def test_precision_is_measured_once_and_kept(teacher, tmp_path):
 def make_result(loss, seed, score, task="mrpc"):
     metrics = {"f1": score, "accuracy": score - 0.1}
     return Result(
-        task=task, loss=loss, seed=seed, settings={"epochs": 1, "freeze_embeddings": False},
+        task=task, loss=loss, seed=seed, settings={"loss": loss, "loss.alpha": 0.9, "epochs": 1, "freeze_embeddings": False},
         headline="f1", metrics=metrics, teacher_metrics=metrics, agreement=0.9, teacher_logits="x",
         rows={"train": 10, "dev": 5}, steps=4, seconds=2.0, precision="fp32",
         versions={"otkd": "0"}, machine={"cores": 1},

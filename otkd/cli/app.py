@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from otkd.cli.console import CommandError, err, notice, out, require_train_extra
-from otkd.cli.settings import Settings, with_settings
+from otkd.cli.settings import Settings, given_options, with_settings
 from otkd.version import __version__
 
 app = typer.Typer(
@@ -104,21 +104,53 @@ def train(
 @with_settings
 def compare(
     settings: Settings,
-    losses: Annotated[str, typer.Option(help="Registry names with commas between them.")],
-    seeds: Annotated[int, typer.Option(help="Students per loss, seeds 0, 1, ….")] = 5,
+    context: typer.Context,
+    losses: Annotated[
+        str,
+        typer.Option(help="Names with commas between them; all of the protocol, if one is given."),
+    ] = "",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="author (SinKD's published protocol), fair, or a file FILE.toml of that kind: it "
+            "fixes losses and settings. Options given here come before it."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Students per loss, seeds 0, 1, …: the protocol's, or 5.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that train students side by side: one a GPU, or 1."),
+    ] = None,
     output_dir: OutputDir = Path("results"),
     overwrite: Overwrite = False,
 ) -> None:
     """Distil a student per loss and seed and put the losses side by side.
 
-    Finished runs are kept: when the command is given again, it goes on where it stopped.
+    TASK may name several, with commas between them. Finished runs are kept: when the command is
+    given again, it goes on where it stopped.
     """
     with _reporting(output_dir):
+        names = [name.strip() for name in losses.split(",") if name.strip()]
+        if not names and protocol is None:
+            raise CommandError(
+                "--losses names no loss: name some (see `otkd losses`), or a --protocol."
+            )
         require_train_extra()
         from otkd.cli import commands
+        from otkd.cli.protocols import load_protocol
 
-        names = [name.strip() for name in losses.split(",") if name.strip()]
-        commands.compare(settings, names, seeds, output_dir, overwrite=overwrite)
+        commands.compare(
+            settings,
+            names,
+            seeds,
+            output_dir,
+            protocol=load_protocol(protocol) if protocol else None,
+            given=given_options(context),
+            workers=workers,
+            overwrite=overwrite,
+        )
 
 
 def main() -> None:

@@ -2,52 +2,102 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from otkd.cli.console import CommandError, notice, out, quiet_libraries
 from otkd.cli.experiment import Experiment
 from otkd.cli.progress import StepBar
+from otkd.cli.protocols import Objective, Protocol
 from otkd.cli.report import comparison_table, explanation, save_plot
 from otkd.cli.results import Result, write_json
-from otkd.cli.runs import RunPaths, find_student, find_teacher, run_student, train_teacher
+from otkd.cli.runs import Run, Teacher, find_student, find_teacher, train_teacher
+from otkd.cli.settings import Settings
 from otkd.cli.stats import summary_json
+from otkd.cli.workers import run_all, worker_count
 from otkd.data import get_task
-
-if TYPE_CHECKING:
-    from otkd.cli.settings import Settings
 
 
 def compare(
-    settings: Settings, losses: list[str], seeds: int, output_dir: Path, *, overwrite: bool
+    settings: Settings,
+    losses: Sequence[str],
+    seeds: int | None,
+    output_dir: Path,
+    *,
+    protocol: Protocol | None = None,
+    given: Collection[str] = (),
+    workers: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Distil one student per loss and seed; finished runs are kept and not done again.
+
+    Args:
+        settings: of the command line; ``task`` may name several, with commas between them.
+        losses: names of losses; none stands for all of the protocol.
+        seeds: students per loss; None for the protocol's number, or 5.
+        output_dir: where results go, under the protocol's name if there is one.
+        protocol: fixes settings, losses and tuning.
+        given: the settings that the user gave and the protocol does not replace.
+        workers: processes to train in.
+        overwrite: redo runs that were made with other settings.
 
     Raises:
         CommandError: for options that cannot be meant, before anything is trained.
         DataError: for rows that cannot be read.
     """
     quiet_libraries()
+    if seeds is None:
+        seeds = protocol.seeds if protocol else 5
     if seeds < 1:
         raise CommandError(f"--seeds must be at least 1, got {seeds}.")
+    count = worker_count(workers)
     check_writable(output_dir)
-    folder = output_dir / get_task(settings.task).name
+    root = output_dir / protocol.name if protocol else output_dir
     losses = list(dict.fromkeys(losses))
-    experiment = Experiment(settings, losses, folder)
-    # Seeds outside, losses inside: a comparison cut short has all losses on its first seeds.
-    runs = {
-        (loss, seed): RunPaths(
-            folder / loss / f"seed-{seed}.json", folder / loss / f"seed-{seed}.partial"
-        )
-        for seed in range(seeds)
-        for loss in losses
-    }
-    teacher, results = _run_all(experiment, folder / "teacher", runs, overwrite=overwrite)
-    write_json(folder / "summary.json", summary_json(teacher, results))
-    save_plot(folder / "comparison.png", teacher, results)
-    _print_report(teacher, results)
-    notice(f"Results, summary.json and comparison.png are in {folder}.")
+    tasks = [get_task(name).name for name in settings.task.split(",")]
+    experiments = []
+    for task in dict.fromkeys(tasks):
+        own = dataclasses.replace(settings, task=task)
+        if protocol is None:
+            objectives = [Objective(name, name, own) for name in losses]
+        else:
+            own = protocol.resolve(own, given)
+            objectives = protocol.objectives(own, given, losses)
+        tuning = protocol.tuning if protocol else None
+        experiments.append(Experiment(own, objectives, root / task, tuning))
+    for experiment in experiments:
+        teacher, results = _compare_one(experiment, seeds, count, overwrite=overwrite)
+        folder = experiment.folder
+        write_json(folder / "summary.json", summary_json(teacher, results))
+        save_plot(folder / "comparison.png", teacher, results)
+        _print_report(teacher, results)
+        notice(f"Results, summary.json and comparison.png are in {folder}.")
+
+
+def _compare_one(
+    experiment: Experiment, seeds: int, workers: int, *, overwrite: bool
+) -> tuple[Result, list[Result]]:
+    """One task: the teacher, the tuning of losses that have candidates, the students."""
+    folder = experiment.folder
+    candidates = [
+        _run(folder / objective.name / "tuning", objective.with_settings(**changes), 0, number)
+        for number in range(max((len(o.candidates) for o in experiment.objectives), default=0))
+        for objective in experiment.objectives
+        if number < len(objective.candidates)
+        for changes in (objective.candidates[number],)
+    ]
+    with StepBar() as bar:
+        runs = _runs(folder, experiment.objectives, seeds) if not candidates else []
+        teacher, done = _prepare(experiment, [*candidates, *runs], bar, overwrite=overwrite)
+        done |= _do(experiment, teacher, candidates, done, workers, bar)
+        if candidates:
+            chosen = [_tuned(objective, done) for objective in experiment.objectives]
+            runs = _runs(folder, chosen, seeds)
+            done |= _find(experiment, teacher, runs, overwrite=overwrite)
+        done |= _do(experiment, teacher, runs, done, workers, bar)
+    return teacher.result, [done[run] for run in runs]
 
 
 def train(settings: Settings, loss: str, seed: int, output_dir: Path, *, overwrite: bool) -> None:
@@ -61,15 +111,20 @@ def train(settings: Settings, loss: str, seed: int, output_dir: Path, *, overwri
     if seed < 0:
         raise CommandError(f"--seed must not be negative, got {seed}.")
     check_writable(output_dir)
-    experiment = Experiment(settings, [loss], output_dir)
-    paths = RunPaths(
-        output_dir / "results.json", output_dir / "student.work", output_dir / "student"
+    objective = Objective(loss, loss, settings)
+    experiment = Experiment(settings, [objective], output_dir)
+    run = Run(
+        objective,
+        seed,
+        output_dir / "results.json",
+        output_dir / "student.work",
+        output_dir / "student",
     )
-    teacher, results = _run_all(
-        experiment, output_dir / "teacher", {(loss, seed): paths}, overwrite=overwrite
-    )
-    _print_report(teacher, results)
-    notice(f"The student is in {paths.model}, its result in {paths.result}.")
+    with StepBar() as bar:
+        teacher, done = _prepare(experiment, [run], bar, overwrite=overwrite)
+        done |= _do(experiment, teacher, [run], done, 1, bar)
+    _print_report(teacher.result, [done[run]])
+    notice(f"The student is in {run.model}, its result in {run.result}.")
 
 
 def _print_report(teacher: Result, results: list[Result]) -> None:
@@ -93,37 +148,81 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def _run_all(
+def _runs(folder: Path, objectives: Sequence[Objective], seeds: int) -> list[Run]:
+    # Seeds outside, losses inside: a comparison cut short has all losses on its first seeds.
+    return [
+        _run(folder / objective.name, objective, seed)
+        for seed in range(seeds)
+        for objective in objectives
+    ]
+
+
+def _run(folder: Path, objective: Objective, seed: int, candidate: int | None = None) -> Run:
+    name = seed if candidate is None else candidate
+    return Run(
+        objective,
+        seed,
+        folder / f"{name}.json",
+        folder / f"{name}.partial",
+        tuning=candidate is not None,
+    )
+
+
+def _tuned(objective: Objective, done: dict[Run, Result]) -> Objective:
+    """The objective with the best of its candidates; the first of equals."""
+    if not objective.candidates:
+        return objective
+    tried = {
+        run.result.stem: result
+        for run, result in done.items()
+        if run.tuning and run.objective.name == objective.name
+    }
+    best = max(sorted(tried, key=int), key=lambda number: tried[number].score)
+    return objective.with_settings(**objective.candidates[int(best)])
+
+
+def _prepare(
+    experiment: Experiment, runs: Sequence[Run], bar: StepBar, *, overwrite: bool
+) -> tuple[Teacher, dict[Run, Result]]:
+    """The teacher and the runs that are done; every mismatch shows before the first training."""
+    folder = experiment.folder / "teacher"
+    teacher = find_teacher(experiment, folder, overwrite=overwrite)
+    for run in runs:
+        find_student(experiment, run, overwrite=overwrite)
+    if teacher is None:
+        if experiment.settings.finetune_teacher:
+            bar.plan(experiment.teacher_schedule().steps(experiment.train_rows()))
+        teacher = train_teacher(experiment, folder, bar.start("teacher"))
+    return teacher, _find(experiment, teacher, runs, overwrite=overwrite)
+
+
+def _find(
+    experiment: Experiment, teacher: Teacher, runs: Sequence[Run], *, overwrite: bool
+) -> dict[Run, Result]:
+    """The outcomes of the runs that are done and had this teacher."""
+    found: dict[Run, Result] = {}
+    others = 0
+    for run in runs:
+        result = find_student(experiment, run, overwrite=overwrite)
+        if result is not None and result.teacher_logits == teacher.digest:
+            found[run] = result
+        elif result is not None:
+            others += 1
+    if others:
+        notice(f"Finished runs that had another teacher, done again: {others}.")
+    if found:
+        notice(f"Finished runs that are kept: {len(found)} of {len(runs)}.")
+    return found
+
+
+def _do(
     experiment: Experiment,
-    teacher_folder: Path,
-    runs: dict[tuple[str, int], RunPaths],
-    *,
-    overwrite: bool,
-) -> tuple[Result, list[Result]]:
-    """Do the runs that are not done, the teacher first; every mismatch shows before the first."""
-    teacher = find_teacher(experiment, teacher_folder, overwrite=overwrite)
-    results: dict[tuple[str, int], Result] = {}
-    for (loss, seed), paths in runs.items():
-        found = find_student(experiment, paths, loss, seed, overwrite=overwrite)
-        if found is not None:
-            results[loss, seed] = found
-    rows = len(experiment.data.train)
-    with StepBar() as bar:
-        if teacher is None:
-            if experiment.settings.finetune_teacher:
-                bar.plan(experiment.schedule(teacher=True, seed=0).steps(rows))
-            teacher = train_teacher(experiment, teacher_folder, bar.start("teacher"))
-        others = [key for key, found in results.items() if found.teacher_logits != teacher.digest]
-        for key in others:
-            del results[key]
-        if others:
-            notice(f"Finished runs that had another teacher, done again: {len(others)}.")
-        if results:
-            notice(f"Finished runs that are kept: {len(results)} of {len(runs)}.")
-        pending = {key: paths for key, paths in runs.items() if key not in results}
-        if pending:
-            bar.plan(len(pending) * experiment.schedule(teacher=False, seed=0).steps(rows))
-        for number, ((loss, seed), paths) in enumerate(pending.items(), 1):
-            on_steps = bar.start(f"{loss}, seed {seed} (run {number} of {len(pending)})")
-            results[loss, seed] = run_student(experiment, teacher, paths, loss, seed, on_steps)
-    return teacher.result, [results[key] for key in runs]
+    teacher: Teacher,
+    runs: Sequence[Run],
+    done: dict[Run, Result],
+    workers: int,
+    bar: StepBar,
+) -> dict[Run, Result]:
+    pending = [run for run in runs if run not in done]
+    folder = experiment.folder / "teacher"
+    return dict(run_all(experiment, teacher, folder, pending, workers, bar))

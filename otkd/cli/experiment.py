@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from otkd.cli import models
 from otkd.cli.console import CommandError, notice
+from otkd.cli.evaluation import Predictor
 from otkd.cli.objectives import check_objectives, objective_options
 from otkd.cli.precision import (
     Precision,
@@ -19,24 +23,53 @@ from otkd.cli.precision import (
     supports_bf16,
     write_precision,
 )
-from otkd.cli.training import Schedule, device, predict
-from otkd.data import encode, get_task, load_task
+from otkd.cli.training import Schedule, device
+from otkd.data import SAMPLE_SEED, encode, get_task, load_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from otkd.cli.protocols import Objective, Tuning
     from otkd.cli.settings import Settings
 
 _PROBE_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a training and those that score it, as one tokenizer encodes them.
+
+    Attributes:
+        train: training rows.
+        dev: development rows by split.
+        labels: their labels.
+        index: where the training rows are part of the task's, their places among these.
+        held_out: likewise the places of the rows that stand in for each development split.
+    """
+
+    train: Dataset
+    dev: dict[str, Predictor]
+    labels: dict[str, Tensor]
+    index: list[int] | None = None
+    held_out: list[int] | None = None
+
+    def counts(self) -> dict[str, int]:
+        """Number of rows, for result files."""
+        return {"train": len(self.train), "dev": sum(map(len, self.labels.values()))}
+
+    def predict(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Logits of ``model`` on each development split."""
+        return {name: rows.logits(model) for name, rows in self.dev.items()}
 
 
 class Experiment:
     """The parts of a command that do not depend on loss and seed, checked when it is made.
 
     Args:
-        settings: the command's settings.
-        losses: registry names.
+        settings: shared by all losses.
+        objectives: the losses with their own settings.
+        tuning: how their candidates are compared, if they have any.
         folder: where the choice of precision is kept.
 
     Raises:
@@ -44,14 +77,20 @@ class Experiment:
         DataError: for rows that cannot be read.
     """
 
-    def __init__(self, settings: Settings, losses: list[str], folder: Path):
+    def __init__(
+        self,
+        settings: Settings,
+        objectives: Sequence[Objective],
+        folder: Path,
+        tuning: Tuning | None = None,
+    ):
         settings.check()
         self.settings = settings
+        self.objectives = objectives
+        self.tuning = tuning
         self.folder = folder
         self.task = get_task(settings.task)
-        check_objectives(losses, settings, self.task.num_labels)
-        if torch.cuda.device_count() > 1:
-            raise CommandError("Show one GPU to this command: CUDA_VISIBLE_DEVICES=0 otkd …")
+        check_objectives(objectives, self.task.num_labels)
         if settings.precision == "bf16" and not supports_bf16():
             raise CommandError("--precision bf16: the accelerator here does not support it.")
         self.data = load_task(
@@ -111,9 +150,9 @@ class Experiment:
             "finetune_teacher": chosen.finetune_teacher,
         }
         if chosen.finetune_teacher:
-            for name in ("teacher_epochs", "teacher_learning_rate", "teacher_seed"):
+            for name in ("teacher_epochs", "teacher_batch_size", "teacher_learning_rate"):
                 values[name] = getattr(chosen, name)
-            for name in ("batch_size", "freeze_embeddings"):
+            for name in ("teacher_seed", "group_by_length", "freeze_embeddings"):
                 values[name] = getattr(chosen, name)
         return values
 
@@ -121,18 +160,25 @@ class Experiment:
     def _student_weights(self) -> str | None:
         return models.source_digest(self.settings.student or self.teacher_source)
 
-    def student_settings(self, loss: str, seed: int) -> dict[str, Any]:
+    def student_settings(
+        self, objective: Objective, seed: int, *, tuning: bool = False
+    ) -> dict[str, Any]:
         """Everything a student depends on, by name."""
-        chosen = self.settings
-        values = {**self.teacher_settings, "loss": loss, "seed": seed}
+        chosen = objective.settings
+        values = {**self.teacher_settings, "loss": objective.loss, "seed": seed}
         for name in ("epochs", "learning_rate", "batch_size", "freeze_embeddings"):
+            values[name] = getattr(chosen, name)
+        for name in ("group_by_length", "evaluate_every", "score"):
             values[name] = getattr(chosen, name)
         if chosen.student is None:
             values["student_layers"] = chosen.student_layers
         else:
             values["student"] = chosen.student
             values["student_weights"] = self._student_weights
-        options = objective_options(loss, chosen)
+        if tuning and self.tuning is not None:
+            values["tuning_rows"] = self.tuning.train_rows
+            values["held_out"] = self.tuning.held_out
+        options = objective_options(objective.loss, chosen)
         return values | {f"loss.{name}": value for name, value in options.items()}
 
     @cached_property
@@ -143,7 +189,8 @@ class Experiment:
         path = self.folder / "precision.json"
         precision = read_precision(path)
         if precision is None:
-            rows = self.student_train.select(range(min(_PROBE_ROWS, len(self.student_train))))
+            rows = self.data.train.select(range(min(_PROBE_ROWS, len(self.data.train))))
+            rows = encode(rows, self.student_tokenizer, self.settings.max_length)
             columns = [name for name in rows.column_names if name != "length"]
             batch = self.student_tokenizer.pad(rows.select_columns(columns)[:], return_tensors="pt")
             precision = measure_precision(self.build_student(0), dict(batch), device())
@@ -151,53 +198,87 @@ class Experiment:
         notice(f"Precision {precision.name}: {precision.reason}.")
         return precision
 
-    def schedule(self, *, teacher: bool, seed: int) -> Schedule:
-        """The schedule of a training."""
+    def teacher_schedule(self) -> Schedule:
+        """The schedule of the teacher's training."""
         chosen = self.settings
         return Schedule(
-            epochs=chosen.teacher_epochs if teacher else chosen.epochs,
+            epochs=chosen.teacher_epochs,
+            batch_size=chosen.teacher_batch_size,
+            learning_rate=chosen.teacher_learning_rate,
+            seed=chosen.teacher_seed,
+            bf16=self.precision.bf16,
+            group_by_length=chosen.group_by_length,
+        )
+
+    def student_schedule(self, objective: Objective, seed: int) -> Schedule:
+        """The schedule of a student's training."""
+        chosen = objective.settings
+        return Schedule(
+            epochs=chosen.epochs,
             batch_size=chosen.batch_size,
-            learning_rate=chosen.teacher_learning_rate if teacher else chosen.learning_rate,
+            learning_rate=chosen.learning_rate,
             seed=seed,
             bf16=self.precision.bf16,
+            group_by_length=chosen.group_by_length,
+            evaluate_every=chosen.evaluate_every,
+        )
+
+    def train_rows(self, *, tuning: bool = False) -> int:
+        """Number of rows a student is trained on."""
+        if not tuning:
+            return len(self.data.train)
+        return len(self._tuning_split[0])
+
+    @cached_property
+    def teacher_rows(self) -> Rows:
+        """All rows as the teacher reads them."""
+        return self._rows(self.teacher_tokenizer)
+
+    @cached_property
+    def student_rows(self) -> Rows:
+        """All rows as a student reads them."""
+        if self.student_tokenizer is self.teacher_tokenizer:
+            return self.teacher_rows
+        return self._rows(self.student_tokenizer)
+
+    def _rows(self, tokenizer: PreTrainedTokenizerBase) -> Rows:
+        train, *dev = (
+            encode(rows, tokenizer, self.settings.max_length)
+            for rows in (self.data.train, *self.data.dev.values())
+        )
+        return Rows(
+            train,
+            {
+                name: Predictor(rows, tokenizer, bf16=self.precision.bf16)
+                for name, rows in zip(self.data.dev, dev, strict=True)
+            },
+            {name: torch.tensor(rows["label"][:]) for name, rows in self.data.dev.items()},
         )
 
     @cached_property
-    def teacher_train(self) -> Dataset:
-        """Training rows as the teacher reads them."""
-        return encode(self.data.train, self.teacher_tokenizer, self.settings.max_length)
+    def tuning_rows(self) -> Rows:
+        """Some training rows to train on and some to score, as a student reads them."""
+        train, held_out = self._tuning_split
+        rows = self.student_rows.train
+        predictor = Predictor(
+            rows.select(held_out), self.student_tokenizer, bf16=self.precision.bf16
+        )
+        labels = torch.tensor(rows.select(held_out)["labels"][:])
+        # Whatever the task's development splits are called, these rows are in the place of each.
+        splits = self.task.dev_splits
+        return Rows(
+            rows.select(train),
+            dict.fromkeys(splits, predictor),
+            dict.fromkeys(splits, labels),
+            train,
+            held_out,
+        )
 
     @cached_property
-    def student_train(self) -> Dataset:
-        """Training rows as a student reads them."""
-        if self.student_tokenizer is self.teacher_tokenizer:
-            return self.teacher_train
-        return encode(self.data.train, self.student_tokenizer, self.settings.max_length)
-
-    @cached_property
-    def _teacher_dev(self) -> dict[str, Dataset]:
-        return self._encode_dev(self.teacher_tokenizer)
-
-    @cached_property
-    def _student_dev(self) -> dict[str, Dataset]:
-        if self.student_tokenizer is self.teacher_tokenizer:
-            return self._teacher_dev
-        return self._encode_dev(self.student_tokenizer)
-
-    def _encode_dev(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Dataset]:
-        length = self.settings.max_length
-        return {name: encode(rows, tokenizer, length) for name, rows in self.data.dev.items()}
-
-    def predict_dev(self, model: PreTrainedModel, *, teacher: bool) -> dict[str, Tensor]:
-        """Logits on each development split."""
-        tokenizer = self.teacher_tokenizer if teacher else self.student_tokenizer
-        splits = self._teacher_dev if teacher else self._student_dev
-        return {
-            name: predict(model, rows, tokenizer, bf16=self.precision.bf16)
-            for name, rows in splits.items()
-        }
-
-    @cached_property
-    def dev_labels(self) -> dict[str, Tensor]:
-        """Labels of each development split."""
-        return {name: torch.tensor(rows["label"][:]) for name, rows in self.data.dev.items()}
+    def _tuning_split(self) -> tuple[list[int], list[int]]:
+        if self.tuning is None:
+            raise ValueError("this experiment has no tuning")
+        order = list(range(len(self.data.train)))
+        random.Random(SAMPLE_SEED).shuffle(order)
+        held_out = max(1, round(len(order) * self.tuning.held_out))
+        return order[held_out:][: self.tuning.train_rows], order[:held_out]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +11,17 @@ from torch import Tensor, nn
 import otkd
 from otkd.cli.catalogue import loss_parameters
 from otkd.cli.console import CommandError
+from otkd.losses.batch import UnrolledBatchSinkhornLoss
+from otkd.losses.composite import SoftCrossEntropyLoss
 
 if TYPE_CHECKING:
+    from otkd.cli.protocols import Objective
     from otkd.cli.settings import Settings
 
 # These are told the geometry of the classes by the rows of the teacher's classifier.
 NEED_CLASS_ROWS = ("sinkhorn", "wasserstein")
+# What batch transport takes beyond what all losses take, by the option's name here.
+_TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "debias", "iterations")
 
 
 def objective_options(name: str, settings: Settings) -> dict[str, Any]:
@@ -25,64 +30,132 @@ def objective_options(name: str, settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown name; the message has the nearest one.
     """
+    takes = loss_parameters(otkd.loss_class(name))
     if name == "ce":
         return {}
-    takes = loss_parameters(otkd.loss_class(name))
+    names = ["alpha"]
     if name == "sinkd":
-        options: dict[str, Any] = {
-            "alpha": settings.alpha,
-            "sinkhorn_weight": settings.sinkhorn_weight,
-        }
-    else:
-        options = {"weight": settings.alpha}
-    for shared in ("temperature", "epsilon"):
-        if shared in takes:
-            options[shared] = getattr(settings, shared)
+        names += ["sinkhorn_weight", "author", *_TRANSPORT]
+    if name == "batch_sinkhorn":
+        names += _TRANSPORT
+    elif "temperature" in takes:
+        names += ["temperature", "anneal", "rescale_t2"]
+    if "epsilon" in takes and "epsilon" not in names:
+        names.append("epsilon")
+    options = {name: getattr(settings, name) for name in names}
+    if options.get("author"):
+        # The public code knows one cost, and no debiasing.
+        options = {k: v for k, v in options.items() if k not in ("batch_cost", "debias")}
     return options
 
 
-def build_objective(name: str, options: Mapping[str, Any], class_rows: Tensor | None) -> nn.Module:
+def needs_features(options: Mapping[str, Any]) -> bool:
+    """Whether an objective with these options reads the states of student and teacher."""
+    return options.get("batch_cost") == "hidden"
+
+
+def build_objective(
+    name: str,
+    options: Mapping[str, Any],
+    class_rows: Tensor | None = None,
+    widths: tuple[int, int] | None = None,
+) -> nn.Module:
     """The loss a student is trained with.
 
     ``ce`` is hard labels alone and ``sinkd`` has its own hard-label term; any other loss is weighed
-    against hard labels as ``weight · loss + (1 − weight) · ce``.
+    against hard labels as ``alpha · loss + (1 − alpha) · ce``.
 
     Args:
         name: a registry name.
         options: from :func:`objective_options`.
         class_rows: ``(num_labels, features)``, needed by the losses of ``NEED_CLASS_ROWS``.
+        widths: of the states of student and teacher, needed by the cost between states.
 
     Raises:
         ValueError: for options the loss refuses.
     """
     if name == "ce":
         return otkd.get_loss("ce")
-    arguments = dict(options)
-    weight = arguments.pop("weight", None)
-    if name in NEED_CLASS_ROWS:
-        if class_rows is None:
-            raise ValueError(f"the objective {name!r} needs the teacher's class rows")
-        if name == "sinkhorn":
-            arguments |= {"cost": "embedding", "embedding": class_rows}
-        else:
-            arguments["cost"] = otkd.costs.EmbeddingCost(class_rows, metric="euclidean")
-    loss = otkd.get_loss(name, **arguments)
-    if weight is None:
-        return loss
-    return otkd.WeightedLoss({name: (weight, loss), "ce": (1 - weight, "ce")})
+    common = {key: options[key] for key in ("temperature", "rescale_t2") if key in options}
+    if name == "sinkd":
+        return _sinkd(options, common, widths)
+    if name == "batch_sinkhorn":
+        loss = _batch_transport(options, widths)
+    else:
+        if "epsilon" in options:
+            common["epsilon"] = options["epsilon"]
+        if name in NEED_CLASS_ROWS:
+            common |= _class_cost(name, class_rows)
+        loss = otkd.get_loss(name, **common)
+    alpha = options["alpha"]
+    return otkd.WeightedLoss({name: (alpha, loss), "ce": (1 - alpha, "ce")})
 
 
-def check_objectives(names: list[str], settings: Settings, num_labels: int) -> None:
-    """Build every objective once, so that a mistake shows before anything is trained.
+def annealed_term(name: str, objective: nn.Module) -> nn.Module:
+    """The term of an objective whose temperature is lowered: that of the soft labels."""
+    return objective.terms["kl" if name == "sinkd" else name]  # pyright: ignore
+
+
+def _class_cost(name: str, class_rows: Tensor | None) -> dict[str, Any]:
+    if class_rows is None:
+        raise ValueError(f"the objective {name!r} needs the teacher's class rows")
+    if name == "sinkhorn":
+        return {"cost": "embedding", "embedding": class_rows}
+    return {"cost": otkd.costs.EmbeddingCost(class_rows, metric="euclidean")}
+
+
+def _sinkd(
+    options: Mapping[str, Any], common: Mapping[str, Any], widths: tuple[int, int] | None
+) -> nn.Module:
+    if not options["author"]:
+        soft, transport = otkd.KLLoss(**common), _batch_transport(options, widths)
+    else:
+        # SinKDLoss.author(), with the settings of its parts that a study varies.
+        soft = SoftCrossEntropyLoss(**{"rescale_t2": False, **_without_none(common)})
+        transport = UnrolledBatchSinkhornLoss(
+            temperature=options["batch_temperature"],
+            epsilon=options["epsilon"],
+            **_without_none({"iterations": options["iterations"]}),
+        )
+    return otkd.SinKDLoss(
+        options["alpha"], options["sinkhorn_weight"], soft_loss=soft, transport=transport
+    )
+
+
+def _batch_transport(options: Mapping[str, Any], widths: tuple[int, int] | None) -> nn.Module:
+    projection = None
+    if needs_features(options) and widths is not None and widths[0] != widths[1]:
+        projection = nn.Linear(*widths, bias=False)
+    return otkd.BatchSinkhornLoss(
+        cost=options["batch_cost"],
+        temperature=options["batch_temperature"],
+        epsilon=options["epsilon"],
+        debias=options["debias"],
+        **_without_none({"max_iterations": options["iterations"], "projection": projection}),
+    )
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_objectives(objectives: Iterable[Objective], num_labels: int) -> None:
+    """Build every objective once, with each of its candidates, so that a mistake shows early.
 
     Raises:
         CommandError: for an unknown loss or an option it refuses.
     """
-    if not names:
-        raise CommandError("--losses names no loss.")
     stand_in = torch.eye(num_labels)
-    for name in names:
-        try:
-            build_objective(name, objective_options(name, settings), stand_in)
-        except (ValueError, TypeError, KeyError) as error:
-            raise CommandError(str(error.args[0] if error.args else error)) from error
+    empty = True
+    for objective in objectives:
+        empty = False
+        tried = [objective.with_settings(**changes) for changes in objective.candidates]
+        for each in tried or [objective]:
+            each.settings.check()
+            try:
+                options = objective_options(each.loss, each.settings)
+                build_objective(each.loss, options, stand_in)
+            except (ValueError, TypeError, KeyError) as error:
+                raise CommandError(str(error.args[0] if error.args else error)) from error
+    if empty:
+        raise CommandError("--losses names no loss.")

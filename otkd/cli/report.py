@@ -77,11 +77,12 @@ def explanation(teacher: Result, results: Sequence[Result]) -> str:
 def _objective(results: Sequence[Result]) -> list[str]:
     """How losses and hard labels were weighed, as the result files have it."""
     sentences = []
-    weights = {run.settings["loss.weight"] for run in results if "loss.weight" in run.settings}
+    shared = [run for run in results if run.settings["loss"] not in ("ce", "sinkd")]
+    weights = {run.settings["loss.alpha"] for run in shared}
     if weights:
         shares = " or ".join(f"{w:g} · loss + {1 - w:g} · ce" for w in sorted(weights))
         sentences.append(f"Objective: {shares}, where ce is the cross-entropy to the labels.")
-    own = [name for name in ("ce", "sinkd") if any(run.loss == name for run in results)]
+    own = [name for name in ("ce", "sinkd") if any(run.settings["loss"] == name for run in results)]
     if weights and own:
         alone = {"ce": "ce is that alone", "sinkd": "sinkd has a ce term of its own"}
         sentences.append(f"{'; '.join(alone[name] for name in own)}.")

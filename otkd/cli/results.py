@@ -26,7 +26,7 @@ class Result:
 
     Attributes:
         task: the task's name.
-        loss: the loss's registry name; ``"teacher"`` for the teacher.
+        loss: the name of the loss in the comparison; ``"teacher"`` for the teacher.
         seed: the seed of head, dropout and data order.
         settings: everything that decides the outcome, by option name.
         headline: the key in ``metrics`` that tables lead with.
@@ -40,6 +40,7 @@ class Result:
         precision: ``"fp32"`` or ``"bf16"``, as used.
         versions: of otkd, torch, transformers, python.
         machine: processor, cores, device.
+        evaluations: every evaluation of the training, ``step`` and metrics; the last is at its end.
         files: SHA-256 of the files that belong to this result, by name beside it.
         finished: UTC time, ISO 8601.
     """
@@ -59,6 +60,7 @@ class Result:
     precision: str
     versions: dict[str, str]
     machine: dict[str, Any]
+    evaluations: list[dict[str, float]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     finished: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")

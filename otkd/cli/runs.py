@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from otkd.cli import models
 from otkd.cli.console import CommandError, notice
+from otkd.cli.evaluation import Predictor
 from otkd.cli.machine import machine, versions
-from otkd.cli.objectives import NEED_CLASS_ROWS, build_objective, objective_options
+from otkd.cli.objectives import (
+    annealed_term,
+    build_objective,
+    needs_features,
+    objective_options,
+)
 from otkd.cli.results import (
     Result,
     file_digest,
@@ -23,54 +30,94 @@ from otkd.cli.results import (
     write_json,
     write_result,
 )
-from otkd.cli.training import Fit, fit, predict
+from otkd.cli.training import Fit, device, fit
 from otkd.data import agreement, score
+from otkd.integrations.annealing import TemperatureAnnealing
 from otkd.signals import DenseSignal
+from otkd.signals.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from otkd.cli.experiment import Experiment
+    from otkd.cli.experiment import Experiment, Rows
+    from otkd.cli.protocols import Objective
 
 _TRAIN_LOGITS = "train-logits.safetensors"
 _DEV_LOGITS = "dev-logits.safetensors"
+_CLASS_ROWS = "class-rows.safetensors"
+_FEATURES = "train-features.safetensors"
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher whose logits are cached.
+    """A teacher whose outputs are cached.
 
     Attributes:
         result: its result.
-        train_logits: one entry per training row.
+        train: logits, one entry per training row.
         dev_logits: one entry per development row, the splits one after the other.
-        source: where its model can be loaded from.
+        class_rows: the weight of the layer that gives its logits, a row a class.
+        features: its states on the training rows, where a loss of the experiment needs them.
     """
 
     result: Result
-    train_logits: DenseSignal
+    train: DenseSignal
     dev_logits: DenseSignal
-    source: str
+    class_rows: Tensor
+    features: Tensor | None = None
 
     @property
     def digest(self) -> str:
         """What tells one teacher's training logits from another's."""
         return self.result.teacher_logits
 
+    def on(self, rows: Rows, *, features: bool) -> DenseSignal:
+        """What it says of the training rows, with its states if they are asked for."""
+        index = slice(None) if rows.index is None else torch.tensor(rows.index)
+        signal = self.train[index]
+        if features and self.features is not None:
+            signal = DenseSignal(signal.values, self.features[index])
+        return signal
+
+    def on_dev(self, rows: Rows) -> Tensor:
+        """Its logits on the rows that score a student, the splits one after the other."""
+        if rows.held_out is None:
+            return self.dev_logits.logits()
+        return self.train[torch.tensor(rows.held_out)].logits().repeat(len(rows.dev), 1)
+
 
 @dataclass(frozen=True)
-class RunPaths:
-    """Where a student's run leaves its traces.
+class Run:
+    """One student to be distilled, and where it leaves its traces.
 
     Attributes:
+        objective: the loss with its settings.
+        seed: of head, dropout and data order.
         result: the result file.
-        work: checkpoints of a run under way; removed when it is done.
+        work: checkpoints while it is under way; removed when it is done.
         model: where to save the student, or None to keep the numbers alone.
+        tuning: whether it is one candidate of a tuning.
     """
 
+    objective: Objective
+    seed: int
     result: Path
     work: Path
     model: Path | None = None
+    tuning: bool = False
+
+    def __str__(self) -> str:
+        what = f"candidate {self.result.stem}" if self.tuning else f"seed {self.seed}"
+        return f"{self.objective.name}, {what}"
+
+    def settings(self, experiment: Experiment) -> dict[str, Any]:
+        """Everything its outcome depends on, by name."""
+        return experiment.student_settings(self.objective, self.seed, tuning=self.tuning)
+
+    def steps(self, experiment: Experiment) -> int:
+        """Its optimiser steps."""
+        schedule = experiment.student_schedule(self.objective, self.seed)
+        return schedule.steps(experiment.train_rows(tuning=self.tuning))
 
 
 def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Teacher | None:
@@ -85,51 +132,53 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
     if result is None:
         check_work(folder / "work", settings, overwrite=overwrite)
         return None
-    for name in {_TRAIN_LOGITS, _DEV_LOGITS, *result.files}:
+    needed = {_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS}
+    if _any_needs_features(experiment):
+        # Features are made from the model where they are not there; the model is not always kept.
+        kept = (folder / _FEATURES).is_file()
+        needed |= {_FEATURES} if kept else {n for n in result.files if n.startswith("model/")}
+    for name in sorted(needed):
         file = folder / name
-        if not file.is_file() or file_digest(file) != result.files.get(name):
+        if not file.is_file() or (
+            name != _FEATURES and file_digest(file) != result.files.get(name)
+        ):
             notice(f"{file} is not the file that {path} was written with; the teacher is redone.")
             return None
-    return Teacher(
-        result,
-        DenseSignal.load(folder / _TRAIN_LOGITS),
-        DenseSignal.load(folder / _DEV_LOGITS),
-        _teacher_model_source(experiment, folder),
-    )
+    return _load_teacher(experiment, folder, result)
 
 
 def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int], None]) -> Teacher:
-    """Fine-tune the teacher, or take it as it is, and cache its logits in ``folder``."""
+    """Fine-tune the teacher, or take it as it is, and cache its outputs in ``folder``."""
     chosen = experiment.settings
     seed = chosen.teacher_seed
     tokenizer = experiment.teacher_tokenizer
+    rows = experiment.teacher_rows
     model = models.load_classifier(experiment.teacher_source, experiment.task, seed)
     took = Fit(0, 0.0)
     # The result vouches for the files beside it, so it goes first and comes back last.
     (folder / "result.json").unlink(missing_ok=True)
+    (folder / _FEATURES).unlink(missing_ok=True)
     if chosen.finetune_teacher:
         if chosen.freeze_embeddings:
             models.freeze_embeddings(model)
         took = fit(
             model,
-            experiment.teacher_train,
+            rows.train,
             tokenizer,
-            experiment.schedule(teacher=True, seed=seed),
+            experiment.teacher_schedule(),
             _claim(folder / "work", experiment.teacher_settings),
             on_steps=on_steps,
         )
         save_model(folder / "model", model, tokenizer)
-    train_logits = DenseSignal(
-        predict(model, experiment.teacher_train, tokenizer, bf16=experiment.precision.bf16)
-    )
-    dev = experiment.predict_dev(model, teacher=True)
-    dev_logits = DenseSignal(torch.cat(list(dev.values())))
-    train_logits.save(folder / _TRAIN_LOGITS)
-    dev_logits.save(folder / _DEV_LOGITS)
-    kept = [folder / _TRAIN_LOGITS, folder / _DEV_LOGITS]
+    train = Predictor(rows.train, tokenizer, bf16=experiment.precision.bf16).logits(model)
+    dev = rows.predict(model)
+    DenseSignal(train).save(folder / _TRAIN_LOGITS)
+    DenseSignal(torch.cat(list(dev.values()))).save(folder / _DEV_LOGITS)
+    save_tensors(folder / _CLASS_ROWS, {"class_rows": models.class_embedding(model)})
+    kept = [folder / name for name in (_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS)]
     kept += sorted((folder / "model").glob("*.safetensors")) if chosen.finetune_teacher else []
     files = {path.relative_to(folder).as_posix(): file_digest(path) for path in kept}
-    metrics = score(experiment.task, dev, experiment.dev_labels)
+    metrics = score(experiment.task, dev, rows.labels)
     result = Result(
         loss="teacher",
         seed=seed,
@@ -139,76 +188,104 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
         agreement=1.0,
         teacher_logits=files[_TRAIN_LOGITS],
         files=files,
-        **_common_fields(experiment, took),
+        **_common_fields(experiment, rows, took),
     )
     write_result(folder / "result.json", result)
     shutil.rmtree(folder / "work", ignore_errors=True)
-    return Teacher(result, train_logits, dev_logits, _teacher_model_source(experiment, folder))
+    return _load_teacher(experiment, folder, result)
 
 
-def _teacher_model_source(experiment: Experiment, folder: Path) -> str:
+def _load_teacher(experiment: Experiment, folder: Path, result: Result) -> Teacher:
+    features = None
+    if _any_needs_features(experiment):
+        if not (folder / _FEATURES).is_file():
+            _save_features(experiment, folder, result)
+        features = load_tensors(folder / _FEATURES, "features")[0]["features"]
+    return Teacher(
+        result,
+        DenseSignal.load(folder / _TRAIN_LOGITS),
+        DenseSignal.load(folder / _DEV_LOGITS),
+        load_tensors(folder / _CLASS_ROWS, "class_rows")[0]["class_rows"],
+        features,
+    )
+
+
+def _save_features(experiment: Experiment, folder: Path, result: Result) -> None:
     fine_tuned = experiment.settings.finetune_teacher
-    return str(folder / "model") if fine_tuned else experiment.teacher_source
+    source = str(folder / "model") if fine_tuned else experiment.teacher_source
+    model = models.load_classifier(source, experiment.task, result.seed).to(device())
+    rows, tokenizer = experiment.teacher_rows.train, experiment.teacher_tokenizer
+    predictor = Predictor(rows, tokenizer, bf16=experiment.precision.bf16)
+    save_tensors(folder / _FEATURES, {"features": predictor.features(model).half()})
 
 
-def find_student(
-    experiment: Experiment, paths: RunPaths, loss: str, seed: int, *, overwrite: bool
-) -> Result | None:
-    """The finished run at ``paths``, or None if it is to be done.
+def _any_needs_features(experiment: Experiment) -> bool:
+    return any(
+        needs_features(objective_options(objective.loss, objective.settings))
+        for objective in experiment.objectives
+    )
+
+
+def find_student(experiment: Experiment, run: Run, *, overwrite: bool) -> Result | None:
+    """The outcome of a run that is finished, or None if it is to be done.
 
     Raises:
         CommandError: if it, or a run begun and not finished, has other settings.
     """
-    settings = experiment.student_settings(loss, seed)
-    result = find_result(paths.result, settings, overwrite=overwrite, notice=notice)
+    settings = run.settings(experiment)
+    result = find_result(run.result, settings, overwrite=overwrite, notice=notice)
     if result is None:
-        check_work(paths.work, settings, overwrite=overwrite)
-    elif paths.model is not None and not (paths.model / "config.json").is_file():
+        check_work(run.work, settings, overwrite=overwrite)
+    elif run.model is not None and not (run.model / "config.json").is_file():
         return None
     return result
 
 
 def run_student(
-    experiment: Experiment,
-    teacher: Teacher,
-    paths: RunPaths,
-    loss: str,
-    seed: int,
-    on_steps: Callable[[int], None],
+    experiment: Experiment, teacher: Teacher, run: Run, on_steps: Callable[[int], None]
 ) -> Result:
     """Distil one student, evaluate it and write its result."""
-    class_rows = None
-    if loss in NEED_CLASS_ROWS:
-        model = models.load_classifier(teacher.source, experiment.task, seed)
-        class_rows = models.class_embedding(model)
-    objective = build_objective(loss, objective_options(loss, experiment.settings), class_rows)
-    settings = experiment.student_settings(loss, seed)
-    student = experiment.build_student(seed)
+    chosen = run.objective.settings
+    loss = run.objective.loss
+    options = objective_options(loss, chosen)
+    rows = experiment.tuning_rows if run.tuning else experiment.student_rows
+    features = needs_features(options)
+    signal = teacher.on(rows, features=features)
+    student = experiment.build_student(run.seed)
+    widths = (student.config.hidden_size, teacher.class_rows.shape[-1]) if features else None
+    objective = build_objective(loss, options, teacher.class_rows, widths)
+    callbacks = []
+    if options.get("anneal"):
+        callbacks.append(TemperatureAnnealing(annealed_term(loss, objective)))
+    settings = run.settings(experiment)
     took = fit(
         student,
-        experiment.student_train,
+        rows.train,
         experiment.student_tokenizer,
-        experiment.schedule(teacher=False, seed=seed),
-        _claim(paths.work, settings),
+        experiment.student_schedule(run.objective, run.seed),
+        _claim(run.work, settings),
         loss=objective,
-        teacher=teacher.train_logits,
+        teacher=signal,
+        callbacks=callbacks,
+        evaluate=lambda model: score(experiment.task, rows.predict(model), rows.labels),
         on_steps=on_steps,
     )
-    dev = experiment.predict_dev(student, teacher=False)
+    headline = experiment.task.headline
+    best = max(took.evaluations, key=lambda evaluation: evaluation[1][headline])
     result = Result(
-        loss=loss,
-        seed=seed,
+        loss=run.objective.name,
+        seed=run.seed,
         settings=settings,
-        metrics=score(experiment.task, dev, experiment.dev_labels),
+        metrics=(best if chosen.score == "best" else took.evaluations[-1])[1],
         teacher_metrics=teacher.result.metrics,
-        agreement=agreement(torch.cat(list(dev.values())), teacher.dev_logits.logits()),
+        agreement=agreement(torch.cat(list(rows.predict(student).values())), teacher.on_dev(rows)),
         teacher_logits=teacher.digest,
-        **_common_fields(experiment, took),
+        **_common_fields(experiment, rows, took),
     )
-    if paths.model is not None:
-        save_model(paths.model, student, experiment.student_tokenizer)
-    write_result(paths.result, result)
-    shutil.rmtree(paths.work, ignore_errors=True)
+    if run.model is not None:
+        save_model(run.model, student, experiment.student_tokenizer)
+    write_result(run.result, result)
+    shutil.rmtree(run.work, ignore_errors=True)
     return result
 
 
@@ -249,13 +326,14 @@ def _claim(work: Path, settings: Mapping[str, Any]) -> Path:
     return work
 
 
-def _common_fields(experiment: Experiment, took: Fit) -> dict[str, Any]:
+def _common_fields(experiment: Experiment, rows: Rows, took: Fit) -> dict[str, Any]:
     return {
         "task": experiment.task.name,
         "headline": experiment.task.headline,
-        "rows": {"train": len(experiment.data.train), "dev": experiment.data.dev_rows},
+        "rows": rows.counts(),
         "steps": took.steps,
         "seconds": took.seconds,
+        "evaluations": [{"step": step, **metrics} for step, metrics in took.evaluations],
         "precision": experiment.precision.name,
         "versions": versions(),
         "machine": machine(),

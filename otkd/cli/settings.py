@@ -18,6 +18,11 @@ _DATA = "Data"
 _MODELS = "Models"
 _TRAINING = "Training"
 _LOSSES = "Losses"
+_SCORE = "Evaluation"
+
+_TEMPERATURES = ("temperature", "batch_temperature")
+# Costs between the samples of a batch; "hidden" reads the states of both models.
+SAMPLE_COSTS = ("l1", "euclidean", "sqeuclidean", "hidden")
 
 
 @dataclass(frozen=True)
@@ -81,9 +86,20 @@ class Settings:
             rich_help_panel=_TRAINING,
         ),
     ] = 1e-4
+    group_by_length: Annotated[
+        bool,
+        typer.Option(
+            help="Make batches of rows of similar length: faster, but no longer a uniform sample, "
+            "which batch transport sees.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = True
     teacher_epochs: Annotated[
         int, typer.Option(help="Epochs of the teacher.", rich_help_panel=_TRAINING)
     ] = 3
+    teacher_batch_size: Annotated[
+        int, typer.Option(help="Rows in a step of the teacher.", rich_help_panel=_TRAINING)
+    ] = 32
     teacher_learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate of the teacher.", rich_help_panel=_TRAINING)
     ] = 1e-4
@@ -110,6 +126,20 @@ class Settings:
             help="Softens student and teacher, for losses that take it.", rich_help_panel=_LOSSES
         ),
     ] = 2.0
+    anneal: Annotated[
+        bool,
+        typer.Option(
+            help="Lower the temperature linearly to 1, from the first epoch to the last.",
+            rich_help_panel=_LOSSES,
+        ),
+    ] = False
+    rescale_t2: Annotated[
+        bool | None,
+        typer.Option(
+            help="Multiply by the square of the temperature. By default as the loss does.",
+            rich_help_panel=_LOSSES,
+        ),
+    ] = None
     alpha: Annotated[
         float,
         typer.Option(
@@ -126,6 +156,55 @@ class Settings:
             help="Entropic regularisation, for losses that take it.", rich_help_panel=_LOSSES
         ),
     ] = 0.1
+    author: Annotated[
+        bool,
+        typer.Option(
+            "--author/--sound",
+            help="In sinkd, the arithmetic of its public code, or its sound form.",
+            rich_help_panel=_LOSSES,
+        ),
+    ] = False
+    batch_cost: Annotated[
+        str,
+        typer.Option(
+            help=f"Distance between samples in batch transport: {', '.join(SAMPLE_COSTS)}.",
+            rich_help_panel=_LOSSES,
+        ),
+    ] = "l1"
+    batch_temperature: Annotated[
+        float,
+        typer.Option(help="Softens the samples of batch transport.", rich_help_panel=_LOSSES),
+    ] = 2.0
+    debias: Annotated[
+        bool,
+        typer.Option(
+            help="Subtract the self-terms of batch transport, so that it is 0 where student and "
+            "teacher agree.",
+            rich_help_panel=_LOSSES,
+        ),
+    ] = False
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            help="Iterations of batch transport: all of them are made with --author (20), at most "
+            "so many otherwise (200).",
+            rich_help_panel=_LOSSES,
+        ),
+    ] = None
+    evaluate_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between evaluations. Without it there is one, at the end.",
+            rich_help_panel=_SCORE,
+        ),
+    ] = None
+    score: Annotated[
+        str,
+        typer.Option(
+            help="Which evaluation counts: the last, or the best, which flatters.",
+            rich_help_panel=_SCORE,
+        ),
+    ] = "last"
 
     def check(self) -> None:
         """Check what can be known before anything is loaded.
@@ -133,12 +212,13 @@ class Settings:
         Raises:
             CommandError: naming the first option that cannot be meant.
         """
-        counts = ("max_length", "student_layers", "epochs", "batch_size", "teacher_epochs")
+        counts = ("max_length", "student_layers", "epochs", "batch_size")
+        counts += ("teacher_epochs", "teacher_batch_size", "iterations", "evaluate_every")
         for name in (*counts, "max_train_rows", "max_dev_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CommandError(f"{option(name)} must be at least 1, got {value}.")
-        for name in ("learning_rate", "teacher_learning_rate", "temperature", "epsilon"):
+        for name in ("learning_rate", "teacher_learning_rate", *_TEMPERATURES, "epsilon"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise CommandError(f"{option(name)} must be a number above 0, got {value}.")
@@ -146,8 +226,21 @@ class Settings:
             raise CommandError(f"--alpha must lie between 0 and 1, got {self.alpha}.")
         if not (math.isfinite(self.sinkhorn_weight) and self.sinkhorn_weight >= 0):
             raise CommandError(f"--sinkhorn-weight must not be negative: {self.sinkhorn_weight}.")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise CommandError(f"--precision is auto, fp32 or bf16, not {self.precision!r}.")
+        choices = {
+            "precision": ("auto", "fp32", "bf16"),
+            "batch_cost": SAMPLE_COSTS,
+            "score": ("last", "best"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise CommandError(
+                    f"{option(name)} is {', '.join(allowed[:-1])} or {allowed[-1]}, "
+                    f"not {getattr(self, name)!r}."
+                )
+        if self.score == "best" and self.evaluate_every is None:
+            raise CommandError(
+                "--score best needs --evaluate-every, the steps between evaluations."
+            )
         if self.teacher_seed < 0:
             raise CommandError(f"--teacher-seed must not be negative, got {self.teacher_seed}.")
         if not self.finetune_teacher and self.teacher is None:
@@ -160,6 +253,16 @@ class Settings:
 def option(name: str) -> str:
     """The spelling of a field on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def given_options(context: typer.Context) -> set[str]:
+    """The names of the options that the user gave, other than by leaving them at their default."""
+    by_default = ("DEFAULT", "DEFAULT_MAP")
+    return {
+        name
+        for name in context.params
+        if (source := context.get_parameter_source(name)) and source.name not in by_default
+    }
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,10 +1,9 @@
-"""Training and prediction with ``transformers.Trainer``: checkpoints, resuming, progress."""
+"""Training with ``transformers.Trainer``: checkpoints, resuming, progress."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
@@ -25,25 +24,25 @@ from transformers.trainer_callback import ExportableState
 from otkd.integrations.transformers import DistillationTrainer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from otkd.signals import TeacherSignal
 
-_EVALUATION_ROWS = 64
-
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train."""
+    """How long and how fast to train, and how often to look at the outcome."""
 
     epochs: int
     batch_size: int
     learning_rate: float
     seed: int
     bf16: bool
+    group_by_length: bool = True
+    evaluate_every: int | None = None
 
     def steps(self, rows: int) -> int:
         """Optimiser steps over ``rows`` training rows."""
@@ -52,35 +51,57 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a training took: steps and the seconds spent in them."""
+    """What a training took, and its evaluations.
+
+    Attributes:
+        steps: optimiser steps.
+        seconds: time spent in them, without evaluations and checkpoints.
+        evaluations: the step of each evaluation and the metrics then.
+    """
 
     steps: int
     seconds: float
+    evaluations: tuple[tuple[int, dict[str, float]], ...] = ()
 
 
 class _Progress(TrainerCallback, ExportableState):
-    """Reports steps and keeps the time spent in them, across interruptions too."""
+    """Reports steps; keeps the time spent in them and the evaluations, across interruptions too."""
 
-    def __init__(self, on_steps: Callable[[int], None], seconds: float = 0.0):
+    def __init__(
+        self,
+        on_steps: Callable[[int], None],
+        evaluate: Callable[[PreTrainedModel], dict[str, float]] | None,
+        every: int | None,
+        saved: dict[str, Any],
+    ):
         self.on_steps = on_steps
-        self.seconds = seconds
-        self._epoch_start = 0.0
+        self.evaluate, self.every = evaluate, every
+        self.seconds: float = saved.get("seconds", 0.0)
+        self.evaluations = [(step, metrics) for step, metrics in saved.get("evaluations", ())]
+        self._start = 0.0
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
+        attributes = {"seconds": self.seconds, "evaluations": self.evaluations}
+        return {"args": {}, "attributes": attributes}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.on_steps(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self._epoch_start = time.perf_counter()
+        self._start = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # Read before Trainer writes the checkpoint, whose time is no part of a step's.
-        self.seconds += time.perf_counter() - self._epoch_start
+        self.seconds += time.perf_counter() - self._start
 
     def on_step_end(self, args, state, control, **kwargs):
         self.on_steps(1)
+        last = state.global_step == state.max_steps
+        if self.evaluate is None or self.every is None or last or state.global_step % self.every:
+            return
+        begun = time.perf_counter()
+        self.evaluations.append((state.global_step, self.evaluate(kwargs["model"])))
+        self._start += time.perf_counter() - begun
 
 
 def fit(
@@ -92,6 +113,8 @@ def fit(
     *,
     loss: nn.Module | None = None,
     teacher: TeacherSignal | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
     on_steps: Callable[[int], None],
 ) -> Fit:
     """Train ``model`` in place, going on from the last complete checkpoint in ``folder``.
@@ -104,6 +127,9 @@ def fit(
         folder: where a checkpoint is kept after every epoch; for the caller to remove.
         loss: an otkd loss against ``teacher``; without it, the model's own cross-entropy.
         teacher: stored logits, one entry per row of ``train``.
+        callbacks: of the trainer.
+        evaluate: gives the metrics of a model; called every ``schedule.evaluate_every`` steps, if
+            any, and at the end.
         on_steps: called with the number of steps just done or, at the start, done before.
     """
     options: dict[str, Any] = {
@@ -111,42 +137,29 @@ def fit(
         "args": _arguments(folder, schedule),
         "train_dataset": train,
         "data_collator": DataCollatorWithPadding(tokenizer),
+        "callbacks": list(callbacks),
     }
     if loss is None:
         trainer = Trainer(**options)
     else:
         trainer = DistillationTrainer(**options, loss=loss, teacher=teacher)
     checkpoint = last_complete_checkpoint(folder)
-    progress = _Progress(on_steps, _seconds_at(checkpoint) if checkpoint else 0.0)
+    saved = _saved_progress(checkpoint) if checkpoint else {}
+    progress = _Progress(on_steps, evaluate, schedule.evaluate_every, saved)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
     with warnings.catch_warnings():
         # The scheduler is restored before the first step of a resumed run, as Trainer does it.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return Fit(trainer.state.global_step, progress.seconds)
-
-
-def predict(
-    model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, bf16: bool
-) -> Tensor:
-    """Logits of all rows, ``(rows, num_labels)``, in their order."""
-    lengths = torch.tensor(rows["length"][:])
-    order = torch.argsort(lengths, descending=True, stable=True)
-    ordered: Any = rows.select(order.tolist())
-    # Trainer makes its folder even if nothing is to be written there.
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder, per_device_eval_batch_size=_EVALUATION_ROWS, **_common(bf16)
-        )
-        trainer = Trainer(model=model, args=args, data_collator=DataCollatorWithPadding(tokenizer))
-        trainer.remove_callback(PrinterCallback)
-        predictions = torch.as_tensor(trainer.predict(ordered).predictions, dtype=torch.float32)
-    return predictions[torch.argsort(order)]
+    steps = trainer.state.global_step
+    if evaluate is not None:
+        progress.evaluations.append((steps, evaluate(model)))
+    return Fit(steps, progress.seconds, tuple(progress.evaluations))
 
 
 def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=schedule.epochs,
         per_device_train_batch_size=schedule.batch_size,
@@ -155,29 +168,26 @@ def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
         warmup_steps=0,
         weight_decay=0.0,
         optim="adamw_torch_fused",
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if schedule.group_by_length else "random",
         length_column_name="length",
         seed=schedule.seed,
         save_strategy="epoch",
         save_total_limit=1,
-        **_common(schedule.bf16),
+        bf16=schedule.bf16,
+        use_cpu=device().type == "cpu",
+        dataloader_pin_memory=device().type == "cuda",
+        disable_tqdm=True,
+        logging_strategy="no",
+        report_to="none",
     )
+    # Several GPUs train several students; one process never spreads a batch over them.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 def device() -> torch.device:
     """Where training happens: the accelerator if there is one."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def _common(bf16: bool) -> dict[str, Any]:
-    return {
-        "bf16": bf16,
-        "use_cpu": device().type == "cpu",
-        "dataloader_pin_memory": device().type == "cuda",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "report_to": "none",
-    }
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
@@ -198,7 +208,6 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _seconds_at(checkpoint: Path) -> float:
+def _saved_progress(checkpoint: Path) -> dict[str, Any]:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    saved = state.get("stateful_callbacks", {}).get(_Progress.__name__, {})
-    return float(saved.get("attributes", {}).get("seconds", 0.0))
+    return state.get("stateful_callbacks", {}).get(_Progress.__name__, {}).get("attributes", {})

@@ -1,0 +1,211 @@
+"""Protocols: files that fix the settings, the losses and the tuning of a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from otkd.cli.console import CommandError
+from otkd.cli.settings import Settings
+from otkd.data.tasks import DataError, get_task
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+# In a checkout the protocols are an example to read; a wheel carries them beside this module.
+_FOLDERS = (
+    Path(__file__).with_name("protocols"),
+    Path(__file__).parents[2] / "examples" / "glue",
+)
+# What one loss may have for itself; all else, data and teacher among it, all losses share.
+_OF_A_LOSS = (
+    *("epochs", "batch_size", "learning_rate", "temperature", "anneal", "rescale_t2", "alpha"),
+    *("sinkhorn_weight", "epsilon", "author", "batch_cost", "batch_temperature", "debias"),
+    "iterations",
+)
+_SHARED = tuple(
+    field.name for field in dataclasses.fields(Settings) if field.name not in ("task", "data_dir")
+)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss with all settings of its training, under the name it has in tables and files.
+
+    Attributes:
+        name: the name of its results.
+        loss: a registry name.
+        settings: of its training.
+        candidates: settings to choose from by tuning, each replacing some of ``settings``.
+    """
+
+    name: str
+    loss: str
+    settings: Settings
+    candidates: tuple[Mapping[str, Any], ...] = ()
+
+    def with_settings(self, **changes: Any) -> Objective:
+        """The same loss with other settings, and nothing left to tune."""
+        settings = dataclasses.replace(self.settings, **changes)
+        return dataclasses.replace(self, settings=settings, candidates=())
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the candidates of a loss are compared: on rows that are not development rows.
+
+    Attributes:
+        train_rows: rows each candidate is trained on.
+        held_out: share of the training rows that scores them.
+    """
+
+    train_rows: int
+    held_out: float
+
+    def __post_init__(self):
+        if self.train_rows < 1 or not 0 < self.held_out < 1:
+            raise ValueError("train_rows must be at least 1 and held_out between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a protocol file says, checked.
+
+    Attributes:
+        name: the file's name without its suffix, under which results are kept.
+        title: one line for tables.
+        seeds: students per loss.
+        settings: of all tasks, by field of :class:`~otkd.cli.settings.Settings`.
+        tasks: of each task.
+        losses: of each loss, by name; ``loss``, ``title`` and ``candidates`` among them.
+        tuning: how candidates are compared; None where there are none.
+    """
+
+    name: str
+    title: str
+    seeds: int
+    settings: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]]
+    losses: Mapping[str, Mapping[str, Any]]
+    tuning: Tuning | None = None
+
+    def resolve(self, settings: Settings, given: Collection[str]) -> Settings:
+        """The settings shared by all losses of ``settings.task``.
+
+        Args:
+            settings: of the command line.
+            given: the fields the user gave there, which come before those of the protocol.
+        """
+        task = get_task(settings.task).name
+        values = {**self.settings, **self.tasks.get(task, {})}
+        own = {name: value for name, value in values.items() if name not in given}
+        return dataclasses.replace(settings, **own)
+
+    def objectives(
+        self, settings: Settings, given: Collection[str], names: Iterable[str] = ()
+    ) -> list[Objective]:
+        """The losses ``names``, or all of the protocol, with their settings.
+
+        Args:
+            settings: from :meth:`resolve`.
+            given: see :meth:`resolve`.
+            names: keys of ``losses``.
+
+        Raises:
+            CommandError: for a name the protocol does not have.
+        """
+        chosen = list(names) or list(self.losses)
+        unknown = [name for name in chosen if name not in self.losses]
+        if unknown:
+            raise CommandError(
+                f"The protocol {self.name!r} has no loss {unknown[0]!r}; it has "
+                f"{', '.join(self.losses)}."
+            )
+        objectives = []
+        for name in chosen:
+            values = {key: value for key, value in self.losses[name].items() if key not in given}
+            loss, candidates = values.pop("loss", name), values.pop("candidates", ())
+            values.pop("title", None)
+            own = dataclasses.replace(settings, **values)
+            objectives.append(Objective(name, loss, own, tuple(candidates)))
+        return objectives
+
+
+def load_protocol(name: str) -> Protocol:
+    """Read a protocol by its name (``author``, ``fair``) or from a file ``*.toml``.
+
+    Raises:
+        CommandError: if there is none, or it says something that cannot be meant.
+    """
+    path = _find(name)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _parse(path.stem, content)
+    except (OSError, ValueError, TypeError, KeyError, DataError) as error:
+        raise CommandError(f"The protocol {path}: {error}") from error
+
+
+def _find(name: str) -> Path:
+    if name.endswith(".toml"):
+        return Path(name)
+    for folder in _FOLDERS:
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    known = sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.toml")})
+    raise CommandError(
+        f"There is no protocol {name!r}. Those that come with otkd are {', '.join(known)}; "
+        "--protocol FILE.toml takes one of your own."
+    )
+
+
+def _parse(name: str, content: Mapping[str, Any]) -> Protocol:
+    content = dict(content)
+    known = {field.name for field in dataclasses.fields(Protocol)} - {"name"}
+    _refuse_unknown("the file", content, known)
+    if "losses" not in content:
+        raise ValueError("it has no [losses.NAME]")
+    losses = {}
+    for key, values in content["losses"].items():
+        where = f"[losses.{key}]"
+        own = {name: values[name] for name in ("loss", "title") if name in values}
+        rest = {k: v for k, v in values.items() if k not in ("loss", "title", "candidates")}
+        own |= _checked(where, rest, _OF_A_LOSS)
+        candidates = [_checked(where, table, _OF_A_LOSS) for table in values.get("candidates", ())]
+        losses[key] = own | {"candidates": tuple(candidates)}
+    tuning = content.get("tuning")
+    if tuning is None and any(loss["candidates"] for loss in losses.values()):
+        raise ValueError("its losses have candidates, but there is no [tuning] to choose by")
+    return Protocol(
+        name,
+        content.get("title", name),
+        content.get("seeds", 5),
+        _checked("[settings]", content.get("settings", {}), _SHARED),
+        {
+            get_task(task).name: _checked(f"[tasks.{task}]", values, _SHARED)
+            for task, values in content.get("tasks", {}).items()
+        },
+        losses,
+        None if tuning is None else Tuning(**tuning),
+    )
+
+
+def _checked(where: str, values: Mapping[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+    """Values by field, with whole numbers as floats where the field is one."""
+    _refuse_unknown(where, values, allowed)
+    hints = get_type_hints(Settings)
+    return {name: float(value) if hints[name] is float else value for name, value in values.items()}
+
+
+def _refuse_unknown(where: str, values: Mapping[str, Any], allowed: Collection[str]) -> None:
+    for name in values:
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(allowed)}"
+            raise ValueError(f"{where} has an unknown entry {name!r}{hint}")
