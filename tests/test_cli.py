@@ -531,7 +531,8 @@ def test_precision_is_measured_once_and_kept(teacher, tmp_path):
 def make_result(loss, seed, score, task="mrpc"):
     metrics = {"f1": score, "accuracy": score - 0.1}
     return Result(
-        task=task, loss=loss, seed=seed, settings={"loss": loss, "loss.alpha": 0.9, "epochs": 1, "freeze_embeddings": False},
+        task=task, loss=loss, seed=seed,
+        settings={"loss": loss, "loss.alpha": 0.9, "epochs": 1, "freeze_embeddings": False},
         headline="f1", metrics=metrics, teacher_metrics=metrics, agreement=0.9, teacher_logits="x",
         rows={"train": 10, "dev": 5}, steps=4, seconds=2.0, precision="fp32",
         versions={"otkd": "0"}, machine={"cores": 1},

@@ -30,6 +30,7 @@ _OF_A_LOSS = (
     *("sinkhorn_weight", "epsilon", "author", "batch_cost", "batch_temperature", "debias"),
     "iterations",
 )
+_FOR_REPORTS = ("title", "curves")
 _SHARED = tuple(
     field.name for field in dataclasses.fields(Settings) if field.name not in ("task", "data_dir")
 )
@@ -84,7 +85,8 @@ class Protocol:
         seeds: students per loss.
         settings: of all tasks, by field of :class:`~otkd.cli.settings.Settings`.
         tasks: of each task.
-        losses: of each loss, by name; ``loss``, ``title`` and ``candidates`` among them.
+        losses: of each loss, by name; ``loss``, ``title``, ``curves`` (the settings it is a point of
+            a curve over) and ``candidates`` among them.
         tuning: how candidates are compared; None where there are none.
     """
 
@@ -132,8 +134,8 @@ class Protocol:
         for name in chosen:
             values = {key: value for key, value in self.losses[name].items() if key not in given}
             loss, candidates = values.pop("loss", name), values.pop("candidates", ())
-            values.pop("title", None)
-            own = dataclasses.replace(settings, **values)
+            own = {k: v for k, v in values.items() if k not in _FOR_REPORTS}
+            own = dataclasses.replace(settings, **own)
             objectives.append(Objective(name, loss, own, tuple(candidates)))
         return objectives
 
@@ -174,8 +176,9 @@ def _parse(name: str, content: Mapping[str, Any]) -> Protocol:
     losses = {}
     for key, values in content["losses"].items():
         where = f"[losses.{key}]"
-        own = {name: values[name] for name in ("loss", "title") if name in values}
-        rest = {k: v for k, v in values.items() if k not in ("loss", "title", "candidates")}
+        named = ("loss", *_FOR_REPORTS)
+        own = {name: values[name] for name in named if name in values}
+        rest = {k: v for k, v in values.items() if k not in (*named, "candidates")}
         own |= _checked(where, rest, _OF_A_LOSS)
         candidates = [_checked(where, table, _OF_A_LOSS) for table in values.get("candidates", ())]
         losses[key] = own | {"candidates": tuple(candidates)}
