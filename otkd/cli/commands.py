@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from otkd.cli.console import CommandError, notice, out, quiet_libraries
+from otkd.cli.console import CommandError, err, notice, out, quiet_libraries
 from otkd.cli.experiment import Experiment
 from otkd.cli.progress import StepBar
 from otkd.cli.protocols import Objective, Protocol
@@ -82,11 +83,10 @@ def _compare_one(
     """One task: the teacher, the tuning of losses that have candidates, the students."""
     folder = experiment.folder
     candidates = [
-        _run(folder / objective.name / "tuning", objective.with_settings(**changes), 0, number)
-        for number in range(max((len(o.candidates) for o in experiment.objectives), default=0))
+        _run(folder / objective.name / "tuning", candidate, 0, number)
         for objective in experiment.objectives
-        if number < len(objective.candidates)
-        for changes in (objective.candidates[number],)
+        if objective.candidates
+        for number, candidate in enumerate(objective.tried())
     ]
     with StepBar() as bar:
         runs = _runs(folder, experiment.objectives, seeds) if not candidates else []
@@ -110,6 +110,8 @@ def train(settings: Settings, loss: str, seed: int, output_dir: Path, *, overwri
     quiet_libraries()
     if seed < 0:
         raise CommandError(f"--seed must not be negative, got {seed}.")
+    if settings.score == "best":
+        raise CommandError("--score best: the student saved is the last, so its score is the last.")
     check_writable(output_dir)
     objective = Objective(loss, loss, settings)
     experiment = Experiment(settings, [objective], output_dir)
@@ -178,7 +180,7 @@ def _tuned(objective: Objective, done: dict[Run, Result]) -> Objective:
         if run.tuning and run.objective.name == objective.name
     }
     best = max(sorted(tried, key=int), key=lambda number: tried[number].score)
-    return objective.with_settings(**objective.candidates[int(best)])
+    return objective.tried()[int(best)]
 
 
 def _prepare(
@@ -225,4 +227,16 @@ def _do(
 ) -> dict[Run, Result]:
     pending = [run for run in runs if run not in done]
     folder = experiment.folder / "teacher"
-    return dict(run_all(experiment, teacher, folder, pending, workers, bar))
+    start = time.monotonic()
+    finished: dict[Run, Result] = {}
+    for run, result in run_all(experiment, teacher, folder, pending, workers, bar):
+        finished[run] = result
+        if not err.is_terminal:
+            # A log has no bar to look at.
+            minutes = (time.monotonic() - start) / 60
+            left = minutes / len(finished) * (len(pending) - len(finished))
+            notice(
+                f"{experiment.task.name}: {run}: {result.headline} {result.score:.4f} "
+                f"({len(finished)} of {len(pending)}, about {left:.0f} min left)"
+            )
+    return finished

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -139,23 +139,19 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_objectives(objectives: Iterable[Objective], num_labels: int) -> None:
+def check_objectives(objectives: Sequence[Objective], num_labels: int) -> None:
     """Build every objective once, with each of its candidates, so that a mistake shows early.
 
     Raises:
         CommandError: for an unknown loss or an option it refuses.
     """
-    stand_in = torch.eye(num_labels)
-    empty = True
-    for objective in objectives:
-        empty = False
-        tried = [objective.with_settings(**changes) for changes in objective.candidates]
-        for each in tried or [objective]:
-            each.settings.check()
-            try:
-                options = objective_options(each.loss, each.settings)
-                build_objective(each.loss, options, stand_in)
-            except (ValueError, TypeError, KeyError) as error:
-                raise CommandError(str(error.args[0] if error.args else error)) from error
-    if empty:
+    if not objectives:
         raise CommandError("--losses names no loss.")
+    stand_in = torch.eye(num_labels)
+    for each in (variant for objective in objectives for variant in objective.tried()):
+        each.settings.check()
+        try:
+            options = objective_options(each.loss, each.settings)
+            build_objective(each.loss, options, stand_in)
+        except (ValueError, TypeError, KeyError) as error:
+            raise CommandError(str(error.args[0] if error.args else error)) from error

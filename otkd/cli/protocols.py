@@ -52,6 +52,10 @@ class Objective:
     settings: Settings
     candidates: tuple[Mapping[str, Any], ...] = ()
 
+    def tried(self) -> list[Objective]:
+        """One objective for each candidate, or this one if there are none."""
+        return [self.with_settings(**changes) for changes in self.candidates] or [self]
+
     def with_settings(self, **changes: Any) -> Objective:
         """The same loss with other settings, and nothing left to tune."""
         settings = dataclasses.replace(self.settings, **changes)
@@ -85,8 +89,8 @@ class Protocol:
         seeds: students per loss.
         settings: of all tasks, by field of :class:`~otkd.cli.settings.Settings`.
         tasks: of each task.
-        losses: of each loss, by name; ``loss``, ``title``, ``curves`` (the settings it is a point of
-            a curve over) and ``candidates`` among them.
+        losses: of each loss, by name; among them ``loss``, ``title``, ``candidates``, and
+            ``curves``, the settings over which it is a point of a curve.
         tuning: how candidates are compared; None where there are none.
     """
 

@@ -213,7 +213,8 @@ def _load_teacher(experiment: Experiment, folder: Path, result: Result) -> Teach
 def _save_features(experiment: Experiment, folder: Path, result: Result) -> None:
     fine_tuned = experiment.settings.finetune_teacher
     source = str(folder / "model") if fine_tuned else experiment.teacher_source
-    model = models.load_classifier(source, experiment.task, result.seed).to(device())
+    model = models.load_classifier(source, experiment.task, result.seed)
+    model.to(device())  # pyright: ignore[reportArgumentType]
     rows, tokenizer = experiment.teacher_rows.train, experiment.teacher_tokenizer
     predictor = Predictor(rows, tokenizer, bf16=experiment.precision.bf16)
     save_tensors(folder / _FEATURES, {"features": predictor.features(model).half()})
@@ -221,8 +222,9 @@ def _save_features(experiment: Experiment, folder: Path, result: Result) -> None
 
 def _any_needs_features(experiment: Experiment) -> bool:
     return any(
-        needs_features(objective_options(objective.loss, objective.settings))
+        needs_features(objective_options(variant.loss, variant.settings))
         for objective in experiment.objectives
+        for variant in objective.tried()
     )
 
 

@@ -1,0 +1,457 @@
+"""Protocols of `otkd compare`: what they fix, tuning, evaluations, processes side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import otkd
+from otkd.cli import training
+from otkd.cli.console import CommandError
+from otkd.cli.experiment import Experiment
+from otkd.cli.objectives import build_objective, objective_options
+from otkd.cli.protocols import Objective, Tuning, load_protocol
+from otkd.cli.results import read_result
+from otkd.cli.settings import Settings
+from otkd.data import task_names
+from otkd.integrations.annealing import TemperatureAnnealing
+from otkd.signals import DenseSignal
+from tests.test_cli import WORDS, otkd_command, said, save_bert
+
+GLUE = [name for name in task_names() if name != "rotten-tomatoes"]
+HEADERS = {
+    "SST-2": "sentence\tlabel",
+    "MNLI": "index\tsentence1\tsentence2\tgold_label",
+    "MRPC": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "RTE": "index\tsentence1\tsentence2\tlabel",
+    "QNLI": "index\tquestion\tsentence\tlabel",
+    "QQP": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "WNLI": "index\tsentence1\tsentence2\tlabel",
+}
+QUICK = ("--epochs", 1, "--teacher-epochs", 1, "--max-length", 32, "--student-layers", 2)
+QUICK += ("--precision", "fp32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For models this small a second thread costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+    """All of GLUE's tasks in its official layout, a few rows each."""
+    root = tmp_path_factory.mktemp("glue")
+    for title in ("CoLA", *HEADERS):
+        (root / title).mkdir()
+        splits = ("matched", "mismatched") if title == "MNLI" else (None,)
+        names = ["train.tsv", *(f"dev_{name}.tsv" if name else "dev.tsv" for name in splits)]
+        for name in names:
+            lines = [row(title, index) for index in range(40 if name == "train.tsv" else 20)]
+            if title in HEADERS:
+                lines.insert(0, HEADERS[title])
+            if title == "QQP":
+                lines.insert(3, "7\t8\t9\tit is broken")
+            (root / title / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+def row(title, index):
+    first = " ".join(WORDS[15 + (index + step) % 4] for step in range(index % 5 + 1)) + ' is " wet'
+    second = "it is not wet ." if index % 2 else "it is wet ."
+    entails = "not_entailment" if index % 2 else "entailment"
+    inference = ("entailment", "neutral", "contradiction")[index % 3]
+    return {
+        "CoLA": f"gj04\t{index % 2}\t*\t{first} {second}",
+        "SST-2": f"{first} {second}\t{index % 2}",
+        "MNLI": f"{index}\t{first}\t{second}\t{inference}",
+        "MRPC": f"{index % 2}\t1\t2\t{first}\t{second}",
+        "RTE": f"{index}\t{first}\t{second}\t{entails}",
+        "QNLI": f"{index}\t{first}\t{second}\t{entails}",
+        "QQP": f"{index}\t1\t2\t{first}\t{second}\t{index % 2}",
+        "WNLI": f"{index}\t{first}\t{second}\t{index % 2}",
+    }[title]
+
+
+# What the files say -------------------------------------------------------------------------------
+
+AUTHOR = {  # mode, batch, epochs, learning rate, alpha, T; the teacher's batch, epochs, rate
+    "cola": (False, 16, 20, 5e-5, 0.9, 1, 2, 8, 2e-5),
+    "sst2": (False, 32, 2, 4e-5, 0.9, 2, 16, 10, 2e-5),
+    "mnli": (True, 16, 10, 4e-5, 0.8, 3, 128, 7, 1e-5),
+    "mrpc": (True, 16, 3, 3e-5, 1, 4, 8, 10, 5e-5),
+    "rte": (False, 16, 5, 2e-5, 0.9, 3.5, 15, 10, 3e-5),
+    "qnli": (False, 16, 6, 3e-5, 0.8, 3, 8, 8, 2e-5),
+    "qqp": (True, 32, 8, 4e-5, 1, 4, 8, 5, 3e-6),
+}
+
+
+@pytest.mark.parametrize("task", AUTHOR)
+def test_author_is_the_published_protocol(task):
+    protocol = load_protocol("author")
+    settings = protocol.resolve(Settings(task), given=())
+    fields = ("anneal", "batch_size", "epochs", "learning_rate", "alpha", "temperature")
+    fields += ("teacher_batch_size", "teacher_epochs", "teacher_learning_rate")
+    assert tuple(getattr(settings, name) for name in fields) == AUTHOR[task]
+    assert (settings.evaluate_every, settings.score, settings.max_length) == (5, "best", 128)
+    assert not settings.freeze_embeddings
+    assert not settings.group_by_length
+    objectives = {each.name: each for each in protocol.objectives(settings, given=())}
+    assert list(objectives) == ["kl", "rkl", "jsd", "tvd", "sinkd"]
+    chosen = objectives["sinkd"].settings
+    ours = build_objective("sinkd", objective_options("sinkd", chosen))
+    published = otkd.SinKDLoss.author(chosen.alpha, 0.8, temperature=chosen.temperature)
+    logits, labels = torch.randn(2, 16, 2), torch.randint(0, 2, (16,))
+    assert torch.equal(ours(*logits, labels=labels), published(*logits, labels=labels))
+    # The baseline is the same objective, less the transport; no T² in either.
+    kl = build_objective("kl", objective_options("kl", objectives["kl"].settings))
+    assert not kl.terms["kl"].rescale_t2
+    student = logits[0].clone().requires_grad_()
+    without = otkd.SinKDLoss.author(chosen.alpha, 0.0, temperature=chosen.temperature)
+    gradients = [
+        torch.autograd.grad(loss(student, logits[1], labels=labels), student)[0]
+        for loss in (kl, without)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_fair_gives_every_loss_the_same_budget():
+    protocol = load_protocol("fair")
+    settings = protocol.resolve(Settings("sst2"), given=())
+    assert protocol.seeds >= 5
+    assert settings.score == "last"
+    assert settings.max_train_rows == 10_000
+    objectives = protocol.objectives(settings, given=())
+    assert {len(each.tried()) for each in objectives} == {6}
+    names = {"ce", "kl", "rkl", "jsd", "tvd", "sinkd", "batch_l1", "batch_hidden"}
+    assert names <= {each.name for each in objectives}
+    assert len({each.settings.epochs for each in objectives}) == 1
+
+
+def test_the_command_line_comes_before_the_protocol():
+    protocol = load_protocol("author")
+    settings = protocol.resolve(Settings("rte", epochs=1, alpha=0.5), given={"epochs", "alpha"})
+    assert (settings.epochs, settings.alpha, settings.temperature) == (1, 0.5, 3.5)
+    (objective,) = protocol.objectives(
+        dataclasses.replace(settings, author=False), given={"author"}, names=["sinkd"]
+    )
+    assert not objective.settings.author
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[losses.kl]\ntemprature = 1", "did you mean 'temperature'"),
+        ("[settings]\nepochs = 1", r"no \[losses.NAME\]"),
+        ("[tasks.coal]\nepochs = 1\n[losses.kl]", "cola"),
+        ("[losses.kl]\ncandidates = [{ temperature = 1 }]", r"no \[tuning\]"),
+        ("[losses.kl]\n[tuning]\ntrain_rows = 0\nheld_out = 0.1", "at least 1"),
+        ("[losses.kl]\nmax_length = 3", "unknown entry 'max_length'"),
+        ("losses = ", "Invalid value"),
+        ("[loses.kl]", "did you mean 'losses'"),
+    ],
+)
+def test_mistakes_in_a_protocol_are_named(tmp_path, text, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(CommandError, match=message):
+        load_protocol(str(path))
+
+
+def test_protocols_and_losses_that_do_not_exist_are_named(teacher, glue, tmp_path):
+    with pytest.raises(CommandError, match="author, fair"):
+        load_protocol("unfair")
+    with pytest.raises(CommandError, match=r"no loss 'klx'; it has kl, rkl"):
+        load_protocol("author").objectives(Settings("rte"), (), ["klx"])
+    arguments = ["--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path]
+    result = otkd_command("compare", "rte", *arguments)
+    assert result.exit_code == 1
+    assert "a --protocol" in said(result)
+    result = otkd_command("compare", "rte", "--losses", "kl", "--workers", 0, *arguments)
+    assert "--workers must lie between 1 and" in said(result)
+    result = otkd_command("compare", "rte", "--losses", "kl", "--score", "best", *arguments)
+    assert "--score best needs --evaluate-every" in said(result)
+    result = otkd_command(
+        *("train", "rte", "--loss", "kl", "--score", "best", "--evaluate-every", 5, *arguments)
+    )
+    assert "the student saved is the last" in said(result)
+
+
+# From end to end ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["author", "fair"])
+def test_every_task_of_glue_runs_under_the_protocols(teacher, glue, tmp_path, protocol):
+    result = otkd_command(
+        *("compare", ",".join(GLUE), "--protocol", protocol, "--losses", "kl,sinkd"),
+        *("--seeds", 1, "--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path, *QUICK),
+        *(("--batch-size", 4) if protocol == "author" else ()),
+    )
+    assert result.exit_code == 0, result.output
+    for task in GLUE:
+        saved = read_result(tmp_path / protocol / task / "sinkd" / "0.json")
+        assert saved.settings["loss.author"]
+        assert saved.rows["train"] == 40
+        steps = [evaluation["step"] for evaluation in saved.evaluations]
+        if protocol == "author":
+            assert steps == [5, 10]
+            best = max(evaluation[saved.headline] for evaluation in saved.evaluations)
+            assert saved.score == best
+        else:
+            assert steps == [saved.steps]
+    matched = read_result(tmp_path / protocol / "mnli" / "kl" / "0.json").metrics
+    assert set(matched) == {"matched_accuracy", "mismatched_accuracy"}
+
+
+TUNED = """
+seeds = 2
+[settings]
+epochs = 1
+batch_size = 8
+max_length = 32
+student_layers = 2
+precision = "fp32"
+teacher_epochs = 2
+teacher_learning_rate = 5e-3
+[losses.kl]
+candidates = [{ learning_rate = 1e-7 }, { learning_rate = 2e-2, epochs = 8 }]
+[losses.mine]
+loss = "sinkd"
+batch_cost = "hidden"
+debias = true
+candidates = [{ sinkhorn_weight = 0.1 }, { sinkhorn_weight = 1 }]
+[tuning]
+train_rows = 24
+held_out = 0.25
+"""
+
+
+@pytest.fixture(scope="module")
+def tuned(teacher, glue, tmp_path_factory):
+    """A comparison with tuning, done with two processes."""
+    root = tmp_path_factory.mktemp("tuned")
+    (root / "mine.toml").write_text(TUNED)
+    command = ["compare", "rte", "--protocol", root / "mine.toml", "--teacher", teacher]
+    command += ["--data-dir", glue, "--output-dir", root, "--workers", min(2, os.cpu_count())]
+    result = otkd_command(*command)
+    assert result.exit_code == 0, result.output
+    return root / "mine" / "rte", command, result
+
+
+def test_each_loss_is_trained_with_its_best_candidate(tuned):
+    folder, _, _ = tuned
+    for name, field in (("kl", "learning_rate"), ("mine", "loss.sinkhorn_weight")):
+        tried = [read_result(folder / name / "tuning" / f"{number}.json") for number in (0, 1)]
+        best = max(tried, key=lambda result: result.score)
+        finals = [read_result(folder / name / f"{seed}.json") for seed in (0, 1)]
+        for final in finals:
+            assert final.settings[field] == best.settings[field]
+            assert "held_out" not in final.settings
+            assert final.rows == {"train": 40, "dev": 20}
+        assert {final.seed for final in finals} == {0, 1}
+        assert tried[0].rows == {"train": 24, "dev": 10}
+        assert tried[0].settings["held_out"] == 0.25
+    # One candidate cannot learn, the other does.
+    scores = [read_result(folder / "kl" / "tuning" / f"{n}.json").score for n in (0, 1)]
+    assert scores[1] > scores[0]
+
+
+def test_held_out_rows_are_not_trained_on(teacher, glue, tmp_path):
+    settings = Settings("rte", teacher=str(teacher), data_dir=glue, max_length=32, precision="fp32")
+    settings = dataclasses.replace(settings, student_layers=2)
+    objective = Objective("kl", "kl", settings)
+    experiment = Experiment(settings, [objective], tmp_path, Tuning(1000, 0.25))
+    rows = experiment.tuning_rows
+    assert len(rows.held_out) == 10
+    assert sorted([*rows.index, *rows.held_out]) == list(range(40))
+    labels = torch.tensor(experiment.data.train["label"][:])
+    assert torch.equal(rows.labels["dev"], labels[rows.held_out])
+    assert rows.train["labels"][:] == labels[rows.index].tolist()
+
+
+def test_one_process_gives_what_two_give_and_finished_runs_are_kept(tuned):
+    folder, command, _ = tuned
+    again = folder / "mine" / "1.json"
+    before, other = read_result(again), (folder / "kl" / "0.json").stat().st_mtime_ns
+    again.unlink()
+    # On another machine the teacher's weights may be gone; what it said is enough.
+    for path in (folder / "teacher" / "model").glob("*"):
+        path.unlink()
+    result = otkd_command(*command[:-2])
+    assert result.exit_code == 0, result.output
+    assert "kept: 3 of 4" in said(result)
+    after = read_result(again)
+    assert after.settings == before.settings
+    assert after.metrics == before.metrics
+    assert (folder / "kl" / "0.json").stat().st_mtime_ns == other
+
+
+def test_students_of_hidden_costs_need_the_teachers_states(tuned):
+    folder, command, _ = tuned
+    (folder / "teacher" / "train-features.safetensors").unlink()
+    for path in (folder / "teacher" / "model").glob("*"):
+        path.unlink()
+    before = read_result(folder / "teacher" / "result.json")
+    result = otkd_command(*command[:-2])
+    assert result.exit_code == 0, result.output
+    assert "the teacher is redone" in said(result)
+    # The same seed gives the same teacher, so its students still stand.
+    assert read_result(folder / "teacher" / "result.json").teacher_logits == before.teacher_logits
+    assert "kept: 4 of 4" in said(result)
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="needs two cores")
+def test_interrupted_processes_stop_and_go_on(teacher, glue, tmp_path):
+    command = ["compare", "rte,wnli", "--losses", "ce,kl", "--seeds", 2, "--workers", 2]
+    command += ["--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path, *QUICK]
+    command = [str(argument) for argument in [*command, "--epochs", 20]]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "otkd.cli.app", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    results = tmp_path / "rte"
+    while process.poll() is None and time.monotonic() < deadline:
+        if list(results.glob("*/[0-9].json")):
+            break
+        time.sleep(0.02)
+    # As a terminal does it: to the whole group.
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "finished runs are kept" in output
+    assert "Traceback" not in output
+    deadline = time.monotonic() + 30
+    while children_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not children_of(process.pid)
+    result = otkd_command(*command, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    for task in ("rte", "wnli"):
+        assert len(list((tmp_path / task).glob("*/[0-9].json"))) == 4
+
+
+def children_of(group):
+    """Processes of a group, where the system lists them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(path)
+    return found
+
+
+# Evaluations and annealing ------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def experiment(teacher, glue, tmp_path_factory):
+    settings = Settings("rte", teacher=str(teacher), data_dir=glue, max_length=32, precision="fp32")
+    settings = dataclasses.replace(settings, student_layers=2)
+    folder = tmp_path_factory.mktemp("experiment")
+    return Experiment(settings, [Objective("kl", "kl", settings)], folder)
+
+
+def test_evaluations_and_temperatures_survive_an_interruption(experiment, tmp_path):
+    schedule = training.Schedule(3, 8, 1e-3, seed=0, bf16=False, evaluate_every=2)
+    signal = DenseSignal(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)))
+
+    def run(folder, stop_after=None):
+        loss = otkd.KLLoss(temperature=4)
+        temperatures, done = [], []
+        student = experiment.build_student(0)
+
+        def on_steps(steps):
+            done.append(steps)
+            temperatures.append(loss.temperature)
+            if stop_after is not None and sum(done) >= stop_after:
+                raise Stop
+
+        def evaluate(model):
+            total = sum(float(parameter.detach().sum()) for parameter in model.parameters())
+            return {"weights": total}
+
+        try:
+            took = training.fit(
+                student, experiment.student_rows.train, experiment.student_tokenizer, schedule,
+                folder, loss=loss, teacher=signal, callbacks=[TemperatureAnnealing(loss)],
+                evaluate=evaluate, on_steps=on_steps,
+            )  # fmt: skip
+        except Stop:
+            took = None
+        return took, temperatures
+
+    whole, temperatures = run(tmp_path / "whole")
+    assert [step for step, _ in whole.evaluations] == [2, 4, 6, 8, 10, 12, 14, 15]
+    assert temperatures[1:] == [4.0] * 5 + [2.5] * 5 + [1.0] * 5
+    run(tmp_path / "cut", stop_after=13)
+    resumed, temperatures = run(tmp_path / "cut")
+    assert resumed.evaluations == whole.evaluations
+    assert temperatures[1:] == [1.0] * 5
+
+
+def test_one_epoch_keeps_the_temperature():
+    loss = otkd.KLLoss(temperature=3)
+    state = transformers.TrainerState(epoch=0.0)
+    state.num_train_epochs = 1
+    TemperatureAnnealing(loss).on_epoch_begin(None, state, None)
+    assert loss.temperature == 3
+    with pytest.raises(TypeError, match=r"loss.terms\[name\]"):
+        TemperatureAnnealing(otkd.SinKDLoss())
+    with pytest.raises(ValueError, match="end"):
+        TemperatureAnnealing(loss, end=0)
+
+
+def test_evaluation_changes_nothing(experiment):
+    """Neither the weights nor the noise of a training depend on how often one looks."""
+    weights = []
+    for every in (None, 1):
+        schedule = training.Schedule(1, 8, 1e-3, seed=0, bf16=False, evaluate_every=every)
+        student = experiment.build_student(0)
+        folder = experiment.folder / f"work-{every}"
+        training.fit(
+            student, experiment.student_rows.train, experiment.student_tokenizer, schedule, folder,
+            evaluate=lambda model: {
+                name: float(logits.sum())
+                for name, logits in experiment.student_rows.predict(model).items()
+            },
+            on_steps=lambda steps: None,
+        )  # fmt: skip
+        weights.append(student.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+
+
+def test_result_files_name_no_settings_a_loss_does_not_have(tuned):
+    folder, _, _ = tuned
+    settings = json.loads((folder / "kl" / "0.json").read_text())["settings"]
+    assert not {"loss.batch_cost", "loss.sinkhorn_weight", "loss.author"} & set(settings)
