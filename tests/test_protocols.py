@@ -17,16 +17,18 @@ import transformers
 
 import otkd
 from otkd.cli import training
+from otkd.cli.commands import best_candidate
 from otkd.cli.console import CommandError
 from otkd.cli.experiment import Experiment
 from otkd.cli.objectives import build_objective, objective_options
 from otkd.cli.protocols import Objective, Tuning, load_protocol
 from otkd.cli.results import read_result
+from otkd.cli.runs import Run
 from otkd.cli.settings import Settings
 from otkd.data import task_names
 from otkd.integrations.annealing import TemperatureAnnealing
 from otkd.signals import DenseSignal
-from tests.test_cli import WORDS, otkd_command, said, save_bert
+from tests.test_cli import WORDS, make_result, otkd_command, said, save_bert
 
 GLUE = [name for name in task_names() if name != "rotten-tomatoes"]
 HEADERS = {
@@ -269,9 +271,19 @@ def test_each_loss_is_trained_with_its_best_candidate(tuned):
         assert {final.seed for final in finals} == {0, 1}
         assert tried[0].rows == {"train": 24, "dev": 10}
         assert tried[0].settings["held_out"] == 0.25
-    # One candidate cannot learn, the other does.
-    scores = [read_result(folder / "kl" / "tuning" / f"{n}.json").score for n in (0, 1)]
-    assert scores[1] > scores[0]
+
+
+@pytest.mark.parametrize(("scores", "best"), [((0.1, 0.3, 0.2), 1), ((0.2, 0.1, 0.2), 0)])
+def test_the_best_candidate_is_chosen_and_the_first_of_equals(tmp_path, scores, best):
+    candidates = tuple({"temperature": float(number)} for number in (1, 2, 3))
+    objective = Objective("kl", "kl", Settings("rte"), candidates)
+    done = {
+        Run(tried, 0, tmp_path / f"{number}.json", tmp_path, tuning=True): make_result("kl", 0, s)
+        for number, (tried, s) in enumerate(zip(objective.tried(), scores, strict=True))
+    }
+    assert best_candidate(objective, done) == objective.tried()[best]
+    other = Objective("jsd", "jsd", Settings("rte"))
+    assert best_candidate(other, done) is other
 
 
 def test_held_out_rows_are_not_trained_on(teacher, glue, tmp_path):

@@ -93,7 +93,7 @@ def _compare_one(
         teacher, done = _prepare(experiment, [*candidates, *runs], bar, overwrite=overwrite)
         done |= _do(experiment, teacher, candidates, done, workers, bar)
         if candidates:
-            chosen = [_tuned(objective, done) for objective in experiment.objectives]
+            chosen = [best_candidate(objective, done) for objective in experiment.objectives]
             runs = _runs(folder, chosen, seeds)
             done |= _find(experiment, teacher, runs, overwrite=overwrite)
         done |= _do(experiment, teacher, runs, done, workers, bar)
@@ -170,7 +170,7 @@ def _run(folder: Path, objective: Objective, seed: int, candidate: int | None = 
     )
 
 
-def _tuned(objective: Objective, done: dict[Run, Result]) -> Objective:
+def best_candidate(objective: Objective, done: dict[Run, Result]) -> Objective:
     """The objective with the best of its candidates; the first of equals."""
     if not objective.candidates:
         return objective

@@ -62,21 +62,28 @@ def batch_sinkhorn_distance(
         teacher_temperature=teacher_temperature,
     )
     options = Options(epsilon, tolerance, max_iterations, value, debias)
-    return transport_between_samples(q, p, cost, options).value
+    return transport_between_points(q, p, cost, options).value
 
 
-def transport_between_samples(
-    q: Tensor, p: Tensor, cost: str, options: Options
+def transport_between_points(
+    x: Tensor, y: Tensor, cost: str, options: Options, *, normalize: bool = False
 ) -> DivergenceSolution:
-    """Transport between uniform masses on the points ``q`` and ``p``, ``(*batch, b, d)``."""
+    """Transport between uniform masses on the points ``x`` and ``y``, ``(*batch, b, d)``.
+
+    With ``normalize`` all distances are divided by the mean between the two sides, a constant.
+    """
     check_choice("cost", cost, BATCH_COSTS)
-    with torch.autocast(q.device.type, enabled=False):
-        cross = point_distances(q, p, cost)
-        matrices = CostMatrices(cross)
+    with torch.autocast(x.device.type, enabled=False):
+        distances = [point_distances(x, y, cost)]
         if options.debias:
-            matrices = CostMatrices(cross, point_distances(q, q, cost), point_distances(p, p, cost))
-    uniform = q.new_full(q.shape[:-1], 1 / q.shape[-2])
-    return solve_divergence(uniform, uniform, matrices, options)
+            distances += [point_distances(x, x, cost), point_distances(y, y, cost)]
+        if normalize:
+            mean = distances[0].detach().mean((-2, -1), keepdim=True)
+            # Where all points are one there is nothing to divide by, nor to transport.
+            scale = torch.where(mean > 0, mean, 1.0)
+            distances = [matrix / scale for matrix in distances]
+    uniform = x.new_full(x.shape[:-1], 1 / x.shape[-2])
+    return solve_divergence(uniform, uniform, CostMatrices(*distances), options)
 
 
 def point_distances(x: Tensor, y: Tensor, metric: str) -> Tensor:

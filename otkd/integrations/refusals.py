@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from otkd.integrations.stored import TEACHER_KEY, may_carry_teacher
+from otkd.integrations.stored import TEACHER_KEY, has_features, may_carry_teacher
 
 
 def refuse_training(
@@ -46,9 +46,10 @@ def refuse_training(
         raise ValueError('reduction="none" gives no scalar to minimise; use "mean" or "sum"')
     if args.world_size > 1 and any(p.requires_grad for p in loss.parameters()):
         raise ValueError(f"{name} has trainable parameters, supported in one process only")
-    if getattr(loss, "needs_features", False) and teacher is None:
+    if getattr(loss, "needs_features", False) and not (teacher or has_features(train_dataset)):
         raise ValueError(
-            f"{name} compares features, which stored logits lack: pass the teacher as a model"
+            f"{name} compares features, which stored logits lack: pass the teacher as a model, or "
+            "as DenseSignal(logits, features)"
         )
     if teacher is not None:
         trained = [*student.parameters(), *loss.parameters()]

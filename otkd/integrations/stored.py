@@ -139,6 +139,12 @@ def may_carry_teacher(dataset: Any) -> bool:
     return TEACHER_KEY in dataset[0]
 
 
+def has_features(dataset: Any) -> bool:
+    """Whether the stored teacher beside a data set has features."""
+    signal = getattr(dataset, "signal", None)
+    return getattr(signal, "features", None) is not None
+
+
 def as_signal(teacher: Any) -> TeacherSignal:
     """Stored logits as a signal.
 

@@ -185,7 +185,7 @@ class DistillationTrainer(Trainer):
         student = self._outputs(model, inputs, self._student_arguments, self._teacher_arguments)
         predictions = student["logits"]
         if teacher is not None and TEACHER_KEY in inputs:
-            teacher["logits"] = fit_length(teacher["logits"], predictions)
+            teacher = {name: fit_length(x, predictions) for name, x in teacher.items()}
         if shift:
             student = {name: values[:, :-1] for name, values in student.items()}
             teacher = teacher and {name: values[:, :-1] for name, values in teacher.items()}
@@ -216,7 +216,11 @@ class DistillationTrainer(Trainer):
             stored = inputs[TEACHER_KEY]
             if isinstance(stored, TopKSignal) and getattr(self.loss, "reads_stored", False):
                 return {"logits": stored.to(self.args.device)}
-            return {"logits": teacher_logits_of(stored, self.args.device)}
+            outputs = {"logits": teacher_logits_of(stored, self.args.device)}
+            features = getattr(stored, "features", None)
+            if features is not None and getattr(self.loss, "needs_features", False):
+                outputs["features"] = features.to(self.args.device)
+            return outputs
         if self.teacher is None:
             return None
         self.teacher.eval()

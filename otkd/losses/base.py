@@ -61,7 +61,6 @@ class DistillationLoss(nn.Module, ABC):
 
     needs_teacher: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
-    needs_features: ClassVar[bool] = False
     reads_stored: ClassVar[bool] = False
     rescales_by_default: ClassVar[bool] = True
 
@@ -87,6 +86,11 @@ class DistillationLoss(nn.Module, ABC):
         self.reduction = reduction
         self.vocab_size = vocab_size
         self.last_report = None
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether it compares representations, which are then given as features."""
+        return False
 
     @property
     def bridges_vocabularies(self) -> bool:
@@ -121,7 +125,8 @@ class DistillationLoss(nn.Module, ABC):
             num_items_in_batch: replaces the number of counted positions in a mean, so that
                 microbatches add up to the whole batch.
             student_features: ``(*batch, width)``, for losses over representations.
-            teacher_features: ``(*batch, teacher_width)``, for losses over representations.
+            teacher_features: ``(*batch, teacher_width)``, for losses over representations; by
+                default those of a stored teacher that has them.
 
         Returns:
             A scalar, or ``(*batch,)`` with ``reduction="none"``; float32, or float64 for float64
@@ -150,6 +155,8 @@ class DistillationLoss(nn.Module, ABC):
         check_one_logits("student_logits", student_logits)
         if self.needs_labels and labels is None:
             raise ValueError(f"{name} has a hard-label term: pass labels=")
+        if teacher_features is None:
+            teacher_features = getattr(teacher_logits, "features", None)
         if self.needs_features and (student_features is None or teacher_features is None):
             raise ValueError(f"{name} needs student_features= and teacher_features=")
         teacher = stored = None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from otkd.checks import check_choice, check_positive
+from otkd.checks import check_choice, check_finite_rows, check_positive
 from otkd.functional.batch_transport import (
     BATCH_COSTS,
     point_distances,
-    transport_between_samples,
+    transport_between_points,
 )
-from otkd.functional.transport import at_counted_positions
+from otkd.functional.rowwise import compute_dtype
+from otkd.functional.transport import distributions
 from otkd.losses.base import Batch, DistillationLoss
+from otkd.losses.gathering import GatheredBatch, spans_processes
 from otkd.ot.divergence import Options
 
 
@@ -22,46 +24,90 @@ class BatchLoss(DistillationLoss):
     The mean of the shares is the value of the batch, so that one reduction serves all losses: with
     ``num_items_in_batch`` the value is scaled by counted/num_items. Microbatches do not add up to
     the whole batch: transport sees the batch.
+
+    Where :mod:`torch.distributed` runs several processes, the batch is that of all of them: every
+    process has to call the loss, has the value of the whole batch, and by averaged gradients that
+    of the whole batch. The shares of a process are then centred so that their mean is this value.
+
+    Args:
+        gather: False for the batch of each process by itself.
+        **common: see :class:`~otkd.losses.base.DistillationLoss`.
     """
 
     rescales_by_default = False
 
+    def __init__(self, *, gather: bool = True, **common):
+        super().__init__(**common)
+        self.gather = gather
+
     def per_position(self, batch: Batch) -> Tensor:
         """Shares ``(*batch,)``, adding up to b times the value of the batch."""
-        return at_counted_positions(
-            self.shares,
-            batch.student_logits,
-            batch.teacher_logits,
+        student, teacher = self.points(batch)
+        own, everywhere = slice(None), len(student)
+        if self.gather and spans_processes():
+            gathered = GatheredBatch.of(len(student), student.device)
+            student, teacher = gathered.gather(student), gathered.gather(teacher)
+            own, everywhere = gathered.own, sum(gathered.sizes)
+        # Without any sample there is nothing to transport; the sum keeps the graph.
+        value, shares = (
+            self.transport(student, teacher) if everywhere else (student.sum(), student.sum(-1))
+        )
+        shares = shares[own]
+        # Exactly the value on average, whatever the marginal error left; and with its gradient, in
+        # which a process without samples has its part, too.
+        shares = shares - (shares.mean() if len(shares) else 0) + value
+        shape = batch.student_logits.shape[:-1]
+        if batch.counted is None:
+            return shares.reshape(shape)
+        counted = batch.counted.flatten().nonzero().squeeze(-1)
+        return shares.new_zeros(shape.numel()).index_copy(0, counted, shares).reshape(shape)
+
+    def points(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The counted samples of student and teacher, ``(b, d)``: their distributions."""
+        student, teacher = _counted(batch, batch.student_logits, batch.teacher_logits)
+        return distributions(
+            student,
+            teacher,
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
-            mask=batch.counted,
         )
 
-    def shares(self, q: Tensor, p: Tensor) -> Tensor:
-        """Each sample's share ``(b,)`` for samples ``q``, ``p`` of shape ``(b, vocab)``."""
-        raise NotImplementedError(f"{type(self).__name__} must define shares")
+    def transport(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The value of a batch of points ``(b, d)``, and the share of each sample, ``(b,)``."""
+        raise NotImplementedError(f"{type(self).__name__} must define transport")
 
 
 class BatchSinkhornLoss(BatchLoss):
     """Entropic transport between the samples of a batch, each a point of mass 1/b.
 
-    OT_ε over the b×b distances between q_i and p_j (SinKD). With ``reduction="none"`` each sample
-    gets its share of the value, from its potentials; the shares add up to b times the mean, and
-    their gradients are that of the mean, each.
+    OT_ε over the b×b distances between the samples of the student and those of the teacher (SinKD).
+    A sample is the point softmax(logits/T), or with ``cost="hidden"`` its features: then the cost
+    is |x_i − y_j|² divided by its mean over the batch, a constant for the gradient, so that ε is in
+    units of it. With ``reduction="none"`` each sample gets its share of the value, from its
+    potentials; the shares add up to b times the mean, and their gradients are that of the mean,
+    each.
 
     Args:
-        cost: ``"l1"``, ``"euclidean"`` or ``"sqeuclidean"`` distance between distributions.
-        temperature: divides the logits of both.
+        cost: ``"l1"``, ``"euclidean"`` or ``"sqeuclidean"`` distance between distributions, or
+            ``"hidden"``: the loss is then called with ``student_features=`` and
+            ``teacher_features=``, ``(*batch, width)``, or with a stored teacher that has features.
+        temperature: divides the logits of both; of no effect with ``cost="hidden"``.
         epsilon: entropic strength in units of the cost.
         debias: subtract half the transport of each side to itself, so that the value is 0 where
             the two sets of points agree.
         value: ``"dual"``, or ``"sharp"`` for ⟨P, C⟩ (gradients by implicit differentiation).
         max_iterations: limit of the solver.
         tolerance: L1 marginal error at which the batch is solved.
-        **common: see :class:`~otkd.losses.base.DistillationLoss`.
+        projection: with ``cost="hidden"``, takes the student's features into the teacher's space,
+            such as ``nn.Linear(student_width, teacher_width)``; needed where the widths differ, and
+            trained with the student, as in FitNets and TinyBERT. (A least-squares map of the batch
+            would fit any batch smaller than the width, and leave nothing to learn; distances within
+            each model are another problem, Gromov-Wasserstein.)
+        **common: see :class:`BatchLoss`.
 
     Raises:
-        ValueError: for settings out of range.
+        TypeError, ValueError: for settings out of range; on call, for missing features, or such of
+            different width.
 
     Source: Cui et al. (2024), "SinKD: Sinkhorn Distance Minimization for Knowledge Distillation".
     """
@@ -75,21 +121,59 @@ class BatchSinkhornLoss(BatchLoss):
         value: str = "dual",
         max_iterations: int = 200,
         tolerance: float = 1e-4,
+        projection: nn.Module | None = None,
         **common,
     ):
         super().__init__(temperature=temperature, **common)
-        check_choice("cost", cost, BATCH_COSTS)
+        check_choice("cost", cost, (*BATCH_COSTS, "hidden"))
+        if projection is not None and cost != "hidden":
+            raise ValueError(f'a projection is for cost="hidden", not {cost!r}')
         self.cost = cost
+        self.projection = projection
         self.solver_options = Options(epsilon, tolerance, max_iterations, value, debias)
 
-    def shares(self, q: Tensor, p: Tensor) -> Tensor:
+    @property
+    def needs_features(self) -> bool:
+        """Whether the samples are their features."""
+        return self.cost == "hidden"
+
+    def points(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The counted samples of student and teacher, ``(b, d)``."""
+        if self.cost != "hidden":
+            return super().points(batch)
+        shape = tuple(batch.student_logits.shape[:-1])
+        student, teacher = batch.student_features, batch.teacher_features
+        assert student is not None and teacher is not None  # checked where they are needed
+        for side, values in (("student", student), ("teacher", teacher)):
+            if tuple(values.shape[:-1]) != shape:
+                raise ValueError(
+                    f"{side}_features must have shape {shape} + (width,), got {tuple(values.shape)}"
+                )
+        student, teacher = _counted(batch, student, teacher)
+        dtype = compute_dtype(batch.student_logits)
+        student, teacher = student.to(dtype), teacher.detach().to(dtype)
+        with torch.autocast(student.device.type, enabled=False):
+            if self.projection is not None:
+                student = self.projection(student)
+        if student.shape[-1] != teacher.shape[-1]:
+            raise ValueError(
+                f"the student's features have width {student.shape[-1]} and the teacher's "
+                f"{teacher.shape[-1]}: give BatchSinkhornLoss a projection, such as "
+                f"nn.Linear({student.shape[-1]}, {teacher.shape[-1]})"
+            )
+        for side, values in (("student", student), ("teacher", teacher)):
+            check_finite_rows(values.detach().sum(-1), f"{side}_features that are not finite")
+        return student, teacher
+
+    def transport(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`BatchLoss`."""
-        solution = transport_between_samples(q, p, self.cost, self.solver_options)
+        cost, normalize = ("sqeuclidean", True) if self.cost == "hidden" else (self.cost, False)
+        solution = transport_between_points(
+            student, teacher, cost, self.solver_options, normalize=normalize
+        )
         self.last_report = solution.report
         source, target = solution.shares()
-        shares = source + target
-        # Exactly the value on average, whatever the marginal error left; and with its gradient.
-        return shares - shares.mean() + solution.value
+        return solution.value, source + target
 
     def extra_repr(self) -> str:
         """The settings of the transport and the common ones."""
@@ -109,7 +193,7 @@ class UnrolledBatchSinkhornLoss(BatchLoss):
         epsilon: entropic strength.
         iterations: number of iterations, all of them made.
         factor: multiplies the value.
-        **common: see :class:`~otkd.losses.base.DistillationLoss`.
+        **common: see :class:`BatchLoss`.
     """
 
     def __init__(
@@ -124,12 +208,22 @@ class UnrolledBatchSinkhornLoss(BatchLoss):
         check_positive(epsilon=epsilon, iterations=iterations, factor=factor)
         self.epsilon, self.iterations, self.factor = epsilon, iterations, factor
 
-    def shares(self, q: Tensor, p: Tensor) -> Tensor:
+    def transport(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`BatchLoss`."""
-        with torch.autocast(q.device.type, enabled=False):
-            distances = point_distances(q, p, "l1")
+        with torch.autocast(student.device.type, enabled=False):
+            distances = point_distances(student, teacher, "l1")
             plan = (distances / -self.epsilon).exp()
             for _ in range(self.iterations):
                 plan = plan / plan.sum(-1, keepdim=True)
                 plan = plan / plan.sum(-2, keepdim=True)
-            return len(q) * self.factor * (plan * distances).sum(-1)
+            shares = len(student) * self.factor * (plan * distances).sum(-1)
+        return shares.mean(), shares
+
+
+def _counted(batch: Batch, *values: Tensor) -> list[Tensor]:
+    """The rows of each tensor at the positions that count."""
+    rows = [value.reshape(-1, value.shape[-1]) for value in values]
+    if batch.counted is None:
+        return rows
+    counted = batch.counted.flatten()
+    return [value[counted] for value in rows]

@@ -1,4 +1,4 @@
-"""A stored teacher that keeps every logit."""
+"""A stored teacher that keeps every logit, and its states where a loss compares them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ class DenseSignal:
 
     Attributes:
         values: logits, ``(examples, *positions, vocab)``; half precision is fine.
+        features: the teacher's states ``(examples, *positions, width)``, for losses over
+            representations, or None.
     """
 
     values: Tensor
+    features: Tensor | None = None
 
     def __post_init__(self):
         if self.values.ndim < 1 or not self.values.is_floating_point():
@@ -27,32 +30,45 @@ class DenseSignal:
                 "DenseSignal needs floating-point logits with the vocabulary last, "
                 f"got shape {tuple(self.values.shape)} and dtype {self.values.dtype}"
             )
+        if self.features is not None and self.features.shape[:-1] != self.values.shape[:-1]:
+            raise ValueError(
+                f"features must have shape {tuple(self.values.shape[:-1])} + (width,), got "
+                f"{tuple(self.features.shape)}"
+            )
 
     def __len__(self) -> int:
         return self.values.shape[0]
 
     def __getitem__(self, index) -> DenseSignal:
-        return DenseSignal(self.values[index])
+        features = None if self.features is None else self.features[index]
+        return DenseSignal(self.values[index], features)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DenseSignal:
-        """The same logits on ``device``."""
+        """The same logits and features on ``device``."""
         if self.values.device == torch.device(device):
             return self
-        return DenseSignal(self.values.to(device, non_blocking=non_blocking))
+        features = self.features
+        if features is not None:
+            features = features.to(device, non_blocking=non_blocking)
+        return DenseSignal(self.values.to(device, non_blocking=non_blocking), features)
 
     def logits(self) -> Tensor:
         """The stored logits."""
         return self.values
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the logits to a safetensors file, whole or not at all."""
-        save_tensors(path, {"logits": self.values})
+        """Write logits and features to a safetensors file, whole or not at all."""
+        tensors = {"logits": self.values}
+        if self.features is not None:
+            tensors["features"] = self.features
+        save_tensors(path, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> DenseSignal:
-        """Read logits written by :meth:`save`.
+        """Read what :meth:`save` has written.
 
         Raises:
             ValueError: if it is no safetensors file, or holds no tensor named ``logits``.
         """
-        return cls(load_tensors(path, "logits")[0]["logits"])
+        tensors, _ = load_tensors(path, "logits")
+        return cls(tensors["logits"], tensors.get("features"))
