@@ -158,6 +158,11 @@ def load_protocol(name: str) -> Protocol:
         raise CommandError(f"The protocol {path}: {error}") from error
 
 
+def load_published() -> dict[str, Any]:
+    """The published figures that come with the protocols: what ``published.toml`` says."""
+    return tomllib.loads(_find("published").read_text(encoding="utf-8"))
+
+
 def _find(name: str) -> Path:
     if name.endswith(".toml"):
         return Path(name)

@@ -92,5 +92,9 @@ def point_distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
         return cdist(x, y, p=1)
     if metric == "euclidean":
         return cdist(x, y)
+    # What all points share adds nothing to a distance, but would drown it in rounding: states of
+    # transformers have a few large entries that hardly vary.
+    centre = y.detach().mean(-2, keepdim=True)
+    x, y = x - centre, y - centre
     squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
     return (squares - 2 * x @ y.mT).clamp(min=0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from otkd.checks import check_choice, check_logits, check_one_logits, check_positive
 from otkd.reductions import REDUCTIONS, counted_positions, reduce_positions
 from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
+from otkd.signals.protocol import teacher_features_of
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,15 @@ class DistillationLoss(nn.Module, ABC):
         batch = self._prepare(
             student_logits, teacher_logits, labels, mask, student_features, teacher_features
         )
-        values = self.per_position(batch)
+        value = self.reduced(batch, num_items_in_batch)
         if self.rescale_t2 and self.temperature != 1:
-            values = values * self.temperature**2
+            value = value * self.temperature**2
+        return value
+
+    def reduced(self, batch: Batch, num_items_in_batch: int | Tensor | None) -> Tensor:
+        """The values of the positions as ``reduction`` says, not rescaled."""
         return reduce_positions(
-            values,
+            self.per_position(batch),
             batch.counted,
             reduction=self.reduction,
             num_items_in_batch=num_items_in_batch,
@@ -156,7 +161,7 @@ class DistillationLoss(nn.Module, ABC):
         if self.needs_labels and labels is None:
             raise ValueError(f"{name} has a hard-label term: pass labels=")
         if teacher_features is None:
-            teacher_features = getattr(teacher_logits, "features", None)
+            teacher_features = teacher_features_of(teacher_logits, student_logits.device)
         if self.needs_features and (student_features is None or teacher_features is None):
             raise ValueError(f"{name} needs student_features= and teacher_features=")
         teacher = stored = None

@@ -16,6 +16,7 @@ from otkd.functional.transport import distributions
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.gathering import GatheredBatch, spans_processes
 from otkd.ot.divergence import Options
+from otkd.reductions import reduce_positions
 
 
 class BatchLoss(DistillationLoss):
@@ -26,8 +27,10 @@ class BatchLoss(DistillationLoss):
     the whole batch: transport sees the batch.
 
     Where :mod:`torch.distributed` runs several processes, the batch is that of all of them: every
-    process has to call the loss, has the value of the whole batch, and by averaged gradients that
-    of the whole batch. The shares of a process are then centred so that their mean is this value.
+    process has to call the loss, and as often, even one without a counted sample; each has the
+    value of the whole batch, and gradients averaged over the processes are those of the whole
+    batch. The shares of a process are then centred so that their mean is this value. Rows that a
+    sampler repeats to even out the processes, as Accelerate does by default, are samples twice.
 
     Args:
         gather: False for the batch of each process by itself.
@@ -42,6 +45,25 @@ class BatchLoss(DistillationLoss):
 
     def per_position(self, batch: Batch) -> Tensor:
         """Shares ``(*batch,)``, adding up to b times the value of the batch."""
+        return _at_positions(self._solve(batch)[1], batch)
+
+    def reduced(self, batch: Batch, num_items_in_batch: int | Tensor | None) -> Tensor:
+        """See :class:`~otkd.losses.base.DistillationLoss`."""
+        value, shares = self._solve(batch)
+        own_mean = self.reduction == "mean" and num_items_in_batch is None
+        if not len(shares) and (own_mean or self.reduction == "sequence_mean"):
+            # Without a sample of its own a process still has the value, and its part in the
+            # average of the gradients.
+            return value
+        return reduce_positions(
+            _at_positions(shares, batch),
+            batch.counted,
+            reduction=self.reduction,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    def _solve(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The value of the batch of all processes, and the shares of the samples of this one."""
         student, teacher = self.points(batch)
         own, everywhere = slice(None), len(student)
         if self.gather and spans_processes():
@@ -55,12 +77,7 @@ class BatchLoss(DistillationLoss):
         shares = shares[own]
         # Exactly the value on average, whatever the marginal error left; and with its gradient, in
         # which a process without samples has its part, too.
-        shares = shares - (shares.mean() if len(shares) else 0) + value
-        shape = batch.student_logits.shape[:-1]
-        if batch.counted is None:
-            return shares.reshape(shape)
-        counted = batch.counted.flatten().nonzero().squeeze(-1)
-        return shares.new_zeros(shape.numel()).index_copy(0, counted, shares).reshape(shape)
+        return value, shares - (shares.mean() if len(shares) else 0) + value
 
     def points(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The counted samples of student and teacher, ``(b, d)``: their distributions."""
@@ -142,14 +159,13 @@ class BatchSinkhornLoss(BatchLoss):
         if self.cost != "hidden":
             return super().points(batch)
         shape = tuple(batch.student_logits.shape[:-1])
-        student, teacher = batch.student_features, batch.teacher_features
-        assert student is not None and teacher is not None  # checked where they are needed
-        for side, values in (("student", student), ("teacher", teacher)):
-            if tuple(values.shape[:-1]) != shape:
+        features = {"student": batch.student_features, "teacher": batch.teacher_features}
+        for side, values in features.items():
+            if tuple(values.shape[:-1]) != shape:  # pyright: ignore  (checked to be there)
                 raise ValueError(
-                    f"{side}_features must have shape {shape} + (width,), got {tuple(values.shape)}"
+                    f"{side}_features must have shape {shape} + (width,), got {tuple(values.shape)}"  # pyright: ignore
                 )
-        student, teacher = _counted(batch, student, teacher)
+        student, teacher = _counted(batch, *features.values())  # pyright: ignore
         dtype = compute_dtype(batch.student_logits)
         student, teacher = student.to(dtype), teacher.detach().to(dtype)
         with torch.autocast(student.device.type, enabled=False):
@@ -227,3 +243,12 @@ def _counted(batch: Batch, *values: Tensor) -> list[Tensor]:
         return rows
     counted = batch.counted.flatten()
     return [value[counted] for value in rows]
+
+
+def _at_positions(shares: Tensor, batch: Batch) -> Tensor:
+    """The shares of the counted samples at their positions, ``(*batch,)``; 0 elsewhere."""
+    shape = batch.student_logits.shape[:-1]
+    if batch.counted is None:
+        return shares.reshape(shape)
+    counted = batch.counted.flatten().nonzero().squeeze(-1)
+    return shares.new_zeros(shape.numel()).index_copy(0, counted, shares).reshape(shape)

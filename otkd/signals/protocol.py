@@ -14,7 +14,8 @@ class TeacherSignal(Protocol):
 
     A signal covers examples ``0 … len(signal) - 1``. Indexing with an integer, a slice or an index
     tensor gives the signal of those examples; ``logits()`` gives dense teacher logits of shape
-    ``(*batch, vocab)``.
+    ``(*batch, vocab)``. A signal may also have ``features``, a tensor ``(*batch, width)``, for losses
+    over representations.
     """
 
     def __len__(self) -> int:
@@ -48,3 +49,9 @@ def teacher_logits_of(teacher: Tensor | TeacherSignal, device: torch.device) -> 
         "teacher_logits must be a tensor of shape (*batch, vocab) or a stored TeacherSignal, "
         f"got {type(teacher).__name__}"
     )
+
+
+def teacher_features_of(teacher: object, device: torch.device) -> Tensor | None:
+    """The features of a stored signal, detached on ``device``; None if it has none."""
+    features = getattr(teacher, "features", None)
+    return features.detach().to(device) if isinstance(features, Tensor) else None
