@@ -68,6 +68,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """For runs this short it takes longer to start another process than to do them."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return save_bert(tmp_path_factory.mktemp("models") / "bert")

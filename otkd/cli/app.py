@@ -121,7 +121,10 @@ def compare(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that train students side by side: one a GPU, or 1."),
+        typer.Option(
+            help="Processes that train students side by side. By default one a GPU, or without "
+            "any one a core, at most 4."
+        ),
     ] = None,
     output_dir: OutputDir = Path("results"),
     overwrite: Overwrite = False,

@@ -21,8 +21,12 @@ from otkd.cli.results import Result
 from otkd.cli.runs import Run, Teacher, find_teacher, run_student
 
 
+# Small encoders gain little from a second core; more than a few processes want much memory.
+_USUAL = 4
+
+
 def worker_count(asked: int | None) -> int:
-    """The number of processes to train in: as asked, else one a GPU, else one.
+    """The number of processes to train in: as asked, else one a GPU, else one a core up to four.
 
     Raises:
         CommandError: if it is less than one, or more than there are cores or GPUs.
@@ -30,7 +34,7 @@ def worker_count(asked: int | None) -> int:
     gpus = torch.cuda.device_count()
     most = gpus or os.cpu_count() or 1
     if asked is None:
-        return max(gpus, 1)
+        return gpus or min(most, _USUAL)
     if not 1 <= asked <= most:
         raise CommandError(
             f"--workers must lie between 1 and {most}, the number of "
