@@ -22,6 +22,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+report_app = typer.Typer(help="Make a page of a folder of results.", no_args_is_help=True)
+app.add_typer(report_app, name="report")
+
 OutputDir = Annotated[Path, typer.Option(help="Where results are written and looked for.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Redo runs that were made with other settings.")
@@ -154,6 +157,23 @@ def compare(
             workers=workers,
             overwrite=overwrite,
         )
+
+
+@report_app.command("glue")
+def report_glue(
+    results_dir: Annotated[
+        Path, typer.Option(help="Where `otkd compare --protocol …` wrote, by protocol and task.")
+    ] = Path("benchmarks/results/glue"),
+    output: Annotated[
+        Path, typer.Option(help="The page; its plots go to the folder images beside it.")
+    ] = Path("docs/glue.md"),
+) -> None:
+    """Lay the published figures beside results of the protocols author, fair and sensitivity."""
+    with _reporting():
+        require_train_extra(("matplotlib",))
+        from otkd.cli.glue.page import report
+
+        report(results_dir, output)
 
 
 def main() -> None:

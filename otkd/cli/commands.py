@@ -85,8 +85,8 @@ def _compare_one(
     candidates = [
         _run(folder / objective.name / "tuning", candidate, 0, number)
         for objective in experiment.objectives
-        if objective.candidates
-        for number, candidate in enumerate(objective.tried())
+        if objective.candidates and experiment.tuning is not None
+        for number, candidate in enumerate(objective.tried(**experiment.tuning.settings))
     ]
     with StepBar() as bar:
         runs = _runs(folder, experiment.objectives, seeds) if not candidates else []

@@ -52,9 +52,13 @@ class Objective:
     settings: Settings
     candidates: tuple[Mapping[str, Any], ...] = ()
 
-    def tried(self) -> list[Objective]:
-        """One objective for each candidate, or this one if there are none."""
-        return [self.with_settings(**changes) for changes in self.candidates] or [self]
+    def tried(self, **settings: Any) -> list[Objective]:
+        """One objective for each candidate, or this one if there are none.
+
+        Args:
+            **settings: that all of them have where the candidate has none.
+        """
+        return [self.with_settings(**{**settings, **own}) for own in self.candidates] or [self]
 
     def with_settings(self, **changes: Any) -> Objective:
         """The same loss with other settings, and nothing left to tune."""
@@ -69,10 +73,13 @@ class Tuning:
     Attributes:
         train_rows: rows each candidate is trained on.
         held_out: share of the training rows that scores them.
+        settings: of these trainings alone, replacing those of the loss; what a candidate sets comes
+            first. Fewer rows may want a higher learning rate.
     """
 
     train_rows: int
     held_out: float
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.train_rows < 1 or not 0 < self.held_out < 1:
@@ -204,8 +211,12 @@ def _parse(name: str, content: Mapping[str, Any]) -> Protocol:
             for task, values in content.get("tasks", {}).items()
         },
         losses,
-        None if tuning is None else Tuning(**tuning),
+        None if tuning is None else _tuning(**tuning),
     )
+
+
+def _tuning(train_rows: int, held_out: float, **settings: Any) -> Tuning:
+    return Tuning(train_rows, held_out, _checked("[tuning]", settings, _OF_A_LOSS))
 
 
 def _checked(where: str, values: Mapping[str, Any], allowed: Collection[str]) -> dict[str, Any]:

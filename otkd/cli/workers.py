@@ -20,7 +20,6 @@ from otkd.cli.progress import StepBar
 from otkd.cli.results import Result
 from otkd.cli.runs import Run, Teacher, find_teacher, run_student
 
-
 # Small encoders gain little from a second core; more than a few processes want much memory.
 _USUAL = 4
 
