@@ -332,7 +332,8 @@ def test_students_of_hidden_costs_need_the_teachers_states(tuned):
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="needs two cores")
-def test_interrupted_processes_stop_and_go_on(teacher, glue, tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_processes_stop_and_go_on(teacher, glue, tmp_path, kind):
     command = ["compare", "rte,wnli", "--losses", "ce,kl", "--seeds", 2, "--workers", 2]
     command += ["--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path, *QUICK]
     command = [str(argument) for argument in [*command, "--epochs", 20]]
@@ -350,11 +351,11 @@ def test_interrupted_processes_stop_and_go_on(teacher, glue, tmp_path):
         if list(results.glob("*/[0-9].json")):
             break
         time.sleep(0.02)
-    # As a terminal does it: to the whole group.
-    os.killpg(process.pid, signal.SIGINT)
+    # A terminal interrupts the whole group, a supervisor ends the process it knows.
+    (os.killpg if kind == signal.SIGINT else os.kill)(process.pid, kind)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    assert "finished runs are kept" in output
+    assert process.returncode == 128 + kind, output
+    assert ("finished runs are kept" in output) == (kind == signal.SIGINT)
     assert "Traceback" not in output
     deadline = time.monotonic() + 30
     while children_of(process.pid) and time.monotonic() < deadline:

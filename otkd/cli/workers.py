@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -103,10 +104,13 @@ def _pool(
         initializer=_start,
         initargs=(shared, teacher_folder, workers, numbers, steps),
     )
+    # Without this a signal would end this process alone.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield pool, steps
         pool.shutdown()
     finally:
+        signal.signal(signal.SIGTERM, before)
         # After a mistake or Ctrl-C the others must not go on: what they do is kept in checkpoints.
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
