@@ -13,20 +13,24 @@ from otkd.losses.batch import UnrolledBatchSinkhornLoss
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 ROWS, CLASSES, WIDTH = 12, 4, 6
+EXACT = {"tolerance": 1e-10, "max_iterations": 5000}
 LOSSES = {
-    "l1": lambda: otkd.BatchSinkhornLoss(tolerance=1e-10, max_iterations=5000),
-    "debiased": lambda: otkd.BatchSinkhornLoss(
-        cost="sqeuclidean", debias=True, tolerance=1e-10, max_iterations=5000
+    "l1": lambda **options: otkd.BatchSinkhornLoss(**EXACT, **options),
+    "debiased": lambda **options: otkd.BatchSinkhornLoss(
+        "sqeuclidean", debias=True, **EXACT, **options
     ),
-    "sharp": lambda: otkd.BatchSinkhornLoss(value="sharp", tolerance=1e-10, max_iterations=5000),
-    "hidden": lambda: otkd.BatchSinkhornLoss(
-        cost="hidden", debias=True, tolerance=1e-10, max_iterations=5000
-    ),
+    "sharp": lambda **options: otkd.BatchSinkhornLoss(value="sharp", **EXACT, **options),
+    "hidden": lambda **options: otkd.BatchSinkhornLoss("hidden", debias=True, **EXACT, **options),
     "public code": UnrolledBatchSinkhornLoss,
-    "sinkd": lambda: otkd.BatchSinkhornLoss(reduction="none", tolerance=1e-10, max_iterations=5000),
 }
-# Rows of the first of two processes; the second has the others.
-SPLITS = {"even": 6, "uneven": 5, "alone": 12}
+# Rows of the first of two processes, the second has the others; and which of all rows count.
+CASES = {
+    "even": (6, None),
+    "uneven": (5, None),
+    "masked": (6, torch.arange(ROWS) % 5 != 0),
+    "one process without rows": (12, None),
+    "one process without counted rows": (6, torch.arange(ROWS) < 6),
+}
 
 
 class Model(nn.Module):
@@ -43,37 +47,35 @@ class Model(nn.Module):
 
 def batch():
     generator = torch.Generator().manual_seed(1)
-    x, teacher, states = (
+    return [
         torch.randn(ROWS, size, dtype=torch.float64, generator=generator)
         for size in (WIDTH, CLASSES, WIDTH)
-    )
-    return x, teacher, states, torch.arange(ROWS) % 5 != 0
+    ]
 
 
-def one(loss, split, masked, *, counted=None):
-    """The value of a loss and the gradient that averaging over processes gives."""
+def one(loss, first, counted, *, items=None):
+    """The value of a loss, and the gradient averaged over the processes."""
     rows = slice(None)
     if WORLD > 1:
-        rows = slice(0, SPLITS[split]) if RANK == 0 else slice(SPLITS[split], ROWS)
+        rows = slice(0, first) if RANK == 0 else slice(first, ROWS)
     model = Model()
     wrapped = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    x, teacher, states, mask = (values[rows] for values in batch())
+    x, teacher, states = (values[rows] for values in batch())
     logits, features = wrapped(x)
     options = {"student_features": features, "teacher_features": states}
-    options |= {"mask": mask} if masked else {}
+    mask = torch.ones(len(x)) if counted is None else counted[rows]
+    if counted is not None:
+        options["mask"] = mask
     scale = 1
-    if counted is not None:  # as Trainer does it: counted everywhere, and its loss multiplied
-        options["num_items_in_batch"], scale = counted, WORLD
-    value = loss(logits, teacher, **options)
+    if items is not None:  # as Trainer does it: counted everywhere, and the loss multiplied
+        options["num_items_in_batch"], scale = items, WORLD
+    value = scale * loss(logits, teacher, **options)
     if loss.reduction == "none":
-        value = value.sum() / max(1, int(mask.sum()) if masked else len(x))
-        if len(x) == 0:
-            value = value * 0
+        value = value.sum() / mask.sum()
     # DistributedDataParallel waits for every weight, also for the head that states do not need.
-    (value * scale + 0 * logits.sum()).backward()
-    value = value.detach() * scale
-    if counted is not None and WORLD > 1:
-        # Only together are they the value: each has its share.
+    (value + 0 * logits.sum()).backward()
+    value = value.detach()
+    if items is not None and WORLD > 1:  # their mean is the value: each has its share
         dist.all_reduce(value)
         value /= WORLD
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -83,21 +85,18 @@ def one(loss, split, masked, *, counted=None):
 def losses():
     found = {}
     for name, make in LOSSES.items():
-        for split in SPLITS:
-            if name == "sinkd" and split == "alone":
-                continue  # the mean of no shares
-            for masked in (False, True):
-                counted = int(batch()[3].sum()) if masked else ROWS
-                loss = make()
-                key = f"{name} {split}{' masked' if masked else ''}"
-                if split != "alone":
-                    # A mean of its own is not for a process without samples.
-                    found[key] = one(loss, split, masked)
-                if loss.reduction == "mean":
-                    found[key + " items"] = one(loss, split, masked, counted=counted)
+        for case, (first, counted) in CASES.items():
+            items = ROWS if counted is None else int(counted.sum())
+            found[f"{name}, {case}"] = one(make(), first, counted)
+            found[f"{name}, {case}, items"] = one(make(), first, counted, items=items)
+            if not case.startswith("one process"):  # whose shares have no mean
+                found[f"{name}, {case}, none"] = one(make(reduction="none"), first, counted)
+    # A mean over one sequence of samples is the mean.
+    found["sequence_mean"] = one(
+        LOSSES["l1"](reduction="sequence_mean"), *CASES["one process without counted rows"]
+    )
     if WORLD > 1:
-        own = otkd.BatchSinkhornLoss(gather=False)
-        found["own"] = one(own, "even", False)
+        found["own"] = one(otkd.BatchSinkhornLoss(gather=False), *CASES["even"])
     return found
 
 
@@ -115,15 +114,26 @@ def trainer(folder):
         num_train_epochs=1, save_strategy="no", logging_steps=1, dataloader_pin_memory=False,
         ddp_backend="gloo" if WORLD > 1 else None,
     )  # fmt: skip
+    examples = sentences(lengths=(9, 3, 7, 2, 8, 4, 6, 5, 3, 7))
+    if WORLD == 1:
+        # The third batch of two does not go round two processes: Accelerate repeats the first rows.
+        examples += examples[:2]
     student = tiny_bert(0)
     start = weights(student)
-    loss = otkd.SinKDLoss(sinkhorn_weight=2.0, transport=otkd.BatchSinkhornLoss(debias=True))
+    loss = otkd.WeightedLoss(
+        {
+            "kl": (0.9, otkd.KLLoss()),
+            "ce": (0.1, "ce"),
+            "l1": (2.0, otkd.BatchSinkhornLoss(debias=True)),
+            "hidden": (1.0, otkd.BatchSinkhornLoss("hidden", debias=True)),
+        }
+    )
     run = DistillationTrainer(
-        student, args, train_dataset=sentences(lengths=(9, 3, 7, 2, 8, 4, 6, 5, 3, 7, 4, 6)),
-        data_collator=pad, teacher=tiny_bert(1), loss=loss,
-    )  # fmt: skip
+        student, args, train_dataset=examples, data_collator=pad, teacher=tiny_bert(1), loss=loss
+    )
     run.train()
-    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    names = ("loss", "loss/l1", "loss/hidden")
+    logged = [[log[name] for name in names] for log in run.state.log_history if "loss" in log]
     return {
         "weights": weights(student),
         "start": start,

@@ -41,7 +41,6 @@ def losses(tmp_path_factory):
 
 def test_loss_and_gradient_are_those_of_the_whole_batch(losses):
     (whole,), parts = losses
-    assert len(whole) > 20
     for name, expected in whole.items():
         for part in parts:
             # The value is the same everywhere, the gradient that of the average over processes.
@@ -50,13 +49,14 @@ def test_loss_and_gradient_are_those_of_the_whole_batch(losses):
                 part[name]["gradient"], expected["gradient"], rtol=1e-6, atol=1e-9, msg=name
             )
         assert expected["gradient"].abs().sum() > 0
+        assert expected["value"] > 0
 
 
 def test_without_gathering_each_process_has_its_own(losses):
     (whole,), parts = losses
     values = [part["own"]["value"] for part in parts]
     assert values[0] != values[1]
-    assert not torch.isclose(values[0], whole["l1 even"]["value"], rtol=1e-3)
+    assert not torch.isclose(values[0], whole["l1, even"]["value"], rtol=1e-3)
 
 
 def test_trainer_in_two_processes_is_the_trainer_with_the_whole_batch(tmp_path):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from otkd.integrations.stored import TEACHER_KEY, has_features, may_carry_teacher
+from otkd.integrations.stored import (
+    TEACHER_KEY,
+    WithTeacher,
+    has_features,
+    may_carry_teacher,
+)
 
 
 def refuse_training(
@@ -16,6 +22,7 @@ def refuse_training(
     teacher: nn.Module | None,
     loss: nn.Module,
     train_dataset: Any,
+    eval_dataset: Any,
     has_other_objective: bool,
 ) -> None:
     """Raise for settings that would train on something else than what was asked for.
@@ -26,6 +33,7 @@ def refuse_training(
         teacher: the teacher if it is a model.
         loss: the objective.
         train_dataset: with the stored teacher, if there is one.
+        eval_dataset: the same, or a dictionary of such.
         has_other_objective: whether a ``compute_loss_func`` was passed as well.
 
     Raises:
@@ -46,11 +54,18 @@ def refuse_training(
         raise ValueError('reduction="none" gives no scalar to minimise; use "mean" or "sum"')
     if args.world_size > 1 and any(p.requires_grad for p in loss.parameters()):
         raise ValueError(f"{name} has trainable parameters, supported in one process only")
-    if getattr(loss, "needs_features", False) and not (teacher or has_features(train_dataset)):
-        raise ValueError(
-            f"{name} compares features, which stored logits lack: pass the teacher as a model, or "
-            "as DenseSignal(logits, features)"
-        )
+    if getattr(loss, "needs_features", False):
+        if teacher is None and not has_features(train_dataset):
+            raise ValueError(
+                f"{name} compares features, which stored logits lack: pass the teacher as a model, "
+                "or as DenseSignal(logits, features)"
+            )
+        datasets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+        if any(isinstance(each, WithTeacher) and not has_features(each) for each in datasets):
+            raise ValueError(
+                f"{name} compares features, which the eval_teacher lacks: pass it as "
+                "DenseSignal(logits, features)"
+            )
     if teacher is not None:
         trained = [*student.parameters(), *loss.parameters()]
         trainable = {id(p) for p in trained if p.requires_grad}

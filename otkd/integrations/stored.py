@@ -140,9 +140,10 @@ def may_carry_teacher(dataset: Any) -> bool:
 
 
 def has_features(dataset: Any) -> bool:
-    """Whether the stored teacher beside a data set has features."""
-    signal = getattr(dataset, "signal", None)
-    return getattr(signal, "features", None) is not None
+    """Whether a data set has a stored teacher beside it, and that has features."""
+    return (
+        isinstance(dataset, WithTeacher) and getattr(dataset.signal, "features", None) is not None
+    )
 
 
 def as_signal(teacher: Any) -> TeacherSignal:

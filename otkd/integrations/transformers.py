@@ -28,6 +28,7 @@ from otkd.integrations.stored import (
 )
 from otkd.reductions import IGNORE_INDEX
 from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
+from otkd.signals.protocol import teacher_features_of
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -54,6 +55,9 @@ class DistillationTrainer(Trainer):
     of the microbatches are averaged instead for ``reduction="sequence_mean"``, and where a model
     that is no causal language model gets no labels, so that there is nothing to count beforehand.
 
+    In several processes a batch is that of all of them, which losses between the samples of a batch
+    see, too; Accelerate repeats the first rows where the last batch does not go round evenly.
+
     Evaluation reports the loss where it has a teacher (a model, ``eval_teacher``, or a
     ``teacher_logits`` column) and the hard-label cross-entropy alone where it has none; predictions
     are the logits. Training logs hold each term of the loss (``loss/<name>``) and the mean report
@@ -69,7 +73,9 @@ class DistillationTrainer(Trainer):
             entry per example of ``train_dataset`` in its order, as a tensor or a
             :class:`~otkd.signals.TeacherSignal`, token-level ones from the first token on; or None
             if the examples have a ``teacher_logits`` entry or the loss needs no teacher. Logits
-            that come with the examples are used before those of a model.
+            that come with the examples are used before those of a model. Where the loss compares
+            features: a model, or ``DenseSignal(logits, features)`` with what the student is read
+            for, the last hidden states (of a classifier of sequences, the first token's).
         eval_teacher: stored logits of ``eval_dataset``; a dictionary of them if that is one.
         shift: whether logits are paired with the next label; by default, if the student is a causal
             language model of transformers. To be given for other modules.
@@ -109,6 +115,7 @@ class DistillationTrainer(Trainer):
             teacher=self.teacher,
             loss=self.loss,
             train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
             has_other_objective=self.compute_loss_func is not None,
         )
 
@@ -217,9 +224,9 @@ class DistillationTrainer(Trainer):
             if isinstance(stored, TopKSignal) and getattr(self.loss, "reads_stored", False):
                 return {"logits": stored.to(self.args.device)}
             outputs = {"logits": teacher_logits_of(stored, self.args.device)}
-            features = getattr(stored, "features", None)
+            features = teacher_features_of(stored, self.args.device)
             if features is not None and getattr(self.loss, "needs_features", False):
-                outputs["features"] = features.to(self.args.device)
+                outputs["features"] = features
             return outputs
         if self.teacher is None:
             return None

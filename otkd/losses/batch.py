@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from otkd.checks import check_choice, check_finite_rows, check_positive
+from otkd.checks import check_choice, check_positive
 from otkd.functional.batch_transport import (
     BATCH_COSTS,
     point_distances,
@@ -143,6 +143,11 @@ class BatchSinkhornLoss(BatchLoss):
     ):
         super().__init__(temperature=temperature, **common)
         check_choice("cost", cost, (*BATCH_COSTS, "hidden"))
+        if projection is not None and not isinstance(projection, nn.Module):
+            raise TypeError(
+                "projection must be a module such as nn.Linear(student_width, teacher_width), got "
+                f"{type(projection).__name__}"
+            )
         if projection is not None and cost != "hidden":
             raise ValueError(f'a projection is for cost="hidden", not {cost!r}')
         self.cost = cost
@@ -154,22 +159,24 @@ class BatchSinkhornLoss(BatchLoss):
         """Whether the samples are their features."""
         return self.cost == "hidden"
 
+    @property
+    def bridges_vocabularies(self) -> bool:
+        """Whether the logits, which are not compared then, may be of any two sizes."""
+        return self.needs_features
+
     def points(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The counted samples of student and teacher, ``(b, d)``."""
         if self.cost != "hidden":
             return super().points(batch)
         shape = tuple(batch.student_logits.shape[:-1])
-        features = {"student": batch.student_features, "teacher": batch.teacher_features}
-        for side, values in features.items():
-            if tuple(values.shape[:-1]) != shape:  # pyright: ignore  (checked to be there)
-                raise ValueError(
-                    f"{side}_features must have shape {shape} + (width,), got {tuple(values.shape)}"  # pyright: ignore
-                )
-        student, teacher = _counted(batch, *features.values())  # pyright: ignore
+        student = _check_features("student_features", batch.student_features, shape)
+        teacher = _check_features("teacher_features", batch.teacher_features, shape)
+        student, teacher = _counted(batch, student, teacher)
         dtype = compute_dtype(batch.student_logits)
         student, teacher = student.to(dtype), teacher.detach().to(dtype)
         with torch.autocast(student.device.type, enabled=False):
             if self.projection is not None:
+                _check_projection(self.projection, student.shape[-1])
                 student = self.projection(student)
         if student.shape[-1] != teacher.shape[-1]:
             raise ValueError(
@@ -178,7 +185,7 @@ class BatchSinkhornLoss(BatchLoss):
                 f"nn.Linear({student.shape[-1]}, {teacher.shape[-1]})"
             )
         for side, values in (("student", student), ("teacher", teacher)):
-            check_finite_rows(values.detach().sum(-1), f"{side}_features that are not finite")
+            _check_finite_features(f"{side}_features", values.detach())
         return student, teacher
 
     def transport(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -252,3 +259,31 @@ def _at_positions(shares: Tensor, batch: Batch) -> Tensor:
         return shares.reshape(shape)
     counted = batch.counted.flatten().nonzero().squeeze(-1)
     return shares.new_zeros(shape.numel()).index_copy(0, counted, shares).reshape(shape)
+
+
+def _check_features(name: str, features: Tensor | None, batch_shape: tuple[int, ...]) -> Tensor:
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"{name} must be a floating-point tensor (*batch, width), got {kind}")
+    if features.ndim < 1 or tuple(features.shape[:-1]) != batch_shape:
+        raise ValueError(
+            f"{name} must have shape {batch_shape} + (width,), got {tuple(features.shape)}"
+        )
+    return features
+
+
+def _check_projection(projection: nn.Module, width: int) -> None:
+    expected = getattr(projection, "in_features", width)
+    if expected != width:
+        raise ValueError(
+            f"the projection takes features of width {expected}, but the student's have {width}"
+        )
+
+
+def _check_finite_features(name: str, features: Tensor) -> None:
+    finite = features.isfinite().all(-1)
+    if not finite.all():
+        raise ValueError(
+            f"{int((~finite).sum())} of {len(finite)} counted samples have {name} that are not "
+            "finite; positions outside the mask may hold anything"
+        )

@@ -30,10 +30,23 @@ class DenseSignal:
                 "DenseSignal needs floating-point logits with the vocabulary last, "
                 f"got shape {tuple(self.values.shape)} and dtype {self.values.dtype}"
             )
-        if self.features is not None and self.features.shape[:-1] != self.values.shape[:-1]:
+        features = self.features
+        if features is None:
+            return
+        shape = self.values.shape[:-1]
+        if (
+            not features.is_floating_point()
+            or features.ndim != self.values.ndim
+            or features.shape[:-1] != shape
+        ):
             raise ValueError(
-                f"features must have shape {tuple(self.values.shape[:-1])} + (width,), got "
-                f"{tuple(self.features.shape)}"
+                f"features must have shape {tuple(shape)} + (width,) and floating-point numbers, "
+                f"got shape {tuple(features.shape)} and dtype {features.dtype}"
+            )
+        if features.device != self.values.device:
+            raise ValueError(
+                f"features must be on the device of the logits, {self.values.device}, got "
+                f"{features.device}"
             )
 
     def __len__(self) -> int:

@@ -14,8 +14,8 @@ class TeacherSignal(Protocol):
 
     A signal covers examples ``0 … len(signal) - 1``. Indexing with an integer, a slice or an index
     tensor gives the signal of those examples; ``logits()`` gives dense teacher logits of shape
-    ``(*batch, vocab)``. A signal may also have ``features``, a tensor ``(*batch, width)``, for losses
-    over representations.
+    ``(*batch, vocab)``. For losses over representations a signal may have ``features``, too, a
+    tensor ``(*batch, width)``.
     """
 
     def __len__(self) -> int:
