@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from otkd.cli.app import app
-from otkd.cli.glue.departures import setting_value
+from otkd.cli.glue.collect import collect
+from otkd.cli.glue.departures import Departure, departures, setting_value
 from otkd.cli.glue.published import read_published
 from otkd.cli.objectives import objective_options
 from otkd.cli.protocols import load_protocol
@@ -216,7 +217,7 @@ def test_published_differences_are_judged_by_ours(tree, page):
 
 def test_best_evaluations_are_laid_against_the_last(tree, page):
     # Best − last: 0.04 and 0.02; what the score in the file is does not matter.
-    tree.run("author/rte/kl/0", 0.64, evaluations=(0.5, 0.64, 0.60))
+    tree.run("author/rte/kl/0", 0.61, evaluations=(0.5, 0.64, 0.60))
     tree.run("author/rte/kl/1", 0.62, evaluations=(0.62, 0.61, 0.60))
     tree.run("author/rte/sinkd/0", 0.62, evaluations=(0.62,))
     evaluations, kl, *_, sinkd = row(
@@ -268,6 +269,10 @@ def test_departures_are_found_by_name_and_value(tree, page):
     tree.run("author/rte/kl/0", 0.6, freeze_embeddings=True, train_rows=1000)
     tree.run("author/rte/sinkd/0", 0.6, freeze_embeddings=True, **{"loss.sinkhorn_weight": 8.0})
     tree.run("fair/rte/kl/0", 0.6, precision="bf16")
+    tree.run("fair/rte/jsd/0", 0.6)
+    # Losses of one title are told apart by their names.
+    tree.run("sensitivity/rte/batch_8/0", 0.6, batch_size=9)
+    tree.run("sensitivity/rte/batch_16/0", 0.6)
     tree.run("fair/rte/kl/1", 0.7, tuning=True, epochs=77)
     text = section(page(), "### Departures from the protocols")
     assert row(text, "RTE", "freeze embeddings") == ["no", "yes", "all"]
@@ -276,6 +281,7 @@ def test_departures_are_found_by_name_and_value(tree, page):
     assert row(text, "RTE", "epochs")[1:] == ["77", "KL"]
     # The student has candidate 0, and the one candidate on file is another.
     assert row(text, "RTE", "candidate")[2] == "KL"
+    assert row(text, "RTE", "batch size") == ["8", "9", "batch_8"]
     assert "precision" not in text  # auto stands for either
 
 
@@ -477,7 +483,29 @@ def test_without_a_better_loss_the_advice_is_the_baseline(tree, page, labels):
     assert ("no gain from distilling at all" in advice) == (labels == 0.6)
 
 
-def test_protocols_that_prepare_others_and_a_diagnosis_are_shown(tree, page):
+def test_models_other_than_the_published_are_departures(tree):
+    tree.run("author/rte/kl/0", 0.6)
+    tree.run("author/rte/sinkd/0", 0.6, teacher="big-encoder", student="half-encoder")
+    study = collect(tree.root, ("rte",)).studies["author"]
+    assert departures(study, {}) == []
+    found = departures(study, {"teacher": "big-encoder", "student": "half-encoder"})
+    assert found == [
+        Departure("rte", "teacher", "big-encoder", "small-encoder", ("kl",)),
+        Departure("rte", "student", "half-encoder", "3 layers of the teacher", ("kl",)),
+    ]
+
+
+def test_a_protocol_that_prepares_the_others_is_shown(tree, page):
+    tree.run("fair/rte/kl/0", 0.6)
+    for number, score in enumerate((0.51, 0.53, 0.52)):
+        tree.run(f"pilot/rte/ce/{number}", score, tuning=True)
+    text = page()
+    (heading,) = (line for line in text.splitlines() if line.startswith("## The protocol `pilot`"))
+    cells = row(section(text, heading), "hard labels alone")
+    assert [cell.split(": ")[1] for cell in cells] == ["51.0", "**53.0**", "52.0"]
+
+
+def test_a_diagnosis_is_shown_as_it_is_before_the_verdict(tree, page):
     tree.run("fair/rte/kl/0", 0.6)
     section_of = {"title": "A | B", "lines": ["As it *is*."]}
     section_of["table"] = {"columns": ["", "start"], "rows": [["ratio", "0.1"]]}

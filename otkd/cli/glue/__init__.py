@@ -1,0 +1,1 @@
+"""The report on GLUE: a page and its plots, made of result files alone."""

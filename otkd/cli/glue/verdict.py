@@ -1,0 +1,268 @@
+"""What the numbers say, in words that are chosen by the numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from otkd.cli.glue.collect import BASELINE, LABELS, SUBJECT, Collection, Study
+from otkd.cli.glue.findings import (
+    ABOVE,
+    BELOW,
+    TOGETHER,
+    UNKNOWN,
+    Comparison,
+    above_students,
+    best_comparison,
+    comparisons_to,
+    difference,
+    outcome,
+    published_comparisons,
+)
+from otkd.cli.glue.markdown import apart, count, listed, percent, signed
+from otkd.cli.glue.published import Published
+
+# Of comparisons without any difference, the share whose 95 % interval excludes 0 all the same.
+_FALSE = 0.05
+
+
+def verdict(collection: Collection, published: Published) -> str:
+    """The section's paragraphs and lists, in Markdown."""
+    author, fair = collection.studies["author"], collection.studies["fair"]
+    theirs = published_comparisons(author, published)
+    ours = comparisons_to(fair)
+    followed = [
+        replace(each, ours=difference(fair.tasks[each.task.name], each.loss, each.baseline))
+        for each in theirs
+        if _same(each)
+    ]
+    # What is followed against the baseline is among `ours` already.
+    parts = [
+        _caution([*theirs, *ours, *(each for each in followed if each.baseline != BASELINE)]),
+        "### Do the published differences reproduce?",
+        *_reproduction(author, theirs),
+        "### Do they outlast the same tuned budget?",
+        *_vanishing(author, followed),
+        "### Is there anything to teach?",
+        *_teachable(fair),
+        f"### Which loss is best, and by how much over {fair.title(BASELINE)}?",
+        *_best(fair, ours),
+        "### What to use",
+        *_advice(fair, ours),
+    ]
+    return "\n\n".join(parts)
+
+
+def _caution(comparisons: Sequence[Comparison]) -> str:
+    known = [each for each in comparisons if each.outcome != UNKNOWN]
+    return (
+        "Intervals are over seeds (head, dropout, data order) alone: not over teachers, nor over "
+        "samples of the task, so they are too narrow for another teacher or other rows. Between "
+        f"losses this section makes {count(len(known), 'comparison')} at 95 %; if no loss differed "
+        f"from any other, about {len(known) * _FALSE:.1f} of them would still exclude 0. “Not "
+        "apart from 0” means that these seeds cannot tell, not that there is no difference."
+    )
+
+
+def _reproduction(study: Study, comparisons: Sequence[Comparison]) -> list[str]:
+    known = [each for each in comparisons if each.outcome != UNKNOWN]
+    missing = len(comparisons) - len(known)
+    subject = study.title(SUBJECT)
+    first = (
+        f"Of {count(len(comparisons), 'published difference')} ({subject} − a baseline on a task's "
+        f"headline metric), {missing:,} cannot be judged here: at least two seeds of both losses "
+        "are needed."
+    )
+    if not known:
+        return [first]
+    outside = [each for each in known if not _covers_published(each)]
+    lines = [first, f"Of the {len(known):,} that can:"]
+    items = (
+        ("reproduced (the published sign, and the interval excludes 0)", _same),
+        ("not apart from 0", lambda each: each.outcome == TOGETHER),
+        ("reversed (the other sign, and the interval excludes 0)", _reversed),
+    )
+    lines.append(_bullets(study, known, items))
+    lines.append(
+        f"The published difference itself lies outside our interval in {len(outside):,} of "
+        f"{len(known):,}."
+    )
+    return lines
+
+
+def _vanishing(author: Study, followed: Sequence[Comparison]) -> list[str]:
+    if not followed:
+        return ["No published difference is reproduced above, so there is none to follow."]
+    items = (
+        ("still there", _same),
+        ("gone (not apart from 0)", lambda each: each.outcome == TOGETHER),
+        ("reversed", _reversed),
+        ("not run with at least two seeds", lambda each: each.outcome == UNKNOWN),
+    )
+    text = f"Of the {len(followed):,} reproduced, under the fair protocol:"
+    return [text, _bullets(author, followed, items)]
+
+
+def _teachable(fair: Study) -> list[str]:
+    lines = []
+    for results in fair.tasks.values():
+        gap = above_students(results, LABELS)
+        if gap is None or results.teacher is None:
+            continue
+        said = {
+            ABOVE: "the teacher is above them: there is something to teach",
+            BELOW: "the teacher is below them: it has nothing to teach",
+            TOGETHER: "not apart from 0: these seeds do not show that it has something to teach",
+            UNKNOWN: "with one seed there is no interval",
+        }[outcome(gap)]
+        gained = difference(results, BASELINE, LABELS)
+        kept = "" if gained is None else f" {fair.title(BASELINE)} − {fair.title(LABELS)}: "
+        kept += "" if gained is None else f"{apart(gained, len(gap.seeds))}."
+        lines.append(
+            f"- {results.task.title}: teacher {percent(results.teacher.score)}, teacher − students "
+            f"of {fair.title(LABELS)} {apart(gap, len(gap.seeds))}; {said}.{kept}"
+        )
+    return ["\n".join(lines)] if lines else ["Not run: a teacher and students of hard labels."]
+
+
+def _best(fair: Study, comparisons: Sequence[Comparison]) -> list[str]:
+    lines = []
+    for name, results in fair.tasks.items():
+        on_task = [each for each in comparisons if each.task.name == name]
+        if not on_task:
+            continue
+        best = best_comparison(on_task, name)
+        baseline = fair.title(BASELINE)
+        if best is None or best.ours is None:
+            lines.append(f"- {results.task.title}: {baseline} itself, by its mean.")
+            continue
+        said = {
+            ABOVE: f"above {baseline}",
+            TOGETHER: f"not apart from {baseline}",
+            UNKNOWN: "one shared seed, so no interval",
+        }[best.outcome]
+        gap = f"{apart(best.ours)}"
+        lines.append(f"- {results.task.title}: {fair.title(best.loss)}, {gap}; {said}.")
+    if not lines:
+        return [f"Not run: {fair.title(BASELINE)} and another loss with a seed in common."]
+    text = "By the mean over shared seeds; the best of several is flattered by being picked:"
+    return [text, "\n".join(lines)]
+
+
+def _advice(fair: Study, comparisons: Sequence[Comparison]) -> list[str]:
+    baseline = fair.title(BASELINE)
+    known = [each for each in comparisons if each.outcome != UNKNOWN]
+    losses = [each for each in known if each.loss != LABELS]
+    if not losses:
+        return ["There are too few runs under the fair protocol to say."]
+    tasks = list(dict.fromkeys(each.task.title for each in losses))
+    above = [each for each in losses if each.outcome == ABOVE]
+    below = [each for each in losses if each.outcome == BELOW]
+    expected = len(losses) * _FALSE
+    lines = [
+        *_provisional(fair),
+        f"On {listed(tasks)}, {len(above):,} of {count(len(losses), 'comparison')} of a loss with "
+        f"{baseline} are above 0 and {len(below):,} below; about {expected:.1f} of either kind "
+        "would be by chance.",
+    ]
+    if not above:
+        lines.append(f"**No loss is apart above {baseline} on any task: use {baseline}.**")
+    elif len(above) <= expected:
+        lines.append(f"**So few above 0 are what chance gives: use {baseline}.**")
+    else:
+        lines.append(_winners(fair, losses, above, below))
+    if below:
+        by_loss = {
+            each.loss: [b.task.title for b in below if b.loss == each.loss] for each in below
+        }
+        worse = [f"{fair.title(loss)} on {listed(names)}" for loss, names in by_loss.items()]
+        lines.append(f"Apart below {baseline}: {'; '.join(worse)}.")
+    return [*lines, *_labels_or_baseline(fair, known)]
+
+
+def _winners(
+    fair: Study,
+    losses: Sequence[Comparison],
+    above: Sequence[Comparison],
+    below: Sequence[Comparison],
+) -> str:
+    lines = []
+    for loss in dict.fromkeys(each.loss for each in above):
+        better = [each.task.title for each in above if each.loss == loss]
+        worse = [each.task.title for each in below if each.loss == loss]
+        tried = len([each for each in losses if each.loss == loss])
+        text = f"- {fair.title(loss)}: above on {listed(better)}"
+        text += f", below on {listed(worse)}" if worse else ", below on none"
+        lines.append(f"{text}, of {count(tried, 'task')}.")
+    head = f"**{fair.title(BASELINE)} is the default. Worth trying where they are above it:**"
+    return f"{head}\n\n" + "\n".join(lines)
+
+
+def _provisional(fair: Study) -> list[str]:
+    """A warning where students of a task that was begun are missing."""
+    missing = []
+    for results in filter(None, fair.tasks.values()):
+        made, wanted = sum(map(len, results.runs.values())), len(results.runs)
+        wanted *= fair.protocol.seeds
+        if made < wanted:
+            missing.append(f"{results.task.title} has {made:,} of {wanted:,} students")
+    return [f"Provisional: {listed(missing)}."] if missing else []
+
+
+def _labels_or_baseline(fair: Study, known: Sequence[Comparison]) -> list[str]:
+    """Whether distilling is worth it at all: hard labels − the baseline, seen from the baseline."""
+    pairs = [each for each in known if each.loss == LABELS]
+    if not pairs:
+        return []
+    baseline, labels = fair.title(BASELINE), fair.title(LABELS)
+    gains = [each.task.title for each in pairs if each.outcome == BELOW]
+    harms = [each.task.title for each in pairs if each.outcome == ABOVE]
+    if not gains:
+        text = f"{baseline} is not apart above {labels} on any task: these seeds show no gain from "
+        text += "distilling at all, and say little of pairs of models where there is one."
+    else:
+        rest = [each.task.title for each in pairs if each.outcome != BELOW]
+        text = f"{baseline} is above {labels} on {listed(gains)}"
+        text += f", and not on {listed(rest)}." if rest else "."
+    return [text + (f" It is below on {listed(harms)}." if harms else "")]
+
+
+def _same(each: Comparison) -> bool:
+    return each.outcome == _published_side(each)
+
+
+def _reversed(each: Comparison) -> bool:
+    return each.outcome in (ABOVE, BELOW) and not _same(each)
+
+
+def _published_side(each: Comparison) -> str:
+    return ABOVE if (each.published or 0.0) > 0 else BELOW
+
+
+def _covers_published(each: Comparison) -> bool:
+    if each.ours is None or each.ours.interval is None or each.published is None:
+        return False
+    return abs(each.published - each.ours.mean) <= each.ours.interval
+
+
+def _bullets(
+    study: Study,
+    comparisons: Sequence[Comparison],
+    items: Iterable[tuple[str, Callable[[Comparison], bool]]],
+) -> str:
+    """Under each title how many comparisons belong to it, and their numbers task by task."""
+    lines = []
+    for title, belongs in items:
+        found = [each for each in comparisons if belongs(each)]
+        lines.append(f"- {title}: {len(found):,}")
+        for task in dict.fromkeys(each.task.title for each in found):
+            said = [_numbers(study, each) for each in found if each.task.title == task]
+            lines.append(f"  - {task}: {'; '.join(said)}")
+    return "\n".join(lines)
+
+
+def _numbers(study: Study, each: Comparison) -> str:
+    seeds = len(each.ours.seeds) if each.ours is not None else 0
+    published = "" if each.published is None else f", published {signed(each.published)}"
+    mark = " †" if each.unconfirmed else ""
+    return f"{study.title(each.baseline)} {apart(each.ours, seeds)}{published}{mark}"
