@@ -18,6 +18,13 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
+def check_not_negative(**values: float) -> None:
+    """Raise ``ValueError`` unless every value given by name is a finite number of at least 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
 def check_temperatures(temperature: float, teacher_temperature: float | None) -> float:
     """The teacher's temperature, by default the student's.
 

@@ -348,3 +348,43 @@ def test_refused_input(shape, options, message):
         F.batch_sinkhorn_distance(torch.ones(shape), torch.ones(shape), **options)
     with pytest.raises(ValueError, match="the student has 4 tokens and the teacher 5"):
         F.batch_sinkhorn_distance(torch.ones(3, 4), torch.ones(3, 5))
+
+
+# What it costs to leave one's sample --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_sample_cost_leads_from_the_batch_to_the_sample(cost):
+    student, teacher = logits(1, 8, 3), logits(2, 8, 3)
+    q, p = (torch.softmax(z / 2, -1) for z in (student, teacher))
+    own = distances(q, p, cost).diagonal().mean()
+    options = {"cost": cost, "epsilon": 0.01, "value": "sharp", **ROUGH}
+    values = [
+        F.batch_sinkhorn_distance(student, teacher, sample_cost=c, **options) for c in (0, 0.1, 9)
+    ]
+    assert values[0] < values[1] < values[2]
+    close(values[2], own)
+
+
+@pytest.mark.parametrize("debias", [False, True])
+def test_sample_cost_is_part_of_the_ground_cost(debias):
+    student, teacher = logits(1, 6, 3).requires_grad_(), logits(2, 6, 3)
+    q, p = (torch.softmax(z / 2, -1) for z in (student, teacher))
+    apart = 0.3 * (1 - torch.eye(6, dtype=torch.float64))
+    matrices = [distances(x, y, "sqeuclidean") + apart for x, y in ((q, p), (q, q), (p, p))]
+    uniform = torch.full((6,), 1 / 6, dtype=torch.float64)
+    expected = naive.divergence(uniform, uniform, matrices, 0.1, debias=debias, iterations=2000)
+    loss = otkd.BatchSinkhornLoss("sqeuclidean", sample_cost=0.3, debias=debias, **EXACT)
+    value = loss(student, teacher)
+    close(value, expected)
+    (found,), (wanted,) = (torch.autograd.grad(x, student) for x in (value, expected))
+    close(found, wanted)
+    if debias:
+        # Only the same samples agree now: another order is another batch.
+        assert loss(teacher, teacher).abs() < 1e-10
+        assert loss(teacher.roll(1, 0), teacher) > 0.01
+
+
+def test_sample_cost_must_not_be_negative():
+    with pytest.raises(ValueError, match="sample_cost must be a finite number of at least 0"):
+        otkd.BatchSinkhornLoss(sample_cost=-1)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # These are told the geometry of the classes by the rows of the teacher's classifier.
 NEED_CLASS_ROWS = ("sinkhorn", "wasserstein")
 # What batch transport takes beyond what all losses take, by the option's name here.
-_TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "debias", "iterations")
+_TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "sample_cost", "debias", "iterations")
 
 
 def objective_options(name: str, settings: Settings) -> dict[str, Any]:
@@ -43,9 +43,14 @@ def objective_options(name: str, settings: Settings) -> dict[str, Any]:
     if "epsilon" in takes and "epsilon" not in names:
         names.append("epsilon")
     options = {name: getattr(settings, name) for name in names}
+    if not options.get("sample_cost"):
+        # Results made before there was such a cost are results without it.
+        options.pop("sample_cost", None)
     if options.get("author"):
         # The public code knows one cost, and no debiasing.
-        options = {k: v for k, v in options.items() if k not in ("batch_cost", "debias")}
+        options = {
+            k: v for k, v in options.items() if k not in ("batch_cost", "sample_cost", "debias")
+        }
     return options
 
 
@@ -130,6 +135,7 @@ def _batch_transport(options: Mapping[str, Any], widths: tuple[int, int] | None)
         cost=options["batch_cost"],
         temperature=options["batch_temperature"],
         epsilon=options["epsilon"],
+        sample_cost=options.get("sample_cost", 0.0),
         debias=options["debias"],
         **_without_none({"max_iterations": options["iterations"], "projection": projection}),
     )

@@ -28,7 +28,7 @@ _FOLDERS = (
 _OF_A_LOSS = (
     *("epochs", "batch_size", "learning_rate", "temperature", "anneal", "rescale_t2", "alpha"),
     *("sinkhorn_weight", "epsilon", "author", "batch_cost", "batch_temperature", "debias"),
-    "iterations",
+    *("iterations", "sample_cost"),
 )
 _FOR_REPORTS = ("title", "curves")
 _SHARED = tuple(

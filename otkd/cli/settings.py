@@ -175,6 +175,14 @@ class Settings:
         float,
         typer.Option(help="Softens the samples of batch transport.", rich_help_panel=_LOSSES),
     ] = 2.0
+    sample_cost: Annotated[
+        float,
+        typer.Option(
+            help="What it costs, on top, to move mass from one sample to another in batch "
+            "transport.",
+            rich_help_panel=_LOSSES,
+        ),
+    ] = 0.0
     debias: Annotated[
         bool,
         typer.Option(
@@ -224,8 +232,10 @@ class Settings:
                 raise CommandError(f"{option(name)} must be a number above 0, got {value}.")
         if not 0 <= self.alpha <= 1:
             raise CommandError(f"--alpha must lie between 0 and 1, got {self.alpha}.")
-        if not (math.isfinite(self.sinkhorn_weight) and self.sinkhorn_weight >= 0):
-            raise CommandError(f"--sinkhorn-weight must not be negative: {self.sinkhorn_weight}.")
+        for name in ("sinkhorn_weight", "sample_cost"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise CommandError(f"{option(name)} must be a number of at least 0, got {value}.")
         choices = {
             "precision": ("auto", "fp32", "bf16"),
             "batch_cost": SAMPLE_COSTS,

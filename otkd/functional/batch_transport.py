@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, cdist
 
-from otkd.checks import check_choice, check_logits
+from otkd.checks import check_choice, check_logits, check_not_negative
 from otkd.costs import CostMatrices
 from otkd.functional.transport import distributions
 from otkd.ot.divergence import DivergenceSolution, Options, solve_divergence
@@ -21,6 +21,7 @@ def batch_sinkhorn_distance(
     temperature: float = 2.0,
     teacher_temperature: float | None = None,
     cost: str = "l1",
+    sample_cost: float = 0.0,
     epsilon: float = 0.1,
     debias: bool = False,
     value: str = "dual",
@@ -38,6 +39,7 @@ def batch_sinkhorn_distance(
         temperature: divides both logits.
         teacher_temperature: divides the teacher's logits instead, where given.
         cost: ``"l1"``, ``"euclidean"`` or ``"sqeuclidean"`` distance of the distributions.
+        sample_cost: what it costs, on top, to move mass from one sample to another.
         epsilon: entropic strength, in units of the cost.
         debias: subtract half the transport of each side to itself.
         value: ``"dual"`` or ``"sharp"``; see :func:`otkd.ot.sinkhorn_divergence`.
@@ -62,17 +64,25 @@ def batch_sinkhorn_distance(
         teacher_temperature=teacher_temperature,
     )
     options = Options(epsilon, tolerance, max_iterations, value, debias)
-    return transport_between_points(q, p, cost, options).value
+    return transport_between_points(q, p, cost, options, sample_cost=sample_cost).value
 
 
 def transport_between_points(
-    x: Tensor, y: Tensor, cost: str, options: Options, *, normalize: bool = False
+    x: Tensor,
+    y: Tensor,
+    cost: str,
+    options: Options,
+    *,
+    normalize: bool = False,
+    sample_cost: float = 0.0,
 ) -> DivergenceSolution:
     """Transport between uniform masses on the points ``x`` and ``y``, ``(*batch, b, d)``.
 
-    With ``normalize`` all distances are divided by the mean between the two sides, a constant.
+    With ``normalize`` all distances are divided by the mean between the two sides, a constant. Then
+    ``sample_cost`` is added wherever mass would leave its sample.
     """
     check_choice("cost", cost, BATCH_COSTS)
+    check_not_negative(sample_cost=sample_cost)
     with torch.autocast(x.device.type, enabled=False):
         distances = [point_distances(x, y, cost)]
         if options.debias:
@@ -82,6 +92,9 @@ def transport_between_points(
             # Where all points are one there is nothing to divide by, nor to transport.
             scale = torch.where(mean > 0, mean, 1.0)
             distances = [matrix / scale for matrix in distances]
+        if sample_cost:
+            apart = 1 - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+            distances = [matrix + sample_cost * apart for matrix in distances]
     uniform = x.new_full(x.shape[:-1], 1 / x.shape[-2])
     return solve_divergence(uniform, uniform, CostMatrices(*distances), options)
 

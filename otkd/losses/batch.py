@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from otkd.checks import check_choice, check_positive
+from otkd.checks import check_choice, check_not_negative, check_positive
 from otkd.functional.batch_transport import (
     BATCH_COSTS,
     point_distances,
@@ -109,6 +109,10 @@ class BatchSinkhornLoss(BatchLoss):
             ``"hidden"``: the loss is then called with ``student_features=`` and
             ``teacher_features=``, ``(*batch, width)``, or with a stored teacher that has features.
         temperature: divides the logits of both; of no effect with ``cost="hidden"``.
+        sample_cost: what it costs, on top, to move mass from one sample to another. At 0, as in
+            SinKD, the plan does not know which sample is which, and only the batch as a whole is
+            matched; the larger it is, the more each sample is matched to itself, in the end with
+            the mean of its own distances.
         epsilon: entropic strength in units of the cost.
         debias: subtract half the transport of each side to itself, so that the value is 0 where
             the two sets of points agree.
@@ -138,6 +142,7 @@ class BatchSinkhornLoss(BatchLoss):
         value: str = "dual",
         max_iterations: int = 200,
         tolerance: float = 1e-4,
+        sample_cost: float = 0.0,
         projection: nn.Module | None = None,
         **common,
     ):
@@ -150,7 +155,9 @@ class BatchSinkhornLoss(BatchLoss):
             )
         if projection is not None and cost != "hidden":
             raise ValueError(f'a projection is for cost="hidden", not {cost!r}')
+        check_not_negative(sample_cost=sample_cost)
         self.cost = cost
+        self.sample_cost = sample_cost
         self.projection = projection
         self.solver_options = Options(epsilon, tolerance, max_iterations, value, debias)
 
@@ -192,7 +199,12 @@ class BatchSinkhornLoss(BatchLoss):
         """See :class:`BatchLoss`."""
         cost, normalize = ("sqeuclidean", True) if self.cost == "hidden" else (self.cost, False)
         solution = transport_between_points(
-            student, teacher, cost, self.solver_options, normalize=normalize
+            student,
+            teacher,
+            cost,
+            self.solver_options,
+            normalize=normalize,
+            sample_cost=self.sample_cost,
         )
         self.last_report = solution.report
         source, target = solution.shares()
