@@ -9,7 +9,7 @@ from typing import Annotated
 import matplotlib as mpl
 import typer
 from problems import LOGITS
-from vocabulary import RESULTS
+from run import RESULTS
 
 mpl.use("Agg")
 # Text stays text, and the same results are the same file.
@@ -64,14 +64,14 @@ def draw(result: dict, image: Path) -> None:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS / "vocabulary",
     image: Annotated[Path, typer.Option(help="Where to draw; .svg or .png.")] = IMAGE,
 ) -> None:
     """Read accuracy.json and draw it."""
     path = results / "accuracy.json"
     if not path.is_file():
         raise typer.BadParameter(
-            f"{path} is not there; run `python benchmarks/vocabulary.py --rows accuracy` first"
+            f"{path} is not there; run `python benchmarks/run.py vocabulary --rows accuracy` first"
         )
     draw(json.loads(path.read_text("utf-8")), image)
     typer.echo(f"drawn: {image}")

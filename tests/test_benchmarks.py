@@ -29,7 +29,7 @@ def run(script: str, *arguments: str) -> str:
 def run_rows(output: Path, *rows: str, extra: tuple[str, ...] = ()) -> str:
     where = ("--output", str(output))
     options = ("--quick", "--repeats", "2", "--threads", "1", *extra)
-    return run("vocabulary.py", "--rows", ",".join(rows), *where, *options)
+    return run("run.py", "vocabulary", "--rows", ",".join(rows), *where, *options)
 
 
 @pytest.fixture(scope="module")

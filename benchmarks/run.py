@@ -1,4 +1,4 @@
-"""Transport over vocabularies against its alternatives: time, memory, error. See README.md."""
+"""otkd against its alternatives: time, memory, error. `run.py GROUP`; see README.md."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import json
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import batch_rows
 import measure
 import torch
 import typer
+import vocabulary_rows
+from compare import Settings
 from rich.console import Console
 from rich.table import Table
-from rows import ROWS, Settings
 
 SCHEMA = 1
-RESULTS = Path(__file__).resolve().parent / "results" / "vocabulary"
+RESULTS = Path(__file__).resolve().parent / "results"
+GROUPS = {"vocabulary": vocabulary_rows.ROWS, "batch": batch_rows.ROWS}
 
 
 def is_finished(path: Path, settings: Settings) -> bool:
@@ -33,17 +37,17 @@ def is_finished(path: Path, settings: Settings) -> bool:
     return result.get("measured", False) or not torch.cuda.is_available()
 
 
-def run_row(name: str, settings: Settings) -> dict:
+def run_row(measure_row: Callable[[Settings], dict], name: str, settings: Settings) -> dict:
     """Measure a row and say where."""
     start = time.perf_counter()
     with warnings.catch_warnings():
         # Runs with a fixed number of iterations do not converge, and are not meant to.
         warnings.filterwarnings("ignore", message=".*converge")
-        row = ROWS[name](settings)
+        row = measure_row(settings)
     return {
         "schema": SCHEMA,
         "row": name,
-        "what": ROWS[name].__doc__,
+        "what": measure_row.__doc__,
         "settings": asdict(settings),
         "measured": True,
         "machine": measure.machine(),
@@ -60,7 +64,9 @@ def show(console: Console, result: dict) -> None:
         console.print(f"[bold]{result['row']}[/bold]: not measured ({result['reason']})")
         return
     for case in result["cases"]:
-        title = f"{result['row']}: {case['name']}, coverage {_number(case['coverage_of_64'])}"
+        title = f"{result['row']}: {case['name']}"
+        if "coverage_of_64" in case:
+            title += f", coverage {_number(case['coverage_of_64'])}"
         table = Table(title=title, title_justify="left")
         table.add_column("k" if "curve" in case else "peer", no_wrap=True)
         columns = ("value error", "gradient error", "coverage")
@@ -79,7 +85,11 @@ def show(console: Console, result: dict) -> None:
                 _spread(case["times"].get(name)),
                 *map(_number, (found.get(key) for key in ("peak_units", *_ERRORS))),
             )
-        console.print(table)
+        if "exponent" in case:
+            fit = case["exponent"]
+            console.print(f"{case['name']}: {fit['exponent']:.2f} ± {fit['interval']:.2f}")
+        else:
+            console.print(table)
     for target in result["targets"]:
         mark = {True: "[green]met[/green]", False: "[red]missed[/red]", None: "not measured"}
         wanted = f"{target['relation']} {target['limit']:g}"
@@ -102,8 +112,11 @@ def _spread(found: dict | None) -> str:
 
 
 def main(
-    rows: Annotated[str, typer.Option(help="Names, separated by commas.")] = ",".join(ROWS),
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    group: Annotated[str, typer.Argument(help=f"One of {', '.join(GROUPS)}.")],
+    rows: Annotated[str, typer.Option(help="Names, separated by commas; all by default.")] = "",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results; by default results/GROUP.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Tiny sizes: whether it runs.")] = False,
     force: Annotated[bool, typer.Option(help="Measure finished rows again.")] = False,
     keops: Annotated[bool, typer.Option(help="GeomLoss with KeOps, too: needs pykeops.")] = False,
@@ -112,15 +125,19 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves its choice.")] = 0,
 ) -> None:
     """Measure the rows that are not finished, and print all that were asked for."""
-    names = rows.split(",")
-    if unknown := sorted(set(names) - set(ROWS)):
+    if group not in GROUPS:
+        raise typer.BadParameter(f"no group {group!r}; there are {', '.join(GROUPS)}")
+    known = GROUPS[group]
+    names = rows.split(",") if rows else list(known)
+    if unknown := sorted(set(names) - set(known)):
         raise typer.BadParameter(
-            f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}", param_hint="--rows"
+            f"no row {', '.join(unknown)}; there are {', '.join(known)}", param_hint="--rows"
         )
     if threads:
         torch.set_num_threads(threads)
     logging.getLogger("otkd").setLevel(logging.WARNING)
     settings = Settings(quick=quick, seed=seed, repeats=repeats, keops=keops)
+    output = output or RESULTS / group
     console = Console()
     if not console.is_terminal:
         console.width = 120
@@ -128,7 +145,7 @@ def main(
         path = output / f"{name}.json"
         if force or not is_finished(path, settings):
             console.print(f"measuring {name} …")
-            measure.write_whole(path, run_row(name, settings))
+            measure.write_whole(path, run_row(known[name], name, settings))
         else:
             console.print(f"{name} is finished")
     for name in names:

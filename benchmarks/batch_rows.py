@@ -1,0 +1,145 @@
+"""Transport between the samples of a batch: the rows, and how time grows with b, d and T."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import measure
+from batch_peers import BatchCall, BatchPeer, BatchSpec, build
+from compare import Settings, target
+from scipy import stats
+
+ITERATIONS = 20
+_UNROLLED = BatchPeer("unrolled", "unrolled", {"iterations": ITERATIONS}, 2048)
+PEERS = (
+    BatchPeer("otkd", "otkd"),
+    BatchPeer(f"otkd, {ITERATIONS} iterations", "otkd", {"iterations": ITERATIONS}),
+    _UNROLLED,
+    BatchPeer("POT sinkhorn", "pot", {"iterations": 2000, "threshold": 1e-4}, 2048),
+    BatchPeer("POT batch", "pot_batch", {"iterations": ITERATIONS}, 2048),
+    BatchPeer("POT emd (exact)", "emd", {}, 1024),
+    BatchPeer("geomloss .9", "geomloss", {}, 1024),
+    BatchPeer("F.kl_div", "kl_div"),
+)
+# Not transport with this entropy: they have no error to speak of.
+_OTHER = ("F.kl_div",)
+
+
+def compare_batch(spec: BatchSpec, peers: Sequence[BatchPeer], settings: Settings) -> dict:
+    """Time and error of every peer on one batch; the first peer is ours."""
+    missing = [peer.name for peer in peers if not peer.available]
+    peers = [peer for peer in peers if peer.available and spec.samples <= peer.largest]
+    calls = {peer.name: BatchCall(peer, spec) for peer in peers}
+    seconds = measure.alternate(calls, dict.fromkeys(calls, settings.repeats))
+    found = {name: {"seconds": measure.spread(times)} for name, times in seconds.items()}
+    reference = _reference(spec)
+    for name, call in calls.items():
+        if name not in _OTHER:
+            gradient = call()[1]
+            found[name]["gradient_error"] = measure.relative_error(gradient, reference)
+    ours = peers[0].name
+    report = calls[ours].function.last_report
+    return {
+        "name": spec.name,
+        "problem": spec.as_dict(),
+        "iterations": report.iterations,
+        "peers": found,
+        "times": {n: measure.ratio(seconds[n], seconds[ours]) for n in found if n != ours},
+        "not_installed": missing,
+    }
+
+
+def _reference(spec: BatchSpec):
+    """The gradient of the converged dual value in float64."""
+    exact = BatchPeer("", "otkd", {"tolerance": 1e-9})
+    gradient = BatchCall(exact, dataclasses.replace(spec, dtype="float64"))()[1]
+    build.cache_clear()
+    return gradient
+
+
+def few_classes(settings: Settings) -> dict:
+    """d = 2 and 3 with the L1 cost, over b: what a classifier has."""
+    sizes = settings.pick((16, 64, 256, 1024), (16, 32))
+    cases, targets = [], []
+    for classes in (2, 3):
+        for samples in sizes:
+            spec = BatchSpec(samples, classes, seed=settings.seed)
+            cases.append(compare_batch(spec, PEERS, settings))
+            targets += _targets(cases[-1], {256: 4, 1024: 8}.get(samples))
+    return {"cases": cases, "targets": targets}
+
+
+def many_classes(settings: Settings) -> dict:
+    """d = 1,000 and 30,522, with the L1 and the squared Euclidean cost."""
+    sizes = settings.pick(((256, 1000), (1024, 1000), (64, 30_522)), ((16, 50),))
+    peers = [peer for peer in PEERS if peer.name not in ("POT emd (exact)", "geomloss .9")]
+    cases, targets = [], []
+    for cost in ("l1", "sqeuclidean"):
+        for samples, classes in sizes:
+            spec = BatchSpec(samples, classes, cost, settings.seed)
+            cases.append(compare_batch(spec, peers, settings))
+            targets += _targets(cases[-1], 5 if cost == "sqeuclidean" else 1)
+    return {"cases": cases, "targets": targets}
+
+
+def _targets(case: dict, unrolled: float | None) -> list[dict]:
+    """Never slower than a peer of no greater error from b = 64 on; so much than unrolling."""
+    found, targets = case["peers"], []
+    error = found["otkd"]["gradient_error"]
+    if case["problem"]["samples"] >= 64:
+        for name, times in case["times"].items():
+            if not name.startswith("otkd") and found[name].get("gradient_error", 1e9) <= error:
+                label = f"{case['name']}: time of {name} / otkd, at no greater error"
+                targets.append(target(label, times["median"], "≥", 1))
+    if unrolled is not None and _UNROLLED.name in found:
+        same = found[f"otkd, {ITERATIONS} iterations"]["seconds"]["median"]
+        times = found[_UNROLLED.name]["seconds"]["median"] / same
+        label = f"{case['name']}: time of {ITERATIONS} unrolled iterations / as many of otkd"
+        targets.append(target(label, times, "≥", unrolled))
+    return targets
+
+
+def scaling(settings: Settings) -> dict:
+    """How the time of otkd and of unrolling grows with b, d and T: exponents, 95 % intervals."""
+    base = settings.pick({"b": 1024, "d": 2, "T": 20}, {"b": 32, "d": 2, "T": 5})
+    grids = {
+        "b": settings.pick((256, 512, 1024, 2048, 4096), (16, 32, 64)),
+        "d": settings.pick((125, 250, 500, 1000, 2000), (16, 32, 64)),
+        "T": settings.pick((5, 10, 20, 40, 80), (5, 10, 20)),
+    }
+    cases = []
+    for axis, sizes in grids.items():
+        for kind in ("otkd", "unrolled"):
+            points = []
+            for size in sizes:
+                at = {**base, axis: size}
+                if axis == "d":
+                    at["b"] = settings.pick(256, 16)
+                if kind == "unrolled" and at["b"] > _UNROLLED.largest:
+                    continue
+                peer = BatchPeer(kind, kind, {"iterations": at["T"]})
+                call = BatchCall(peer, BatchSpec(at["b"], at["d"], seed=settings.seed))
+                times = measure.alternate({kind: call}, {kind: settings.repeats})[kind]
+                points.append({axis: size, **at, "seconds": measure.spread(times)})
+            cases.append(
+                {"name": f"{kind} over {axis}", "points": points, "peers": {}, "times": {},
+                 "exponent": exponent(points, axis)}
+            )  # fmt: skip
+    return {"cases": cases, "targets": []}
+
+
+def exponent(points: Sequence[dict], axis: str) -> dict[str, float]:
+    """k of time ∝ size^k, fitted to the medians in logarithms, and half its 95 % interval."""
+    sizes = [math.log(point[axis]) for point in points]
+    fit = stats.linregress(sizes, [math.log(point["seconds"]["median"]) for point in points])
+    quantile = stats.t.ppf(0.975, len(points) - 2)
+    return {"exponent": fit.slope, "interval": quantile * fit.stderr}
+
+
+ROWS: dict[str, Callable[[Settings], dict]] = {
+    "few_classes": few_classes,
+    "many_classes": many_classes,
+    "scaling": scaling,
+}
