@@ -10,6 +10,7 @@ from torch.autograd import gradcheck
 
 import otkd
 from otkd import functional as F
+from otkd.functional import l1_distances as l1
 from tests import naive
 from tests.problems import logits, seeds
 
@@ -388,3 +389,28 @@ def test_sample_cost_is_part_of_the_ground_cost(debias):
 def test_sample_cost_must_not_be_negative():
     with pytest.raises(ValueError, match="sample_cost must be a finite number of at least 0"):
         otkd.BatchSinkhornLoss(sample_cost=-1)
+
+
+# L1 distances by tiles ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [700, 5_000, 2**20])
+@pytest.mark.parametrize("width", [256, 300])
+def test_tiles_give_the_distances_and_gradients_of_cdist(monkeypatch, tile, width):
+    monkeypatch.setattr(l1, "_TILE", tile)
+    x, y = (logits(seed, n, width).requires_grad_() for seed, n in ((1, 9), (2, 7)))
+    weights = logits(3, 9, 7)
+    found, expected = l1.l1_distances(x, y), torch.cdist(x, y, p=1)
+    assert type(found.grad_fn).__name__ != type(expected.grad_fn).__name__
+    close(found, expected)
+    for leaves in ((x, y), (x,), (y,)):
+        ours, theirs = (
+            torch.autograd.grad((d * weights).sum(), leaves, retain_graph=True)
+            for d in (found, expected)
+        )
+        close(ours, theirs)
+    # A constant teacher takes no gradient; equal coordinates give none.
+    same = l1.l1_distances(x, x.detach())
+    close(same, torch.cdist(x, x, p=1).detach(), atol=1e-12, rtol=1e-12)
+    (gradient,) = torch.autograd.grad(same.diagonal().sum(), x)
+    assert gradient.abs().max() == 0

@@ -8,6 +8,7 @@ from torch import Tensor, cdist
 
 from otkd.checks import check_choice, check_logits, check_not_negative
 from otkd.costs import CostMatrices
+from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
 from otkd.ot.divergence import DivergenceSolution, Options, solve_divergence
 
@@ -102,7 +103,7 @@ def transport_between_points(
 def point_distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
     """Distances ``(*batch, n, m)`` between points ``(*batch, n, d)`` and ``(*batch, m, d)``."""
     if metric == "l1":
-        return cdist(x, y, p=1)
+        return l1_distances(x, y)
     if metric == "euclidean":
         return cdist(x, y)
     # What all points share adds nothing to a distance, but would drown it in rounding: states of
