@@ -434,3 +434,22 @@ def test_each_loss_is_its_function(loss):
     values = loss(temperature=2.0, rescale_t2=False, reduction="none")(student, teacher)
     close(values, loss.function(student, teacher, temperature=2.0))
     close(loss(temperature=2.0, rescale_t2=False)(student, teacher), values.mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_that_is_kept_can_be_gone_through_again(dtype):
+    """The backward pass scales the gradient in place, but not while it is needed again."""
+    student = torch.randn(4, 6, dtype=dtype, requires_grad=True)
+    values = F.kl_divergence(student, torch.randn(4, 6, dtype=dtype))
+    weights = torch.tensor([0.5, -2.0, 3.0, 0.0])
+    rows = [torch.autograd.grad(values[i], student, retain_graph=True)[0] for i in range(4)]
+    (kept,) = torch.autograd.grad(values @ weights, student, retain_graph=True)
+    (last,) = torch.autograd.grad(values @ weights, student)
+    assert torch.equal(kept, last)
+    for row, gradient in enumerate(rows):
+        assert gradient[row].abs().sum() > 0
+        assert gradient.abs().sum(-1).nonzero().tolist() == [[row]]
+        scaled = (weights[row] * gradient[row].float()).to(dtype)
+        torch.testing.assert_close(kept[row], scaled)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(values @ weights, student)

@@ -7,7 +7,8 @@ same for all of them,
     ∂D/∂z = (h − q·Σh) / T,    h = q·∂D/∂q,
 
 so it is written here once. Value and gradient are computed together over blocks of positions:
-beside the gradient itself, no temporary is larger than a block, whatever the batch.
+beside the gradient itself, which the backward pass scales in place, no temporary is larger than a
+block, whatever the batch.
 """
 
 from __future__ import annotations
@@ -166,5 +167,16 @@ class _Rowwise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values):  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
-        grad_student = (grad_values.unsqueeze(-1) * gradient).to(gradient.dtype)
-        return grad_student, None, None, None, None, None, None
+        # It is not needed again unless the graph is kept: then no copy is made of it.
+        result = torch.empty_like(gradient) if _graph_is_kept() else gradient
+        positions, vocab = gradient.shape
+        for rows in _blocks(positions, vocab, None, gradient.device.type):
+            result[rows] = (grad_values[rows].unsqueeze(-1) * gradient[rows]).to(result.dtype)
+        return result, None, None, None, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass under way keeps what was saved for another, if that can be told."""
+    engine = getattr(torch._C, "_autograd", None)
+    ask = getattr(engine, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
