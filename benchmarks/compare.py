@@ -58,8 +58,8 @@ def compare(spec, peers, reference, settings, *, compared=None, skip_memory=()) 
         "name": spec.name,
         "problem": spec.as_dict(),
         "coverage_of_64": coverage(build(spec).student),
-        "iterations": report.iterations,
-        "marginal_error": float(report.marginal_error),
+        "iterations": report and report.iterations,
+        "marginal_error": report and float(report.marginal_error),
         "peers": found,
         "times": {
             name: measure.ratio(seconds[name], seconds[ours]) for name in found if name != ours

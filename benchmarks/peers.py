@@ -21,7 +21,11 @@ from otkd.supports import Dense, TopK
 
 EPSILON = 0.1
 
-_PACKAGES = {"pot": "ot", "geomloss": "geomloss"}  # by the kind of peer that needs it
+_PACKAGES = {
+    "pot": "ot",
+    "geomloss": "geomloss",
+    "trl_jsd": "trl",
+}  # by the kind of peer that needs it
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,8 +74,8 @@ class Call:
 
     @property
     def report(self):
-        """What otkd's solver did in the last call."""
-        return self.function.last_report
+        """What otkd's solver did in the last call; None where there is none."""
+        return getattr(self.function, "last_report", None)
 
 
 def prepare(peer: Peer, spec: Spec) -> Call:
@@ -111,6 +115,45 @@ def _kl_div(problem: Problem) -> Function:
     def function(student: Tensor, teacher: Tensor) -> Tensor:
         log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
         return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+    return function
+
+
+def _plain(problem: Problem, *, divergence: str) -> Function:
+    """The formula as it is usually written, through autograd."""
+
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+        q, p = log_q.exp(), log_p.exp()
+        return PLAIN[divergence](q, p, log_q, log_p)
+
+    return function
+
+
+def _middle_kl(q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
+    log_m = ((q + p) / 2).log()
+    return ((p * (log_p - log_m)).sum(-1) + (q * (log_q - log_m)).sum(-1)) / 2
+
+
+PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "KLLoss": lambda q, p, log_q, log_p: (p * (log_p - log_q)).sum(-1),
+    "ReverseKLLoss": lambda q, p, log_q, log_p: (q * (log_q - log_p)).sum(-1),
+    "JSDLoss": _middle_kl,
+    "TVDLoss": lambda q, p, log_q, log_p: (q - p).abs().sum(-1) / 2,
+    "SkewKLLoss": lambda q, p, log_q, log_p: (p * (log_p - (0.1 * p + 0.9 * q).log())).sum(-1),
+}
+
+
+def _trl_jsd(problem: Problem) -> Function:
+    """TRL's generalized JSD at β = ½, which gives what every token adds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of being experimental
+        from trl.experimental.gkd import GKDTrainer
+
+    def function(student: Tensor, teacher: Tensor) -> Tensor:
+        return GKDTrainer.generalized_jsd_loss(
+            student, teacher, beta=0.5, temperature=1.0, reduction="none"
+        ).sum(-1)
 
     return function
 
@@ -211,6 +254,8 @@ KINDS: dict[str, Callable[..., Function]] = {
     "otkd_sinkhorn": _otkd_sinkhorn,
     "otkd": _otkd,
     "kl_div": _kl_div,
+    "plain": _plain,
+    "trl_jsd": _trl_jsd,
     "pot": _pot,
     "geomloss": _geomloss,
     "unrolled": _unrolled,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import batch_rows
+import divergence_rows
 import measure
 import torch
 import typer
@@ -22,7 +23,11 @@ from rich.table import Table
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
-GROUPS = {"vocabulary": vocabulary_rows.ROWS, "batch": batch_rows.ROWS}
+GROUPS = {
+    "vocabulary": vocabulary_rows.ROWS,
+    "batch": batch_rows.ROWS,
+    "divergences": divergence_rows.ROWS,
+}
 
 
 def is_finished(path: Path, settings: Settings) -> bool:

@@ -1,4 +1,4 @@
-"""The benchmark of vocabulary transport at tiny sizes: that every row runs and says what it should.
+"""The benchmarks at tiny sizes: that every row runs and says what it should.
 
 The figures themselves are of no meaning at these sizes, but for errors, which have their bounds.
 """
@@ -130,3 +130,44 @@ def test_the_figure_is_drawn_from_the_results(folder, tmp_path):
     drawing = image.read_text("utf-8")
     assert drawing.rstrip().endswith("</svg>")
     assert "flat, clustered embedding" in drawing
+
+
+# Between samples, and divergences -----------------------------------------------------------------
+
+
+def run_group(output: Path, group: str) -> dict[str, dict]:
+    run("run.py", group, "--quick", "--repeats", "2", "--threads", "1", "--output", str(output))
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in output.glob("*.json")}
+
+
+def test_batch_transport_is_compared_at_known_errors(tmp_path):
+    pytest.importorskip("geomloss")
+    found = run_group(tmp_path, "batch")
+    assert found.keys() == {"few_classes", "many_classes", "scaling"}
+    for case in (*found["few_classes"]["cases"], *found["many_classes"]["cases"]):
+        peers = case["peers"]
+        assert peers["otkd"]["gradient_error"] < 2e-3
+        # Solvers that are not ours, with gradients by their own plans.
+        assert peers["POT sinkhorn"]["gradient_error"] < 2e-3
+        assert peers["POT batch"]["gradient_error"] < 0.2  # after 20 iterations
+        assert "gradient_error" not in peers["F.kl_div"]
+        assert set(case["times"]) == set(peers) - {"otkd"}
+    axes = {case["name"] for case in found["scaling"]["cases"]}
+    assert axes == {f"{kind} over {axis}" for kind in ("otkd", "unrolled") for axis in "bdT"}
+    for case in found["scaling"]["cases"]:
+        assert case["exponent"]["interval"] > 0
+
+
+def test_divergences_are_compared_with_the_plain_formulas(tmp_path):
+    found = run_group(tmp_path, "divergences")
+    for case in found["divergences"]["cases"]:
+        for peer in case["peers"].values():
+            assert peer["value_error"] < 1e-4
+            assert peer["gradient_error"] < 1e-4
+    for case in found["extremes"]["cases"]:
+        ours, plain = (
+            found for name, found in case["peers"].items() if name == "plain" or "otkd" in name
+        )
+        assert ours["finite_without_mass"]
+        assert ours["least_value"] >= 0
+        assert ours["gradient_error"] < min(0.004, plain["gradient_error"])
