@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 OUTPUT ?= results
 
-.PHONY: demo test test-all lint types check clean
+.PHONY: demo test test-all bench bench-quick lint types check clean
 
 demo: $(VENV)/.demo  ## a real teacher and its students, every loss, in about five minutes
 	$(BIN)/otkd compare rotten-tomatoes --losses ce,kl,jsd,tvd,sinkd,sinkhorn --seeds 2 \
@@ -17,6 +17,13 @@ test: $(VENV)/.dev  ## the test suite
 
 test-all: $(VENV)/.dev  ## with the tests that take minutes
 	$(BIN)/pytest -n auto -m ''
+
+bench: $(VENV)/.dev  ## every benchmark that is not finished, and docs/benchmarks.md; hours
+	for group in vocabulary batch divergences; do $(BIN)/python benchmarks/run.py $$group || exit; done
+	$(BIN)/python benchmarks/report.py
+
+bench-quick: $(VENV)/.dev  ## a handful of ratios beside those on file
+	$(BIN)/python benchmarks/quick.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

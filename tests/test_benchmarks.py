@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,3 +172,29 @@ def test_divergences_are_compared_with_the_plain_formulas(tmp_path):
         assert ours["finite_without_mass"]
         assert ours["least_value"] >= 0
         assert ours["gradient_error"] < min(0.004, plain["gradient_error"])
+
+
+def test_the_page_is_made_of_the_results_alone(folder, tmp_path):
+    results, page = tmp_path / "results", tmp_path / "benchmarks.md"
+    shutil.copytree(folder, results / "vocabulary")
+    run("report.py", "--results", str(results), "--output", str(page))
+    text = page.read_text("utf-8")
+    found = load(folder, "topk")["cases"][0]["times"]["F.kl_div"]
+    assert f"| F.kl_div | {found['median']:.3g} ({found['low']:.3g}–{found['high']:.3g}) |" in text
+    assert "`few_classes`: not measured." in text
+    assert "`gpu`: not measured (no GPU)." in text or torch.cuda.is_available()
+    (results / "vocabulary" / "topk.json").unlink()
+    run("report.py", "--results", str(results), "--output", str(page))
+    assert "`topk`: not measured." in page.read_text("utf-8")
+
+
+def test_quick_ratios_stand_beside_those_on_file(tmp_path):
+    options = ("--repeats", "1", "--file", str(tmp_path / "quick.json"))
+    first = run("quick.py", *options, "--keep")
+    assert "–" in first
+    kept = json.loads((tmp_path / "quick.json").read_text("utf-8"))
+    assert all(ratio > 0 for ratio in kept["ratios"].values())
+    kept["ratios"] = dict.fromkeys(kept["ratios"], 123.0)
+    (tmp_path / "quick.json").write_text(json.dumps(kept), "utf-8")
+    again = run("quick.py", *options)
+    assert again.count("123.00") == again.count("moved") == len(kept["ratios"])
