@@ -76,7 +76,7 @@ def run_all(
             for future in done:
                 yield pending.pop(future), future.result()
             finished = len(runs) - len(pending)
-            bar.start(f"run {finished + 1} of {len(runs)}")(_drain(steps))
+            bar.start(f"{finished} of {len(runs)} runs done")(_drain(steps))
 
 
 def _drain(steps: Any) -> int:
