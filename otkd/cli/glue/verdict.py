@@ -31,18 +31,17 @@ def verdict(collection: Collection, published: Published) -> str:
     author, fair = collection.studies["author"], collection.studies["fair"]
     theirs = published_comparisons(author, published)
     ours = comparisons_to(fair)
-    followed = [
+    again = [
         replace(each, ours=difference(fair.tasks[each.task.name], each.loss, each.baseline))
         for each in theirs
-        if _same(each)
     ]
-    # What is followed against the baseline is among `ours` already.
+    # What is compared with the baseline again is among `ours` already.
     parts = [
-        _caution([*theirs, *ours, *(each for each in followed if each.baseline != BASELINE)]),
+        _caution([*theirs, *ours, *(each for each in again if each.baseline != BASELINE)]),
         "### Do the published differences reproduce?",
         *_reproduction(author, theirs),
         "### Do they outlast the same tuned budget?",
-        *_vanishing(author, followed),
+        *_vanishing(author, theirs, again),
         "### Is there anything to teach?",
         *_teachable(fair),
         f"### Which loss is best, and by how much over {fair.title(BASELINE)}?",
@@ -75,7 +74,6 @@ def _reproduction(study: Study, comparisons: Sequence[Comparison]) -> list[str]:
     )
     if not known:
         return [first]
-    outside = [each for each in known if not _covers_published(each)]
     lines = [first, f"Of the {len(known):,} that can:"]
     items = (
         ("reproduced (the published sign, and the interval excludes 0)", _same),
@@ -83,24 +81,31 @@ def _reproduction(study: Study, comparisons: Sequence[Comparison]) -> list[str]:
         ("reversed (the other sign, and the interval excludes 0)", _reversed),
     )
     lines.append(_bullets(study, known, items))
-    lines.append(
-        f"The published difference itself lies outside our interval in {len(outside):,} of "
-        f"{len(known):,}."
-    )
+    lines.append(_outside(known))
     return lines
 
 
-def _vanishing(author: Study, followed: Sequence[Comparison]) -> list[str]:
-    if not followed:
-        return ["No published difference is reproduced above, so there is none to follow."]
+def _vanishing(
+    author: Study, first: Sequence[Comparison], again: Sequence[Comparison]
+) -> list[str]:
+    """The published differences under the fair protocol, and what became of those reproduced."""
+    known = [each for each in again if each.outcome != UNKNOWN]
+    if not known:
+        return ["Not run with at least two seeds of both losses."]
     items = (
-        ("still there", _same),
-        ("gone (not apart from 0)", lambda each: each.outcome == TOGETHER),
-        ("reversed", _reversed),
-        ("not run with at least two seeds", lambda each: each.outcome == UNKNOWN),
+        ("the published sign, and the interval excludes 0", _same),
+        ("not apart from 0", lambda each: each.outcome == TOGETHER),
+        ("reversed (the other sign, and the interval excludes 0)", _reversed),
     )
-    text = f"Of the {len(followed):,} reproduced, under the fair protocol:"
-    return [text, _bullets(author, followed, items)]
+    reproduced = [after for before, after in zip(first, again, strict=True) if _same(before)]
+    gone = sum(each.outcome == TOGETHER for each in reproduced)
+    return [
+        f"Of {count(len(again), 'published difference')}, {len(known):,} can be judged under the "
+        "fair protocol:",
+        _bullets(author, known, items),
+        _outside(known),
+        f"Of the {len(reproduced):,} reproduced above, {gone:,} are gone (not apart from 0) here.",
+    ]
 
 
 def _teachable(fair: Study) -> list[str]:
@@ -225,6 +230,14 @@ def _labels_or_baseline(fair: Study, known: Sequence[Comparison]) -> list[str]:
         text = f"{baseline} is above {labels} on {listed(gains)}"
         text += f", and not on {listed(rest)}." if rest else "."
     return [text + (f" It is below on {listed(harms)}." if harms else "")]
+
+
+def _outside(known: Sequence[Comparison]) -> str:
+    outside = sum(not _covers_published(each) for each in known)
+    return (
+        f"The published difference itself lies outside our interval in {outside:,} of "
+        f"{len(known):,}."
+    )
 
 
 def _same(each: Comparison) -> bool:
