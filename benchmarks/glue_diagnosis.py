@@ -26,8 +26,8 @@ from otkd.cli.console import quiet_libraries
 from otkd.cli.experiment import Experiment
 from otkd.cli.protocols import load_protocol
 from otkd.cli.results import write_json
-from otkd.cli.runs import find_teacher
 from otkd.cli.settings import Settings
+from otkd.cli.teachers import find_teacher
 from otkd.cli.training import fit
 from otkd.data import get_task
 from otkd.functional.batch_transport import point_distances

@@ -14,9 +14,10 @@ from otkd.cli.progress import StepBar
 from otkd.cli.protocols import Objective, Protocol
 from otkd.cli.report import comparison_table, explanation, save_plot
 from otkd.cli.results import Result, write_json
-from otkd.cli.runs import Run, Teacher, find_student, find_teacher, train_teacher
+from otkd.cli.runs import Run, find_student
 from otkd.cli.settings import Settings
 from otkd.cli.stats import summary_json
+from otkd.cli.teachers import Teacher, find_teacher, train_teacher
 from otkd.cli.workers import run_all, worker_count
 from otkd.data import get_task
 

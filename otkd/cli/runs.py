@@ -1,89 +1,32 @@
-"""One teacher and one student: trained, evaluated, and kept where the next command finds them."""
+"""One student: distilled, evaluated, and its result kept where the next command finds it."""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from otkd.cli import models
-from otkd.cli.console import CommandError, notice
-from otkd.cli.evaluation import Predictor
-from otkd.cli.machine import machine, versions
+from otkd.cli.console import notice
 from otkd.cli.objectives import (
     annealed_term,
     build_objective,
     needs_features,
     objective_options,
 )
-from otkd.cli.results import (
-    Result,
-    file_digest,
-    find_result,
-    mismatch_message,
-    write_json,
-    write_result,
-)
-from otkd.cli.training import Fit, device, fit
+from otkd.cli.results import Result, find_result, write_result
+from otkd.cli.teachers import Teacher
+from otkd.cli.traces import check_work, claim, common_fields, save_model
+from otkd.cli.training import fit
 from otkd.data import agreement, score
 from otkd.integrations.annealing import TemperatureAnnealing
-from otkd.signals import DenseSignal
-from otkd.signals.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from otkd.cli.experiment import Experiment, Rows
+    from otkd.cli.experiment import Experiment
     from otkd.cli.protocols import Objective
-
-_TRAIN_LOGITS = "train-logits.safetensors"
-_DEV_LOGITS = "dev-logits.safetensors"
-_CLASS_ROWS = "class-rows.safetensors"
-_FEATURES = "train-features.safetensors"
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A teacher whose outputs are cached.
-
-    Attributes:
-        result: its result.
-        train: logits, one entry per training row.
-        dev_logits: one entry per development row, the splits one after the other.
-        class_rows: the weight of the layer that gives its logits, a row a class.
-        features: its states on the training rows, where a loss of the experiment needs them.
-    """
-
-    result: Result
-    train: DenseSignal
-    dev_logits: DenseSignal
-    class_rows: Tensor
-    features: Tensor | None = None
-
-    @property
-    def digest(self) -> str:
-        """What tells one teacher's training logits from another's."""
-        return self.result.teacher_logits
-
-    def on(self, rows: Rows, *, features: bool) -> DenseSignal:
-        """What it says of the training rows, with its states if they are asked for."""
-        index = slice(None) if rows.index is None else torch.tensor(rows.index)
-        signal = self.train[index]
-        if features and self.features is not None:
-            signal = DenseSignal(signal.values, self.features[index])
-        return signal
-
-    def on_dev(self, rows: Rows) -> Tensor:
-        """Its logits on the rows that score a student, the splits one after the other."""
-        if rows.held_out is None:
-            return self.dev_logits.logits()
-        return self.train[torch.tensor(rows.held_out)].logits().repeat(len(rows.dev), 1)
 
 
 @dataclass(frozen=True)
@@ -118,114 +61,6 @@ class Run:
         """Its optimiser steps."""
         schedule = experiment.student_schedule(self.objective, self.seed)
         return schedule.steps(experiment.train_rows(tuning=self.tuning))
-
-
-def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Teacher | None:
-    """The teacher that an earlier command left in ``folder``, or None if it is to be trained.
-
-    Raises:
-        CommandError: if it was made with other settings.
-    """
-    path = folder / "result.json"
-    settings = experiment.teacher_settings
-    result = find_result(path, settings, overwrite=overwrite, notice=notice)
-    if result is None:
-        check_work(folder / "work", settings, overwrite=overwrite)
-        return None
-    needed = {_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS}
-    if _any_needs_features(experiment):
-        # Features are made from the model where they are not there; the model is not always kept.
-        kept = (folder / _FEATURES).is_file()
-        needed |= {_FEATURES} if kept else {n for n in result.files if n.startswith("model/")}
-    for name in sorted(needed):
-        file = folder / name
-        if not file.is_file() or (
-            name != _FEATURES and file_digest(file) != result.files.get(name)
-        ):
-            notice(f"{file} is not the file that {path} was written with; the teacher is redone.")
-            return None
-    return _load_teacher(experiment, folder, result)
-
-
-def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int], None]) -> Teacher:
-    """Fine-tune the teacher, or take it as it is, and cache its outputs in ``folder``."""
-    chosen = experiment.settings
-    seed = chosen.teacher_seed
-    tokenizer = experiment.teacher_tokenizer
-    rows = experiment.teacher_rows
-    model = models.load_classifier(experiment.teacher_source, experiment.task, seed)
-    took = Fit(0, 0.0)
-    # The result vouches for the files beside it, so it goes first and comes back last.
-    (folder / "result.json").unlink(missing_ok=True)
-    (folder / _FEATURES).unlink(missing_ok=True)
-    if chosen.finetune_teacher:
-        if chosen.freeze_embeddings:
-            models.freeze_embeddings(model)
-        took = fit(
-            model,
-            rows.train,
-            tokenizer,
-            experiment.teacher_schedule(),
-            _claim(folder / "work", experiment.teacher_settings),
-            on_steps=on_steps,
-        )
-        save_model(folder / "model", model, tokenizer)
-    train = Predictor(rows.train, tokenizer, bf16=experiment.precision.bf16).logits(model)
-    dev = rows.predict(model)
-    DenseSignal(train).save(folder / _TRAIN_LOGITS)
-    DenseSignal(torch.cat(list(dev.values()))).save(folder / _DEV_LOGITS)
-    save_tensors(folder / _CLASS_ROWS, {"class_rows": models.class_embedding(model)})
-    kept = [folder / name for name in (_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS)]
-    kept += sorted((folder / "model").glob("*.safetensors")) if chosen.finetune_teacher else []
-    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in kept}
-    metrics = score(experiment.task, dev, rows.labels)
-    result = Result(
-        loss="teacher",
-        seed=seed,
-        settings=experiment.teacher_settings,
-        metrics=metrics,
-        teacher_metrics=metrics,
-        agreement=1.0,
-        teacher_logits=files[_TRAIN_LOGITS],
-        files=files,
-        **_common_fields(experiment, rows, took),
-    )
-    write_result(folder / "result.json", result)
-    shutil.rmtree(folder / "work", ignore_errors=True)
-    return _load_teacher(experiment, folder, result)
-
-
-def _load_teacher(experiment: Experiment, folder: Path, result: Result) -> Teacher:
-    features = None
-    if _any_needs_features(experiment):
-        if not (folder / _FEATURES).is_file():
-            _save_features(experiment, folder, result)
-        features = load_tensors(folder / _FEATURES, "features")[0]["features"]
-    return Teacher(
-        result,
-        DenseSignal.load(folder / _TRAIN_LOGITS),
-        DenseSignal.load(folder / _DEV_LOGITS),
-        load_tensors(folder / _CLASS_ROWS, "class_rows")[0]["class_rows"],
-        features,
-    )
-
-
-def _save_features(experiment: Experiment, folder: Path, result: Result) -> None:
-    fine_tuned = experiment.settings.finetune_teacher
-    source = str(folder / "model") if fine_tuned else experiment.teacher_source
-    model = models.load_classifier(source, experiment.task, result.seed)
-    model.to(device())  # pyright: ignore[reportArgumentType]
-    rows, tokenizer = experiment.teacher_rows.train, experiment.teacher_tokenizer
-    predictor = Predictor(rows, tokenizer, bf16=experiment.precision.bf16)
-    save_tensors(folder / _FEATURES, {"features": predictor.features(model).half()})
-
-
-def _any_needs_features(experiment: Experiment) -> bool:
-    return any(
-        needs_features(objective_options(variant.loss, variant.settings))
-        for objective in experiment.objectives
-        for variant in objective.tried()
-    )
 
 
 def find_student(experiment: Experiment, run: Run, *, overwrite: bool) -> Result | None:
@@ -265,7 +100,7 @@ def run_student(
         rows.train,
         experiment.student_tokenizer,
         experiment.student_schedule(run.objective, run.seed),
-        _claim(run.work, settings),
+        claim(run.work, settings),
         loss=objective,
         teacher=signal,
         callbacks=callbacks,
@@ -282,61 +117,10 @@ def run_student(
         teacher_metrics=teacher.result.metrics,
         agreement=agreement(torch.cat(list(rows.predict(student).values())), teacher.on_dev(rows)),
         teacher_logits=teacher.digest,
-        **_common_fields(experiment, rows, took),
+        **common_fields(experiment, rows, took),
     )
     if run.model is not None:
         save_model(run.model, student, experiment.student_tokenizer)
     write_result(run.result, result)
     shutil.rmtree(run.work, ignore_errors=True)
     return result
-
-
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save model and tokenizer so that ``from_pretrained(folder)`` loads them; whole or not."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def check_work(work: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Check that checkpoints in ``work``, if any, are of a run with these settings.
-
-    With ``overwrite`` those of another are removed.
-
-    Raises:
-        CommandError: if they are of another run.
-    """
-    try:
-        found = json.loads((work / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # Nothing there, or stopped before its first step.
-        shutil.rmtree(work, ignore_errors=True)
-        return
-    if found == settings:
-        return
-    if not overwrite:
-        raise CommandError(mismatch_message(work, found, settings))
-    shutil.rmtree(work)
-
-
-def _claim(work: Path, settings: Mapping[str, Any]) -> Path:
-    check_work(work, settings, overwrite=True)
-    write_json(work / "settings.json", dict(settings))
-    return work
-
-
-def _common_fields(experiment: Experiment, rows: Rows, took: Fit) -> dict[str, Any]:
-    return {
-        "task": experiment.task.name,
-        "headline": experiment.task.headline,
-        "rows": rows.counts(),
-        "steps": took.steps,
-        "seconds": took.seconds,
-        "evaluations": [{"step": step, **metrics} for step, metrics in took.evaluations],
-        "precision": experiment.precision.name,
-        "versions": versions(),
-        "machine": machine(),
-    }

@@ -19,7 +19,8 @@ from otkd.cli.console import CommandError, quiet_libraries
 from otkd.cli.experiment import Experiment
 from otkd.cli.progress import StepBar
 from otkd.cli.results import Result
-from otkd.cli.runs import Run, Teacher, find_teacher, run_student
+from otkd.cli.runs import Run, run_student
+from otkd.cli.teachers import Teacher, find_teacher
 
 # Small encoders gain little from a second core; more than a few processes want much memory.
 _USUAL = 4
