@@ -27,7 +27,7 @@ from otkd.cli.experiment import Experiment
 from otkd.cli.protocols import load_protocol
 from otkd.cli.results import write_json
 from otkd.cli.settings import Settings
-from otkd.cli.teachers import find_teacher
+from otkd.cli.teachers import find_teacher, with_features
 from otkd.cli.training import fit
 from otkd.data import get_task
 from otkd.functional.batch_transport import point_distances
@@ -95,6 +95,7 @@ def diagnose(task: str, data_dir: Path | None, results: Path) -> dict:
     teacher = find_teacher(experiment, folder / "teacher", overwrite=False)
     if teacher is None:
         raise SystemExit(f"{folder} has no teacher: run `otkd compare {task} --protocol fair`")
+    teacher = with_features(experiment, folder / "teacher", teacher)
     rows = experiment.student_rows
     chosen = torch.randperm(len(rows.train), generator=torch.Generator().manual_seed(0))
     parts = [part.tolist() for part in chosen[: BATCHES * SIZE].split(SIZE)]

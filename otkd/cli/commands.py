@@ -17,7 +17,7 @@ from otkd.cli.results import Result, write_json
 from otkd.cli.runs import Run, find_student
 from otkd.cli.settings import Settings
 from otkd.cli.stats import summary_json
-from otkd.cli.teachers import Teacher, find_teacher, train_teacher
+from otkd.cli.teachers import Teacher, find_teacher, train_teacher, with_features
 from otkd.cli.workers import run_all, worker_count
 from otkd.data import get_task
 
@@ -228,6 +228,8 @@ def _do(
 ) -> dict[Run, Result]:
     pending = [run for run in runs if run not in done]
     folder = experiment.folder / "teacher"
+    if any(run.needs_features for run in pending):
+        teacher = with_features(experiment, folder, teacher)
     start = time.monotonic()
     finished: dict[Run, Result] = {}
     for run, result in run_all(experiment, teacher, folder, pending, workers, bar):

@@ -53,6 +53,11 @@ class Run:
         what = f"candidate {self.result.stem}" if self.tuning else f"seed {self.seed}"
         return f"{self.objective.name}, {what}"
 
+    @property
+    def needs_features(self) -> bool:
+        """Whether its loss compares the states of student and teacher."""
+        return needs_features(objective_options(self.objective.loss, self.objective.settings))
+
     def settings(self, experiment: Experiment) -> dict[str, Any]:
         """Everything its outcome depends on, by name."""
         return experiment.student_settings(self.objective, self.seed, tuning=self.tuning)
@@ -86,10 +91,11 @@ def run_student(
     loss = run.objective.loss
     options = objective_options(loss, chosen)
     rows = experiment.tuning_rows if run.tuning else experiment.student_rows
-    features = needs_features(options)
-    signal = teacher.on(rows, features=features)
+    signal = teacher.on(rows, features=run.needs_features)
     student = experiment.build_student(run.seed)
-    widths = (student.config.hidden_size, teacher.class_rows.shape[-1]) if features else None
+    widths = None
+    if signal.features is not None:
+        widths = (student.config.hidden_size, signal.features.shape[-1])
     objective = build_objective(loss, options, teacher.class_rows, widths)
     callbacks = []
     if options.get("anneal"):

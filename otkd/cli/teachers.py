@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from otkd.cli import models
-from otkd.cli.console import notice
+from otkd.cli.console import CommandError, notice
 from otkd.cli.evaluation import Predictor
-from otkd.cli.objectives import needs_features, objective_options
 from otkd.cli.results import Result, file_digest, find_result, write_result
 from otkd.cli.traces import check_work, claim, common_fields, save_model
 from otkd.cli.training import Fit, device, fit
@@ -40,7 +39,7 @@ class Teacher:
         train: logits, one entry per training row.
         dev_logits: one entry per development row, the splits one after the other.
         class_rows: the weight of the layer that gives its logits, a row a class.
-        features: its states on the training rows, where a loss of the experiment needs them.
+        features: its states on the training rows; see :func:`with_features`.
     """
 
     result: Result
@@ -81,19 +80,13 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
     if result is None:
         check_work(folder / "work", settings, overwrite=overwrite)
         return None
-    needed = {_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS}
-    if _any_needs_features(experiment):
-        # Features are made from the model where they are not there; the model is not always kept.
-        kept = (folder / _FEATURES).is_file()
-        needed |= {_FEATURES} if kept else {n for n in result.files if n.startswith("model/")}
-    for name in sorted(needed):
+    # Its weights are not asked for: they are needed for states alone, and not always kept.
+    for name in (_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS):
         file = folder / name
-        if not file.is_file() or (
-            name != _FEATURES and file_digest(file) != result.files.get(name)
-        ):
+        if not file.is_file() or file_digest(file) != result.files.get(name):
             notice(f"{file} is not the file that {path} was written with; the teacher is redone.")
             return None
-    return _load_teacher(experiment, folder, result)
+    return _load_teacher(folder, result)
 
 
 def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int], None]) -> Teacher:
@@ -141,37 +134,41 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
     )
     write_result(folder / "result.json", result)
     shutil.rmtree(folder / "work", ignore_errors=True)
-    return _load_teacher(experiment, folder, result)
+    return _load_teacher(folder, result)
 
 
-def _load_teacher(experiment: Experiment, folder: Path, result: Result) -> Teacher:
-    features = None
-    if _any_needs_features(experiment):
-        if not (folder / _FEATURES).is_file():
-            _save_features(experiment, folder, result)
-        features = load_tensors(folder / _FEATURES, "features")[0]["features"]
+def _load_teacher(folder: Path, result: Result) -> Teacher:
+    path = folder / _FEATURES
     return Teacher(
         result,
         DenseSignal.load(folder / _TRAIN_LOGITS),
         DenseSignal.load(folder / _DEV_LOGITS),
         load_tensors(folder / _CLASS_ROWS, "class_rows")[0]["class_rows"],
-        features,
+        load_tensors(path, "features")[0]["features"] if path.is_file() else None,
     )
 
 
-def _save_features(experiment: Experiment, folder: Path, result: Result) -> None:
-    fine_tuned = experiment.settings.finetune_teacher
-    source = str(folder / "model") if fine_tuned else experiment.teacher_source
-    model = models.load_classifier(source, experiment.task, result.seed)
+def with_features(experiment: Experiment, folder: Path, teacher: Teacher) -> Teacher:
+    """The teacher with its states on the training rows, which are kept in ``folder``.
+
+    Raises:
+        CommandError: if its weights, which give them, are gone.
+    """
+    if teacher.features is not None:
+        return teacher
+    source = experiment.teacher_source
+    if experiment.settings.finetune_teacher:
+        source = str(folder / "model")
+        weights = [folder / name for name in teacher.result.files if name.startswith("model/")]
+        if not all(path.is_file() for path in weights):
+            raise CommandError(
+                "A loss compares states, and the weights of the teacher that give them are not in "
+                f"{folder}. Remove that folder to train it again, and the students with it; or "
+                "leave such losses out."
+            )
+    model = models.load_classifier(source, experiment.task, teacher.result.seed)
     model.to(device())  # pyright: ignore[reportArgumentType]
     rows, tokenizer = experiment.teacher_rows.train, experiment.teacher_tokenizer
     predictor = Predictor(rows, tokenizer, bf16=experiment.precision.bf16)
     save_tensors(folder / _FEATURES, {"features": predictor.features(model).half()})
-
-
-def _any_needs_features(experiment: Experiment) -> bool:
-    return any(
-        needs_features(objective_options(variant.loss, variant.settings))
-        for objective in experiment.objectives
-        for variant in objective.tried()
-    )
+    return _load_teacher(folder, teacher.result)
