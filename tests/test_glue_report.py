@@ -445,14 +445,14 @@ def test_curves_run_over_their_setting(tree, page):
     whole_tree(tree)
     shutil.rmtree(tree.root / "sensitivity")
     tree.runs("sensitivity/rte/kl", [0.60, 0.61, 0.62])
-    tree.runs("sensitivity/rte/base", [0.61, 0.62, 0.63])
+    tree.runs("sensitivity/rte/batch_l1", [0.61, 0.62, 0.63])
     tree.runs("sensitivity/rte/weight_10", [0.59, 0.60, 0.61])
     tree.runs("sensitivity/rte/batch_8", [0.63, 0.64, 0.65])
     tree.runs("sensitivity/rte/kl_batch_8", [0.64, 0.65, 0.66])
     text = page()
-    title = load_protocol("sensitivity").losses["base"]["title"]
+    title = load_protocol("sensitivity").losses["batch_l1"]["title"]
     weights = section(text, "### Sinkhorn weight")
-    assert row(weights, title, "1")[1] == "**+1.0 ± 0.0**"
+    assert row(weights, title, "0.1")[1] == "**+1.0 ± 0.0**"
     assert row(weights, title, "10")[1] == "**−1.0 ± 0.0**"
     assert row(weights, "KL", "any")[0] == "61.0 ± 2.5"
     # At each batch size the difference is to KL at that size.
