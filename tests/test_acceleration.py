@@ -21,9 +21,12 @@ close = torch.testing.assert_close
 F64 = torch.float64
 
 
-def solve(a, b, cost, epsilon, *, tolerance=1e-8, steps=5000, symmetric=False, penalty=math.inf):
+def solve(
+    a, b, cost, epsilon, *, tolerance=1e-8, steps=5000, symmetric=False, penalty=math.inf, plain=0
+):
     fixed = Problem(a, b, cost, epsilon, symmetric, penalty)
-    return solve_potentials(fixed, fixed.kernel(), tolerance=tolerance, max_iterations=steps)
+    limits = {"tolerance": tolerance, "max_iterations": steps, "plain_steps": plain}
+    return solve_potentials(fixed, fixed.kernel(), **limits)
 
 
 def plain_errors(a, b, cost, epsilon, steps):
@@ -157,10 +160,16 @@ def test_the_last_iteration_is_as_good_as_the_best(seed, kind, epsilon, steps):
     assert (step(accelerator.best_image)[1] <= 1.002 * best + 1e-12).all()
 
 
-@given(seeds, st.sampled_from(KINDS), st.sampled_from([0.003, 0.02, 0.1]), st.integers(1, 40))
-def test_stopped_early_it_reports_the_error_it_has(seed, kind, epsilon, steps):
+@given(
+    seeds,
+    st.sampled_from(KINDS),
+    st.sampled_from([0.003, 0.02, 0.1]),
+    st.integers(1, 40),
+    st.integers(0, 9),
+)
+def test_stopped_early_it_reports_the_error_it_has(seed, kind, epsilon, steps, plain):
     a, b, cost = problem(kind, seed, batch=3, n=4)
-    found = solve(a, b, cost, epsilon, tolerance=1e-6, steps=steps)
+    found = solve(a, b, cost, epsilon, tolerance=1e-6, steps=steps, plain=plain)
     assert found.iterations <= steps
     plan = plan_of(found, a, b, cost, epsilon)
     error = (plan.sum(-1) - a).abs().sum(-1)
@@ -169,6 +178,62 @@ def test_stopped_early_it_reports_the_error_it_has(seed, kind, epsilon, steps):
     assert found.converged == bool((error <= 1e-6).all())
     first, _ = plain_errors(a, b, cost, epsilon, 1)
     assert (error <= 1.001 * first[0] + 1e-9).all()
+
+
+# Plain steps between accelerated ones ----------------------------------------------------------
+
+
+@given(seeds, st.sampled_from(KINDS), st.floats(0.1, 1.0), st.integers(1, 7))
+def test_plain_steps_are_sinkhorns_own(seed, kind, epsilon, count):
+    a, b, cost = problem(kind, seed, batch=3, n=5)
+    kernel = Problem(a, b, cost, epsilon).kernel()
+    assert kernel.scales
+    f = expected = points(seed + 1, 3, a.shape[-1])
+    for _ in range(count):
+        g = naive.soft_minimum(expected, a, cost.mT, epsilon)
+        expected = naive.soft_minimum(g, b, cost, epsilon)
+    close(kernel.alternate(f, a.log(), b.log(), count), expected, rtol=1e-9, atol=1e-11)
+
+
+@given(seeds, st.floats(0.1, 1.0), st.integers(1, 7))
+def test_plain_symmetric_steps_go_halfway(seed, epsilon, count):
+    a, cost = masses(seed, 3, 5), self_costs(seed, 5)["l1"]
+    kernel = Problem(a, a, cost, epsilon, symmetric=True).kernel()
+    f = expected = points(seed + 1, 3, 5)
+    for _ in range(count):
+        expected = (expected + naive.soft_minimum(expected, a, cost, epsilon)) / 2
+    close(kernel.average(f, a.log(), count), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plain", [1, 8])
+def test_with_plain_steps_the_solution_is_the_same(kind, plain):
+    a, b, cost = problem(kind, 4, batch=3)
+    expected = solve(a, b, cost, 0.1, tolerance=1e-10)
+    found = solve(a, b, cost, 0.1, tolerance=1e-10, plain=plain)
+    assert found.converged
+    close(plan_of(found, a, b, cost, 0.1), plan_of(expected, a, b, cost, 0.1), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_plain_steps_from_a_point_led_astray_are_finite(dtype):
+    """An extrapolation may go anywhere; the largest reach at which the kernel scales."""
+    a, b, cost = (x.to(dtype) for x in problem("zero_masses", 1, batch=4))
+    epsilon = cost.max().item() / (29 if dtype == torch.float32 else 149)
+    kernel = Problem(a, b, cost, epsilon).kernel()
+    assert kernel.scales
+    astray = 1e4 * points(2, 4, a.shape[-1]).to(dtype)
+    assert kernel.alternate(astray, a.log(), b.log(), 3).isfinite().all()
+    square = Problem(a, a, cost, epsilon, symmetric=True).kernel()
+    assert square.average(astray, a.log(), 3).isfinite().all()
+
+
+def test_beyond_that_reach_there_are_no_plain_steps():
+    a, b, cost = problem("per_item", 3, batch=2)
+    epsilon = cost.max().item() / 200
+    assert not Problem(a, b, cost, epsilon).kernel().scales
+    alone, with_plain = (solve(a, b, cost, epsilon, plain=plain) for plain in (0, 8))
+    assert alone.iterations == with_plain.iterations
 
 
 # A batch -----------------------------------------------------------------------------------------

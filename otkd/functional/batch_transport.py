@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, cdist
@@ -12,6 +14,8 @@ from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
 from otkd.ot.divergence import DivergenceSolution, Options, solve_divergence
 
+# Up to so many samples an accelerated step takes longer than so many plain ones.
+_SMALL, _PLAIN_STEPS = 256, 8
 BATCH_COSTS = ("l1", "euclidean", "sqeuclidean")
 
 
@@ -96,6 +100,8 @@ def transport_between_points(
         if sample_cost:
             apart = 1 - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
             distances = [matrix + sample_cost * apart for matrix in distances]
+    if x.shape[-2] <= _SMALL:
+        options = replace(options, plain_steps=_PLAIN_STEPS)
     uniform = x.new_full(x.shape[:-1], 1 / x.shape[-2])
     return solve_divergence(uniform, uniform, CostMatrices(*distances), options)
 

@@ -92,9 +92,8 @@ class Anderson:
 
     def _coefficients(self, residual: Tensor) -> Tensor:
         gram = (self._residuals @ self._residuals.mT).double()
-        trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-        eye = torch.eye(DEPTH, dtype=gram.dtype, device=gram.device)
-        gram = gram + (_REGULARISATION * trace + 1e-30) * eye
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal += _REGULARISATION * diagonal.sum(-1, keepdim=True) + 1e-30
         right = (self._residuals @ residual.unsqueeze(-1)).double()
         solution, _ = torch.linalg.solve_ex(gram, right)
         return solution.mT.to(residual.dtype)

@@ -23,7 +23,10 @@ BACKENDS = ("auto", "torch", "keops", "triton")
 
 @dataclass(frozen=True)
 class Options:
-    """How the entropic problem is set and solved; one object from the loss down to the solver."""
+    """How the entropic problem is set and solved; one object from the loss down to the solver.
+
+    ``plain_steps`` is for :func:`~otkd.ot.solver.solve_potentials`; the others are a loss's.
+    """
 
     epsilon: float = 0.1
     tolerance: float = 1e-4
@@ -32,6 +35,7 @@ class Options:
     debias: bool = True
     unbalanced: float | None = None
     backend: str = "auto"
+    plain_steps: int = 0
 
     def __post_init__(self):
         check_solver_options(self.epsilon, self.tolerance, self.max_iterations)
@@ -134,7 +138,9 @@ def solve_transport(
     limits = {"tolerance": options.tolerance, "max_iterations": options.max_iterations}
     fixed = problem.detached()
     kernel = fixed.kernel() if kernel is None else kernel
-    potentials = solve_potentials(fixed, kernel, start=start, **limits)
+    potentials = solve_potentials(
+        fixed, kernel, start=start, plain_steps=options.plain_steps, **limits
+    )
     if not potentials.converged:
         warn_not_converged(potentials.iterations, potentials.marginal_error, options.tolerance)
     if options.value == "dual":

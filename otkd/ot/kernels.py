@@ -22,6 +22,7 @@ LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
 # A weight this far below the largest may count where the kernel is larger by as much as above; what
 # is lost is the difference of the two, exp(−20) of a sum.
 _SMALLEST_WEIGHT = {torch.float32: math.exp(-80), torch.float64: math.exp(-350)}
+_FURTHEST = 80.0  # of f/ε below its largest entry, where exp is to stay above 0
 _LOG_DOMAIN_BLOCK = 2**22
 # A density is at most 1/mass, but without bound between two points that have none: 0·inf is NaN.
 LARGEST_LOG_DENSITY = {torch.float32: 80.0, torch.float64: 700.0}
@@ -33,6 +34,19 @@ class Kernel(ABC):
     def __init__(self, cost: Tensor, epsilon: float):
         self.cost = cost
         self.epsilon = epsilon
+
+    @property
+    def scales(self) -> bool:
+        """Whether it can :meth:`alternate` and :meth:`average`, on exp(f/ε) in place of f."""
+        return False
+
+    def alternate(self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int) -> Tensor:
+        """Potentials f after ``count`` updates of both."""
+        raise NotImplementedError
+
+    def average(self, f: Tensor, log_a: Tensor, count: int) -> Tensor:
+        """Potentials f of a symmetric problem after ``count`` steps halfway to the soft minimum."""
+        raise NotImplementedError
 
     @property
     @abstractmethod
@@ -66,25 +80,53 @@ class Kernel(ABC):
 class ProductKernel(Kernel):
     """K = exp(−C/ε) held in memory; every application is a matrix product over all problems."""
 
-    def __init__(self, cost: Tensor, epsilon: float, kernel: Tensor | None = None):
+    def __init__(
+        self, cost: Tensor, epsilon: float, kernel: Tensor | None = None, *, scales: bool = False
+    ):
         super().__init__(cost, epsilon)
         self.kernel = (cost * (-1 / epsilon)).exp_() if kernel is None else kernel
+        self._scales = scales
+
+    @property
+    def scales(self) -> bool:
+        """See :class:`Kernel`."""
+        return self._scales
 
     @property
     def transposed(self) -> ProductKernel:
         """The same kernel read the other way; nothing is copied."""
-        return ProductKernel(self.cost.mT, self.epsilon, self.kernel.mT)
+        return ProductKernel(self.cost.mT, self.epsilon, self.kernel.mT, scales=self.scales)
 
     def rows(self, index: Tensor) -> ProductKernel:
         """See :class:`Kernel`."""
         if self.cost.ndim == 2:
             return self
-        return ProductKernel(self.cost[index], self.epsilon, self.kernel[index])
+        return ProductKernel(self.cost[index], self.epsilon, self.kernel[index], scales=self.scales)
 
     def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
         """See :class:`Kernel`."""
         weights, shift = centred_weights(log_b, g, self.epsilon)
         return _apply(self.kernel, weights).log_().add_(shift).mul_(-self.epsilon)
+
+    def alternate(self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int) -> Tensor:
+        """See :class:`Kernel`."""
+        left, shift = centred_weights(log_a, f, self.epsilon)
+        a, b, backward = log_a.exp(), log_b.exp(), self.kernel.mT
+        u = left
+        for _ in range(count):
+            u = _apply(self.kernel, b / _apply(backward, left)).reciprocal_()
+            left = a * u
+        return u.log_().add_(shift).mul_(self.epsilon)
+
+    def average(self, f: Tensor, log_a: Tensor, count: int) -> Tensor:
+        """See :class:`Kernel`."""
+        # f + constant has the same image.
+        log_u = torch.sub(f, f.amax(-1, keepdim=True)).div_(self.epsilon)
+        u = log_u.clamp_(min=-_FURTHEST).exp_()
+        a = log_a.exp()
+        for _ in range(count):
+            u = (u / _apply(self.kernel, a * u)).sqrt_()
+        return u.log_().mul_(self.epsilon)
 
     def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
         """See :class:`Kernel`."""
@@ -194,6 +236,7 @@ def dense_kernel(cost: Tensor, epsilon: float) -> Kernel:
     if cost.numel() == 0:
         return LogKernel(cost, epsilon)
     reach = cost.abs().max().item() / epsilon
-    if reach <= LARGEST_EXPONENT[cost.dtype]:
-        return ProductKernel(cost, epsilon)
+    largest = LARGEST_EXPONENT[cost.dtype]
+    if reach <= largest:
+        return ProductKernel(cost, epsilon, scales=reach <= largest / 2)
     return LogKernel(cost, epsilon)

@@ -61,10 +61,13 @@ def solve_potentials(
     tolerance: float,
     max_iterations: int,
     start: Tensor | None = None,
+    plain_steps: int = 0,
 ) -> Potentials:
     """Iterate until the L1 marginal error of every problem is at most ``tolerance``.
 
-    ``start`` is a first guess of g, ``(B, m)``; 0 where there is none.
+    ``start`` is a first guess of g, ``(B, m)``; 0 where there is none. ``plain_steps`` updates
+    follow every accelerated one where the kernel makes them cheaply, neither measured nor
+    accelerated: more iterations for small problems, whose measuring takes longer than they do.
     """
     if problem.symmetric:
         update: _Update = _Averaging(problem, kernel)
@@ -76,7 +79,9 @@ def solve_potentials(
         if problem.b.shape[-1] == 2 and problem.balanced and isinstance(problem.cost, Tensor):
             start = _two_target_potentials(problem.a, problem.b, problem.cost, problem.epsilon)
         f = problem.damping * kernel.softmin(start, problem.b.log())
-    return _iterate(problem, update, f, tolerance, max_iterations)
+    if not (problem.balanced and kernel.scales):
+        plain_steps = 0
+    return _iterate(problem, update, f, tolerance, max_iterations, plain_steps)
 
 
 class _Update(ABC):
@@ -91,6 +96,10 @@ class _Update(ABC):
     @abstractmethod
     def __call__(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """g, the next f, and ``Σ_j b_j·E_ij − 1`` of the plan of f and g."""
+
+    @abstractmethod
+    def repeat(self, f: Tensor, count: int) -> Tensor:
+        """Potentials f after ``count`` more steps, with a kernel that scales."""
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the problems ``rows`` alone."""
@@ -115,9 +124,14 @@ class _Alternation(_Update):
             softmin = self.kernel.softmin(g.mul_(self.damping), self.log_b)
             return g, self.damping * softmin, self._row_excess(f, softmin)
         softmin = self.kernel.softmin(g, self.log_b)
+        return g, self._in_gauge(softmin), self._row_excess(f, softmin)
+
+    def repeat(self, f, count):
+        return self._in_gauge(self.kernel.alternate(f, self.log_a, self.log_b, count))
+
+    def _in_gauge(self, f: Tensor) -> Tensor:
         # f + constant is as good; extrapolated, it might run away.
-        image = softmin - torch.linalg.vecdot(self.gauge, softmin).unsqueeze(-1)
-        return g, image, self._row_excess(f, softmin)
+        return f - torch.linalg.vecdot(self.gauge, f).unsqueeze(-1)
 
     def keep(self, rows):
         super().keep(rows)
@@ -131,9 +145,17 @@ class _Averaging(_Update):
         softmin = self.kernel.softmin(f, self.log_a)
         return f, (f + self.damping * softmin) / 2, self._row_excess(f, softmin)
 
+    def repeat(self, f, count):
+        return self.kernel.average(f, self.log_a, count)
+
 
 def _iterate(
-    problem: Problem, update: _Update, f: Tensor, tolerance: float, max_iterations: int
+    problem: Problem,
+    update: _Update,
+    f: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    plain_steps: int,
 ) -> Potentials:
     a = problem.a
     accelerator = Anderson(a)
@@ -164,6 +186,10 @@ def _iterate(
             left -= count
         if left == 0:
             break
+        more = min(plain_steps, max_iterations - iteration - 1)
+        if more > 0:
+            image = update.repeat(image, more)
+            iteration += more
         f = accelerator.next_point(f, image, error)
         if 2 * left <= len(members):
             rows = unsolved.nonzero().squeeze(-1)
