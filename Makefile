@@ -19,7 +19,7 @@ test-all: $(VENV)/.dev  ## with the tests that take minutes
 	$(BIN)/pytest -n auto -m ''
 
 bench: $(VENV)/.dev  ## every benchmark that is not finished, and docs/benchmarks.md; hours
-	for group in vocabulary batch divergences; do $(BIN)/python benchmarks/run.py $$group || exit; done
+	for group in vocabulary batch divergences steps pareto limits gpu; do $(BIN)/python benchmarks/run.py $$group || exit; done
 	$(BIN)/python benchmarks/report.py
 
 bench-quick: $(VENV)/.dev  ## a handful of ratios beside those on file

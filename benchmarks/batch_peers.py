@@ -1,18 +1,18 @@
 """Transport between the samples of a batch, as otkd and others do it: value and gradient.
 
 A peer maps logits ``(b, d)`` of student and teacher to one value, which is differentiable. The
-ground cost is between softmax(logits / 2), ε = 0.1, the masses are 1/b.
+ground cost is between softmax(logits / 2), ε = 0.1 if nothing else is said, the masses are 1/b.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from peers import installed
 from torch import Tensor
 
 import otkd
@@ -31,6 +31,8 @@ class BatchSpec:
     cost: str = "l1"
     seed: int = 0
     dtype: str = "float32"
+    epsilon: float = EPSILON
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -49,7 +51,7 @@ def build(spec: BatchSpec) -> tuple[Tensor, Tensor]:
     student = 2 * torch.randn(spec.samples, spec.classes, generator=generator)
     teacher = student + torch.randn(student.shape, generator=generator)
     dtype = getattr(torch, spec.dtype)
-    return student.to(dtype), teacher.to(dtype)
+    return student.to(spec.device, dtype), teacher.to(spec.device, dtype)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,7 @@ class BatchPeer:
     @property
     def available(self) -> bool:
         """Whether the package it needs is installed."""
-        needed = {"pot": "ot", "emd": "ot", "geomloss": "geomloss"}.get(self.kind)
-        return needed is None or importlib.util.find_spec(needed) is not None
+        return installed({"emd": "pot", "pot_batch": "pot"}.get(self.kind, self.kind))
 
 
 class BatchCall:
@@ -106,11 +107,17 @@ def _distances(spec: BatchSpec, q: Tensor, p: Tensor) -> Tensor:
     return distances if spec.cost == "l1" else distances.square()
 
 
-def _otkd(spec: BatchSpec, *, iterations: int | None = None, tolerance: float = 1e-4) -> Function:
+def _otkd(
+    spec: BatchSpec,
+    *,
+    iterations: int | None = None,
+    tolerance: float = 1e-4,
+    value: str = "dual",
+) -> Function:
     limits = {"tolerance": tolerance, "max_iterations": 2000}
     if iterations is not None:
         limits = {"tolerance": _NEVER, "max_iterations": iterations}
-    return otkd.BatchSinkhornLoss(spec.cost, TEMPERATURE, EPSILON, **limits)
+    return otkd.BatchSinkhornLoss(spec.cost, TEMPERATURE, spec.epsilon, value=value, **limits)
 
 
 def _unrolled(spec: BatchSpec, *, iterations: int) -> Function:
@@ -119,7 +126,7 @@ def _unrolled(spec: BatchSpec, *, iterations: int) -> Function:
     def function(student: Tensor, teacher: Tensor) -> Tensor:
         q, p = _points(student, teacher)
         distances = _distances(spec, q, p)
-        plan = torch.exp(-distances / EPSILON)
+        plan = torch.exp(-distances / spec.epsilon)
         for _ in range(iterations):
             plan = plan / plan.sum(1, keepdim=True)
             plan = plan / plan.sum(0, keepdim=True)
@@ -138,11 +145,11 @@ def _pot(spec: BatchSpec, *, iterations: int, threshold: float = 0.0) -> Functio
         uniform = distances.new_full((len(q),), 1 / len(q))
         with torch.no_grad():
             plan = ot.sinkhorn(
-                uniform, uniform, distances, EPSILON,
+                uniform, uniform, distances, spec.epsilon,
                 numItermax=iterations, stopThr=threshold, warn=False,
             )  # fmt: skip
             entropy = (plan * (plan * len(q) ** 2).clamp(min=1e-30).log()).sum()
-        return (plan * distances).sum() + EPSILON * entropy
+        return (plan * distances).sum() + spec.epsilon * entropy
 
     return function
 
@@ -157,7 +164,7 @@ def _pot_batch(spec: BatchSpec, *, iterations: int) -> Function:
         uniform = distances.new_full((1, len(q)), 1 / len(q))
         with torch.no_grad():
             plan = ot.batch.solve_batch(
-                distances[None], EPSILON, uniform, uniform,
+                distances[None], spec.epsilon, uniform, uniform,
                 max_iter=iterations, tol=0.0, method="log_sinkhorn", reg_type="kl",
             ).plan[0]  # fmt: skip
         return (plan * distances).sum()
@@ -188,7 +195,7 @@ def _geomloss(spec: BatchSpec, *, scaling: float = 0.9) -> Function:
         return _distances(spec, x, y)
 
     p = 1 if spec.cost == "l1" else 2
-    blur = EPSILON if p == 1 else EPSILON**0.5
+    blur = spec.epsilon if p == 1 else spec.epsilon**0.5
     loss = SamplesLoss(
         "sinkhorn", p=p, blur=blur, scaling=scaling, debias=False, cost=cost, backend="tensorized"
     )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import measure
+import torch
 from batch_peers import BatchCall, BatchPeer, BatchSpec, build
 from compare import Settings, target
 from scipy import stats
@@ -23,22 +24,27 @@ PEERS = (
     BatchPeer("geomloss .9", "geomloss", {}, 1024),
     BatchPeer("F.kl_div", "kl_div"),
 )
-# Not transport with this entropy: they have no error to speak of.
-_OTHER = ("F.kl_div",)
+# The value whose gradient a peer computes, to be held against that in float64: ⟨P, C⟩, or nothing
+# where it is another problem. All others compute the dual value's.
+VALUES = {"unrolled": "sharp", "emd": None, "kl_div": None}
 
 
-def compare_batch(spec: BatchSpec, peers: Sequence[BatchPeer], settings: Settings) -> dict:
-    """Time and error of every peer on one batch; the first peer is ours."""
+def compare_batch(
+    spec: BatchSpec, peers: Sequence[BatchPeer], settings: Settings, *, memory: bool = False
+) -> dict:
+    """Time and error, and peak memory if asked, of every peer; the first peer is ours."""
     missing = [peer.name for peer in peers if not peer.available]
     peers = [peer for peer in peers if peer.available and spec.samples <= peer.largest]
     calls = {peer.name: BatchCall(peer, spec) for peer in peers}
     seconds = measure.alternate(calls, dict.fromkeys(calls, settings.repeats))
     found = {name: {"seconds": measure.spread(times)} for name, times in seconds.items()}
-    reference = _reference(spec)
-    for name, call in calls.items():
-        if name not in _OTHER:
-            gradient = call()[1]
-            found[name]["gradient_error"] = measure.relative_error(gradient, reference)
+    references = {value: reference_of(spec, value) for value in ("dual", "sharp")}
+    for peer in peers:
+        if (value := VALUES.get(peer.kind, "dual")) is not None:
+            error = measure.relative_error(calls[peer.name]()[1], references[value])
+            found[peer.name]["gradient_error"] = error
+        if memory and not (settings.quick and peer.kind not in ("otkd", "unrolled")):
+            found[peer.name] |= _peak(peer, spec)
     ours = peers[0].name
     report = calls[ours].function.last_report
     return {
@@ -51,10 +57,20 @@ def compare_batch(spec: BatchSpec, peers: Sequence[BatchPeer], settings: Setting
     }
 
 
-def _reference(spec: BatchSpec):
-    """The gradient of the converged dual value in float64."""
-    exact = BatchPeer("", "otkd", {"tolerance": 1e-9})
-    gradient = BatchCall(exact, dataclasses.replace(spec, dtype="float64"))()[1]
+def _peak(peer: BatchPeer, spec: BatchSpec) -> dict:
+    """Peak memory beyond the inputs, in matrices of b × b float32 numbers."""
+    arguments = {"spec": spec.as_dict(), "peer": dataclasses.asdict(peer)}
+    job = {"runner": "batch_peers", "arguments": arguments, "threads": torch.get_num_threads()}
+    peak = measure.peak_memory(job)
+    matrices = None if peak["bytes"] is None else peak["bytes"] / (4 * spec.samples**2)
+    return {"peak_bytes": peak["bytes"], "peak_matrices": matrices, "peak_method": peak["method"]}
+
+
+def reference_of(spec: BatchSpec, value: str = "dual"):
+    """The gradient of the converged value in float64."""
+    exact = BatchPeer("", "otkd", {"tolerance": 1e-9, "value": value})
+    spec = dataclasses.replace(spec, dtype="float64", device="cpu")
+    gradient = BatchCall(exact, spec)()[1]
     build.cache_clear()
     return gradient
 
@@ -66,7 +82,8 @@ def few_classes(settings: Settings) -> dict:
     for classes in (2, 3):
         for samples in sizes:
             spec = BatchSpec(samples, classes, seed=settings.seed)
-            cases.append(compare_batch(spec, PEERS, settings))
+            memory = samples == sizes[-1] and classes == 2
+            cases.append(compare_batch(spec, PEERS, settings, memory=memory))
             targets += _targets(cases[-1], {256: 4, 1024: 8}.get(samples))
     return {"cases": cases, "targets": targets}
 
@@ -79,7 +96,8 @@ def many_classes(settings: Settings) -> dict:
     for cost in ("l1", "sqeuclidean"):
         for samples, classes in sizes:
             spec = BatchSpec(samples, classes, cost, settings.seed)
-            cases.append(compare_batch(spec, peers, settings))
+            memory = samples == max(size for size, _ in sizes)
+            cases.append(compare_batch(spec, peers, settings, memory=memory))
             targets += _targets(cases[-1], 5 if cost == "sqeuclidean" else 1)
     return {"cases": cases, "targets": targets}
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import measure
 import torch
-from peers import Call, Peer, prepare
+from peers import EPSILON, Call, Peer, prepare
 from problems import Spec, build, coverage
 
 import otkd
@@ -50,7 +50,9 @@ def compare(spec, peers, reference, settings, *, compared=None, skip_memory=()) 
         if reference is not None and whole and (compared is None or peer.name in compared):
             entry |= errors_of(calls[peer.name], reference)
         if peer.name not in skip_memory and not (settings.quick and peer is not peers[0]):
-            entry |= peak_of(peer, spec)
+            entry |= (
+                peak_of(peer, spec) if spec.device == "cpu" else peak_here(calls[peer.name], spec)
+            )
         found[peer.name] = entry
     ours = peers[0].name
     report = calls[ours].report
@@ -75,6 +77,16 @@ def peak_of(peer: Peer, spec: Spec) -> dict:
     return {"peak_positions": spec.positions, **found}
 
 
+def peak_here(call: Call, spec: Spec) -> dict:
+    """The same in this process, by torch's own count of the memory of its device."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    peak = torch.cuda.max_memory_allocated() - before
+    units, method = peak / spec.logits_bytes, "torch.cuda.max_memory_allocated"
+    return {"peak_bytes": peak, "peak_units": units, "peak_method": method}
+
+
 def peak_of_job(job: dict, unit: int) -> dict:
     """Peak memory of a job, in units of N·V·4 bytes."""
     peak = measure.peak_memory({**job, "threads": torch.get_num_threads()})
@@ -82,12 +94,13 @@ def peak_of_job(job: dict, unit: int) -> dict:
     return {"peak_bytes": peak["bytes"], "peak_units": units, "peak_method": peak["method"]}
 
 
-def reference_of(spec: Spec, support, positions: int | None = None):
+def reference_of(spec: Spec, support, positions: int | None = None, epsilon: float = EPSILON):
     """Values and gradient in float64, iterated as far as that goes."""
     problem = build(spec)
     rows = slice(0, positions)
     loss = otkd.SinkhornLoss(
         embedding=problem.embedding.double(),
+        epsilon=epsilon,
         support=support,
         tolerance=1e-9,
         max_iterations=2000,

@@ -6,18 +6,21 @@ from collections.abc import Callable
 
 import torch
 from compare import Settings, compare, target
+from divergence_peers import PLAIN
 from measure import relative_error
-from peers import PLAIN, Call, Peer, prepare
+from peers import Call, Peer, prepare
 from problems import Spec, build
 
 
-def _peers(loss: str) -> list[Peer]:
+def peers_of(loss: str) -> list[Peer]:
+    """What computes the same as this loss; ours comes first."""
     peers = [
         Peer(f"otkd.{loss}", "otkd", {"loss": loss}),
         Peer("plain", "plain", {"divergence": loss}),
     ]
     if loss == "KLLoss":
         peers.append(Peer("F.kl_div", "kl_div"))
+        peers.append(Peer("torchdistill KDLoss", "torchdistill"))
     if loss == "JSDLoss":
         peers.append(Peer("TRL generalized JSD", "trl_jsd"))
     return peers
@@ -36,7 +39,7 @@ def divergences(settings: Settings) -> dict:
     spec = Spec(*sizes, "zipf", "iid", settings.seed)
     cases, targets = [], []
     for loss in PLAIN:
-        peers = _peers(loss)
+        peers = peers_of(loss)
         case = compare(spec, peers, _reference(spec, loss), settings)
         case["name"] = loss
         cases.append(case)
@@ -64,7 +67,7 @@ def extremes(settings: Settings) -> dict:
         # Of the same rounded logits: what is left is the error of the arithmetic.
         exact = Call(plain, *(z.double() for z in half))()
         found = {}
-        for peer in filter(lambda peer: peer.available, _peers(loss)):
+        for peer in filter(lambda peer: peer.available, peers_of(loss)):
             function = prepare(peer, spec).function
             values, gradient = Call(function, *without)()
             rounded = Call(function, *half)()

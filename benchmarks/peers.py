@@ -12,22 +12,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
-from problems import Problem, Spec, build
+from divergence_peers import DIVERGENCES
+from problems import Function, Problem, Spec, build
 from torch import Tensor
 
 import otkd
-from otkd.supports import Dense, TopK
+from otkd.supports import Dense, NearestNeighbours, TopK
 
 EPSILON = 0.1
 
+# By the kind of peer that needs it.
 _PACKAGES = {
     "pot": "ot",
     "geomloss": "geomloss",
     "trl_jsd": "trl",
-}  # by the kind of peer that needs it
+    "torchdistill": "torchdistill",
+    "liger": "liger_kernel",
+}
 
-Function = Callable[[Tensor, Tensor], Tensor]
+
+def installed(kind: str | None) -> bool:
+    """Whether the package is there that this kind of peer needs, if any."""
+    needed = _PACKAGES.get(kind) if kind else None
+    return needed is None or importlib.util.find_spec(needed) is not None
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,7 @@ class Peer:
     @property
     def available(self) -> bool:
         """Whether the package it needs is installed."""
-        needed = _PACKAGES.get(self.kind)
-        return needed is None or importlib.util.find_spec(needed) is not None
+        return installed(self.kind)
 
 
 @dataclass(frozen=True)
@@ -95,67 +101,24 @@ def prepare_job(arguments: dict, *, tiny: bool) -> Call:
 
 
 def _otkd_sinkhorn(
-    problem: Problem, *, k: int | None = None, clusters: int = 1, **options
+    problem: Problem,
+    *,
+    k: int | None = None,
+    clusters: int = 1,
+    neighbours: int | None = None,
+    epsilon: float = EPSILON,
+    **options,
 ) -> Function:
     support = Dense() if k is None else TopK(k, clusters=clusters)
+    if neighbours is not None:
+        support = NearestNeighbours(neighbours)
     return otkd.SinkhornLoss(
         embedding=problem.embedding,
-        epsilon=EPSILON,
+        epsilon=epsilon,
         support=support,
         reduction="none",
         **options,
     )
-
-
-def _otkd(problem: Problem, *, loss: str) -> Function:
-    return getattr(otkd, loss)(reduction="none")
-
-
-def _kl_div(problem: Problem) -> Function:
-    def function(student: Tensor, teacher: Tensor) -> Tensor:
-        log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-
-    return function
-
-
-def _plain(problem: Problem, *, divergence: str) -> Function:
-    """The formula as it is usually written, through autograd."""
-
-    def function(student: Tensor, teacher: Tensor) -> Tensor:
-        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-        q, p = log_q.exp(), log_p.exp()
-        return PLAIN[divergence](q, p, log_q, log_p)
-
-    return function
-
-
-def _middle_kl(q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
-    log_m = ((q + p) / 2).log()
-    return ((p * (log_p - log_m)).sum(-1) + (q * (log_q - log_m)).sum(-1)) / 2
-
-
-PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
-    "KLLoss": lambda q, p, log_q, log_p: (p * (log_p - log_q)).sum(-1),
-    "ReverseKLLoss": lambda q, p, log_q, log_p: (q * (log_q - log_p)).sum(-1),
-    "JSDLoss": _middle_kl,
-    "TVDLoss": lambda q, p, log_q, log_p: (q - p).abs().sum(-1) / 2,
-    "SkewKLLoss": lambda q, p, log_q, log_p: (p * (log_p - (0.1 * p + 0.9 * q).log())).sum(-1),
-}
-
-
-def _trl_jsd(problem: Problem) -> Function:
-    """TRL's generalized JSD at β = ½, which gives what every token adds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of being experimental
-        from trl.experimental.gkd import GKDTrainer
-
-    def function(student: Tensor, teacher: Tensor) -> Tensor:
-        return GKDTrainer.generalized_jsd_loss(
-            student, teacher, beta=0.5, temperature=1.0, reduction="none"
-        ).sum(-1)
-
-    return function
 
 
 def mean_normalised_cost(embedding: Tensor) -> Tensor:
@@ -170,7 +133,9 @@ def _potentials_loss(q: Tensor, f: Tensor, constant: Tensor) -> Tensor:
     return (q * f.detach()).sum(-1) + constant.detach()
 
 
-def _pot(problem: Problem, *, threshold: float, max_iterations: int) -> Function:
+def _pot(
+    problem: Problem, *, threshold: float, max_iterations: int, epsilon: float = EPSILON
+) -> Function:
     """``ot.sinkhorn2`` three times a position; its own gradients would be unrolled, or wrong."""
     import ot
 
@@ -180,11 +145,11 @@ def _pot(problem: Problem, *, threshold: float, max_iterations: int) -> Function
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of reaching max_iterations
             _, log = ot.sinkhorn2(
-                a, b, cost, EPSILON, stopThr=threshold, numItermax=max_iterations, log=True
+                a, b, cost, epsilon, stopThr=threshold, numItermax=max_iterations, log=True
             )
         # P = diag(u)·K·diag(v) here, and a_i·b_j·exp((f_i + g_j − C_ij)/ε) in otkd.
-        f = EPSILON * (log["u"].reshape(-1).log() - a.log())
-        g = EPSILON * (log["v"].reshape(-1).log() - b.log())
+        f = epsilon * (log["u"].reshape(-1).log() - a.log())
+        g = epsilon * (log["v"].reshape(-1).log() - b.log())
         shift = ((b * g).sum() - (a * f).sum()) / 2
         return f + shift, g - shift
 
@@ -204,14 +169,16 @@ def _pot(problem: Problem, *, threshold: float, max_iterations: int) -> Function
     return function
 
 
-def _geomloss(problem: Problem, *, scaling: float, backend: str = "tensorized") -> Function:
+def _geomloss(
+    problem: Problem, *, scaling: float, backend: str = "tensorized", epsilon: float = EPSILON
+) -> Function:
     """``SamplesLoss`` a position at a time: tensorized it holds four costs for each position."""
     from geomloss import SamplesLoss
 
     embedding = problem.embedding
     scale = 2 * (embedding - embedding.mean(0)).square().sum(-1).mean()
     points = embedding * (2 / scale).sqrt()  # its cost is |x − y|²/2
-    loss = SamplesLoss("sinkhorn", p=2, blur=EPSILON**0.5, scaling=scaling, backend=backend)
+    loss = SamplesLoss("sinkhorn", p=2, blur=epsilon**0.5, scaling=scaling, backend=backend)
 
     def function(student: Tensor, teacher: Tensor) -> Tensor:
         q, p = student.softmax(-1), teacher.softmax(-1)
@@ -252,11 +219,8 @@ def _unrolled(problem: Problem, *, iterations: int, log_domain: bool = False) ->
 
 KINDS: dict[str, Callable[..., Function]] = {
     "otkd_sinkhorn": _otkd_sinkhorn,
-    "otkd": _otkd,
-    "kl_div": _kl_div,
-    "plain": _plain,
-    "trl_jsd": _trl_jsd,
     "pot": _pot,
     "geomloss": _geomloss,
     "unrolled": _unrolled,
+    **DIVERGENCES,
 }

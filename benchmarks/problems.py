@@ -23,6 +23,9 @@ TOKENS_PER_CLUSTER = 80
 SPREAD_OF_CLUSTER = 0.5
 _ROWS_AT_A_TIME = 16  # small temporaries: the peak of making the inputs must not hide the peer's
 
+Function = Callable[[Tensor, Tensor], Tensor]
+"""A peer: logits of student and teacher, ``(N, V)``, to one differentiable value a position."""
+
 
 class Problem(NamedTuple):
     """Inputs of every peer: logits ``(N, V)`` and the embedding of the tokens ``(V, width)``."""

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md from the result files alone: `python benchmarks/report.py`."""
+"""docs/benchmarks.md and its figures from the result files alone: `python benchmarks/report.py`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import figures
+import tables
+import tomllib
 import typer
 from run import GROUPS, RESULTS
 
@@ -15,20 +18,19 @@ _TITLES = {
     "vocabulary": "Transport over vocabularies",
     "batch": "Transport between the samples of a batch",
     "divergences": "f-divergences",
-}
-_NONE = "–"
-# What a peer may have been measured for, in the order of the columns.
-_COLUMNS = {
-    "value_error": "value error",
-    "gradient_error": "gradient error",
-    "peak_units": "peak, N·V·4 bytes",
-    "finite_without_mass": "finite at −inf",
-    "least_value": "least value",
+    "steps": "Whole training steps",
+    "pareto": "Accuracy against cost",
+    "limits": "What the machine could do",
+    "gpu": "On a GPU",
 }
 
 
-def page(results: Path) -> str:
-    """The page; groups and rows without a result file are named as not measured."""
+def page(results: Path, images: dict[str, str]) -> str:
+    """The page; rows without a result file are named as not measured.
+
+    ``images`` are the paths of the figures, by ``GROUP/ROW``.
+    """
+    notes = _notes(results / "notes.toml")
     parts = [
         "# Benchmarks",
         "Made by `python benchmarks/report.py` from `benchmarks/results/`; what each number is and "
@@ -37,11 +39,12 @@ def page(results: Path) -> str:
         "by round, so 10 is ten times slower than otkd and .5 twice as fast; least and greatest "
         "in brackets.",
     ]
-    machines = {}
+    machines: dict[str, list[str]] = {}
     for group, rows in GROUPS.items():
         parts.append(f"## {_TITLES[group]}")
         for row in rows:
-            path = results / group / f"{row}.json"
+            place = f"{group}/{row}"
+            path = results / f"{place}.json"
             if not path.is_file():
                 parts.append(f"`{row}`: not measured.")
                 continue
@@ -51,84 +54,58 @@ def page(results: Path) -> str:
                 continue
             where = {**result["machine"], **result["versions"]}
             line = ", ".join(f"{k} {v}" for k, v in where.items() if v is not None)
-            machines.setdefault(line, []).append(f"{group}/{row}")
-            parts += _row(row, result)
+            machines.setdefault(line, []).append(place)
+            parts += _row(row, result, images.get(place), notes.pop(place, None))
+    if notes:
+        raise ValueError(f"notes.toml speaks of rows that are not there: {', '.join(notes)}")
     parts.append("## Machines and versions")
     parts.append("\n".join(f"- {', '.join(rows)}: {line}" for line, rows in machines.items()))
     return "\n\n".join(parts) + "\n"
 
 
-def _row(name: str, result: dict) -> list[str]:
+def _notes(path: Path) -> dict[str, str]:
+    """What the figures do not say by themselves, such as why one falls short; by ``GROUP/ROW``."""
+    if not path.is_file():
+        return {}
+    groups = tomllib.loads(path.read_text("utf-8"))
+    return {f"{group}/{row}": text for group, rows in groups.items() for row, text in rows.items()}
+
+
+def _row(name: str, result: dict, image: str | None, note: str | None) -> list[str]:
     parts = [f"### `{name}`", str(result["what"])]
+    if image:
+        parts.append(f"![{name}]({image})")
+    if result["targets"]:
+        parts.append(_markdown(tables.targets(result)).replace("| missed |", "| **missed** |"))
+    if note:
+        parts.append(note.strip())
+    if rates := result.get("rates_a_second"):
+        found = (f"{key} {value:.3g}" for key, value in rates.items())
+        parts.append(f"Measured here, a second: {', '.join(found)}.")
     for case in result["cases"]:
         parts.append(f"**{case['name']}**")
-        if "exponent" in case:
-            fit = case["exponent"]
-            parts.append(f"time ∝ size^({fit['exponent']:.2f} ± {fit['interval']:.2f})")
-        parts += [_curve(case), _peers(case)]
-    if result["targets"]:
-        marks = {True: "met", False: "**missed**", None: "not measured"}
-        lines = [
-            [t["name"], _number(t["measured"]), f"{t['relation']} {t['limit']:g}", marks[t["met"]]]
-            for t in result["targets"]
-        ]
-        parts.append(_table(["figure", "measured", "wanted", ""], lines))
-    return [part for part in parts if part]
+        if fit := tables.exponent(case):
+            parts.append(fit)
+        if table := tables.case_table(case):
+            parts.append(_markdown(table))
+        if case.get("not_installed"):
+            parts.append(f"Not installed: {', '.join(case['not_installed'])}.")
+    return parts
 
 
-def _peers(case: dict) -> str:
-    peers = case.get("peers", {})
-    if not peers:
-        return ""
-    keys = [key for key in _COLUMNS if any(key in peer for peer in peers.values())]
-    rows = []
-    for name, found in peers.items():
-        times, seconds = case["times"].get(name), found.get("seconds")
-        values = [_number(found.get(key)) for key in keys]
-        rows.append([name, _spread(times), _spread(seconds, medians=True), *values])
-    return _table(["peer", "× otkd", "seconds", *(_COLUMNS[key] for key in keys)], rows)
-
-
-def _curve(case: dict) -> str:
-    points = case.get("curve") or case.get("points") or []
-    if not points:
-        return ""
-    keys = [key for key in points[0] if key != "seconds"]
-    header = [*keys, "seconds"] if "seconds" in points[0] else keys
-    rows = []
-    for point in points:
-        row = [_number(point[key]) for key in keys]
-        rows.append([*row, _spread(point["seconds"])] if "seconds" in point else row)
-    return _table([name.replace("_", " ") for name in header], rows)
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
-
-
-def _number(value: float | bool | None) -> str:
-    if value is None:
-        return _NONE
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-
-
-def _spread(found: dict | None, *, medians: bool = False) -> str:
-    if found is None:
-        return _NONE
-    median = f"{found['median']:.3g}"
-    return median if medians else f"{median} ({found['low']:.3g}–{found['high']:.3g})"
+def _markdown(table: tables.Table) -> str:
+    rule = ["---", *["---:"] * (len(table.header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (table.header, rule, *table.rows))
 
 
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
-    output: Annotated[Path, typer.Option(help="The page.")] = PAGE,
+    output: Annotated[Path, typer.Option(help="The page; figures go to images/ beside it.")] = PAGE,
 ) -> None:
-    """Write the page whole or not at all."""
-    text = page(results)
+    """Draw the figures, and write the page whole or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    drawn = figures.draw_all(results, output.parent / "images")
+    text = page(results, {place: f"images/{name}" for place, name in drawn.items()})
     unfinished = output.with_suffix(".unfinished")
     unfinished.write_text(text, "utf-8")
     os.replace(unfinished, output)

@@ -13,7 +13,12 @@ from typing import Annotated
 
 import batch_rows
 import divergence_rows
+import gpu_rows
+import limit_rows
 import measure
+import pareto_rows
+import step_rows
+import tables
 import torch
 import typer
 import vocabulary_rows
@@ -27,6 +32,10 @@ GROUPS = {
     "vocabulary": vocabulary_rows.ROWS,
     "batch": batch_rows.ROWS,
     "divergences": divergence_rows.ROWS,
+    "steps": step_rows.ROWS,
+    "pareto": pareto_rows.ROWS,
+    "limits": limit_rows.ROWS,
+    "gpu": gpu_rows.ROWS,
 }
 
 
@@ -69,51 +78,21 @@ def show(console: Console, result: dict) -> None:
         console.print(f"[bold]{result['row']}[/bold]: not measured ({result['reason']})")
         return
     for case in result["cases"]:
-        title = f"{result['row']}: {case['name']}"
-        if "coverage_of_64" in case:
-            title += f", coverage {_number(case['coverage_of_64'])}"
-        table = Table(title=title, title_justify="left")
-        table.add_column("k" if "curve" in case else "peer", no_wrap=True)
-        columns = ("value error", "gradient error", "coverage")
-        if "peers" in case:
-            columns = ("seconds", "× otkd", "peak / N·V·4", "value error", "gradient error")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for point in case.get("curve", ()):
-            fields = ("value_error", "gradient_error", "coverage")
-            name = f"{point['k']}, {point['clusters']} tail atoms"
-            table.add_row(name, *(_number(point[field]) for field in fields))
-        for name, found in case.get("peers", {}).items():
-            table.add_row(
-                name,
-                _spread(found.get("seconds")),
-                _spread(case["times"].get(name)),
-                *map(_number, (found.get(key) for key in ("peak_units", *_ERRORS))),
-            )
-        if "exponent" in case:
-            fit = case["exponent"]
-            console.print(f"{case['name']}: {fit['exponent']:.2f} ± {fit['interval']:.2f}")
-        else:
-            console.print(table)
-    for target in result["targets"]:
-        mark = {True: "[green]met[/green]", False: "[red]missed[/red]", None: "not measured"}
-        wanted = f"{target['relation']} {target['limit']:g}"
-        console.print(
-            f"  {target['name']}: {_number(target['measured'])} ({wanted}), {mark[target['met']]}"
-        )
+        if fit := tables.exponent(case):
+            console.print(f"{case['name']}: {fit}")
+        elif found := tables.case_table(case):
+            console.print(_rich(found, f"{result['row']}: {case['name']}"))
+    if result["targets"]:
+        console.print(_rich(tables.targets(result), "targets"))
 
 
-_ERRORS = ("value_error", "gradient_error")
-
-
-def _number(x: float | None) -> str:
-    return "–" if x is None else f"{x:.3g}"
-
-
-def _spread(found: dict | None) -> str:
-    if found is None:
-        return "–"
-    return f"{found['median']:.3g} ({found['low']:.3g}–{found['high']:.3g})"
+def _rich(table: tables.Table, title: str) -> Table:
+    shown = Table(title=title, title_justify="left")
+    for index, column in enumerate(table.header):
+        shown.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
 
 
 def main(

@@ -1,14 +1,15 @@
-"""A whole training step of a language model: teacher forward, student forward, loss, backward."""
+"""A whole training step: teacher forward, student forward, loss, backward, optimiser."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import nn
+from peers import KINDS
+from torch import Tensor, nn
 
 import otkd
 
@@ -18,7 +19,11 @@ _DISAGREEMENT = 0.03  # of the student's weights from the teacher's, in their st
 
 @dataclass(frozen=True)
 class StepSpec:
-    """A GPT-2 of this size as student and as teacher, trained on random tokens."""
+    """Random tokens for two models of this size: GPT-2, or where there are classes BERT.
+
+    The student of GPT-2 is the teacher with noise on its weights; that of BERT has every other of
+    its layers.
+    """
 
     vocab: int = 30_522
     layers: int = 6
@@ -26,11 +31,15 @@ class StepSpec:
     heads: int = 6
     sequences: int = 16
     length: int = 128
+    classes: int = 0
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def logits_bytes(self) -> int:
         """N·V·4, the unit in which memory is reported."""
+        if self.classes:
+            return self.sequences * self.classes * 4
         return self.sequences * self.length * self.vocab * 4
 
     def as_dict(self) -> dict:
@@ -40,10 +49,15 @@ class StepSpec:
 
 @functools.lru_cache(maxsize=1)
 def models(spec: StepSpec) -> tuple[nn.Module, nn.Module]:
-    """Student and teacher: the student is the teacher with noise on its weights."""
+    """Student and teacher."""
+    torch.manual_seed(spec.seed)
+    student, teacher = _classifiers(spec) if spec.classes else _language_models(spec)
+    return student.to(spec.device), teacher.to(spec.device)
+
+
+def _language_models(spec: StepSpec) -> tuple[nn.Module, nn.Module]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(spec.seed)
     config = GPT2Config(
         vocab_size=spec.vocab,
         n_layer=spec.layers,
@@ -68,36 +82,112 @@ def models(spec: StepSpec) -> tuple[nn.Module, nn.Module]:
     return student, teacher
 
 
+def _classifiers(spec: StepSpec) -> tuple[nn.Module, nn.Module]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=spec.vocab,
+        num_hidden_layers=spec.layers,
+        hidden_size=spec.width,
+        num_attention_heads=spec.heads,
+        intermediate_size=4 * spec.width,
+        max_position_embeddings=spec.length,
+        num_labels=spec.classes,
+    )
+    teacher = BertForSequenceClassification(config).eval().requires_grad_(False)
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = (spec.layers + 1) // 2
+    student = BertForSequenceClassification(config).train()
+    for model in (student, teacher):
+        nn.init.normal_(model.classifier.weight, std=_LOGIT_SCALE / spec.width**0.5)
+    return student, teacher
+
+
 class Step:
-    """One step of AdamW; every call trains on the same tokens."""
+    """One step of AdamW; every call trains on the same tokens.
+
+    Args:
+        spec: the models and the tokens.
+        loss: a key of ``LANGUAGE_LOSSES`` or ``CLASS_LOSSES``.
+    """
 
     def __init__(self, spec: StepSpec, loss: str):
         self.student, self.teacher = models(spec)
-        self.loss: Callable = otkd.KLLoss()
-        if loss == "sinkhorn":
-            self.loss = otkd.SinkhornLoss(embedding=self.teacher.get_input_embeddings().weight)
+        make = (CLASS_LOSSES if spec.classes else LANGUAGE_LOSSES)[loss]
+        self.loss = make(self.teacher)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
         generator = torch.Generator().manual_seed(spec.seed)
         shape = spec.sequences, spec.length
-        self.tokens = torch.randint(spec.vocab, shape, generator=generator)
+        self.tokens = torch.randint(spec.vocab, shape, generator=generator).to(spec.device)
+        # Only the losses with hard labels read them.
+        labels = torch.arange(spec.sequences) % max(1, spec.classes)
+        self.labels = labels.to(spec.device) if spec.classes else None
 
     def __call__(self) -> None:
         with torch.no_grad():
             teacher_logits = self.teacher(self.tokens).logits
         student_logits = self.student(self.tokens).logits
-        self.loss(student_logits, teacher_logits).backward()
+        self.loss(student_logits, teacher_logits, labels=self.labels).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     @property
     def report(self):
-        """What otkd's solver did in the last call."""
-        return self.loss.last_report
+        """What otkd's solver did in the last call; None where there is none."""
+        return getattr(self.loss, "last_report", None)
 
 
 def prepare_job(arguments: dict, *, tiny: bool) -> Step:
     """The call of another process; ``tiny`` for its warm-up. See :func:`measure.peak_memory`."""
     spec = StepSpec(**arguments["spec"])
     if tiny:
-        spec = StepSpec(vocab=2100, layers=1, width=8, heads=1, sequences=1, length=4)
+        small = {"layers": 1, "width": 8, "heads": 1, "length": 4}
+        spec = replace(spec, **small, vocab=2100, sequences=2 if spec.classes else 1)
     return Step(spec, arguments["loss"])
+
+
+def _mean_of(kind: str) -> Callable[[nn.Module], Callable]:
+    """The mean over the positions of a peer that is no module of otkd."""
+
+    def make(teacher: nn.Module) -> Callable:
+        function = KINDS[kind](None)
+
+        def loss(student_logits: Tensor, teacher_logits: Tensor, labels=None) -> Tensor:
+            return function(student_logits.flatten(0, -2), teacher_logits.flatten(0, -2)).mean()
+
+        return loss
+
+    return make
+
+
+def _named(name: str, **options) -> Callable[[nn.Module], nn.Module]:
+    return lambda teacher: otkd.losses.get_loss(name, **options)
+
+
+_OTHERS = {
+    "F.kl_div": _mean_of("kl_div"),
+    "torchdistill KDLoss": _mean_of("torchdistill"),
+    "TRL generalized JSD": _mean_of("trl_jsd"),
+}
+LANGUAGE_LOSSES: dict[str, Callable[[nn.Module], Callable]] = {
+    "kl": _named("kl"),
+    "rkl": _named("rkl"),
+    "jsd": _named("jsd"),
+    "tvd": _named("tvd"),
+    "skl": _named("skl"),
+    "akl": _named("akl"),
+    "uld": _named("uld"),
+    "sinkhorn": lambda teacher: otkd.SinkhornLoss(embedding=teacher.get_input_embeddings().weight),
+    **_OTHERS,
+}
+CLASS_LOSSES: dict[str, Callable[[nn.Module], Callable]] = {
+    "kl": _named("kl"),
+    "rkl": _named("rkl"),
+    "jsd": _named("jsd"),
+    "tvd": _named("tvd"),
+    "sinkhorn, discrete": _named("sinkhorn", cost="discrete"),
+    "batch_sinkhorn, debiased": _named("batch_sinkhorn", debias=True),
+    "sinkd": _named("sinkd"),
+    "SinKD's public code": lambda teacher: otkd.SinKDLoss.author(),
+    **_OTHERS,
+}

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import measure
-import torch
-from compare import Settings, compare, errors_of, peak_of, peak_of_job, reference_of, target
+from compare import Settings, compare, errors_of, peak_of, reference_of, target
 from peers import Peer, prepare
 from problems import EMBEDDINGS, LOGITS, Spec, build, coverage
-from steps import Step, StepSpec
 
 from otkd.supports import Dense, TopK
 
@@ -137,6 +134,22 @@ def topk_large(settings: Settings) -> dict:
     return topk(settings, vocab=152_000)
 
 
+def sizes(settings: Settings) -> dict:
+    """The 64 heaviest of up to 262,144 tokens, at up to 8,192 positions."""
+    full = ((32_000, 8192), (128_000, 2048), (262_144, 1024))
+    peers = [
+        Peer("otkd", "otkd_sinkhorn", {"k": 64}),
+        Peer("F.kl_div", "kl_div"),
+        Peer("otkd.KLLoss", "otkd", {"loss": "KLLoss"}),
+    ]
+    cases = []
+    for vocab, positions in settings.pick(full, ((3000, 16),)):
+        spec = Spec(vocab, positions, settings.pick(256, 16), seed=settings.seed)
+        case = compare(spec, peers, None, settings)
+        cases.append({**case, "name": f"{vocab:,} tokens, {positions:,} positions"})
+    return {"cases": cases, "targets": []}
+
+
 def accuracy(settings: Settings) -> dict:
     """How far top-k is from every token, for k from 16 to 512."""
     vocab, positions, width = settings.pick((4000, 64, 64), (300, 4, 8))
@@ -146,82 +159,22 @@ def accuracy(settings: Settings) -> dict:
         for embedding in EMBEDDINGS:
             spec = Spec(vocab, positions, width, logits, embedding, settings.seed)
             reference = reference_of(spec, Dense())
-            curve = []
+            points = []
             for k, clusters in (*((k, 1) for k in sizes), *((64, c) for c in (16, 32, 64))):
                 support = {"k": k, "clusters": clusters, "tolerance": 1e-5}
                 call = prepare(Peer("", "otkd_sinkhorn", support), spec)
                 errors = errors_of(call, reference)
                 covered = float(call.report.coverage)
-                curve.append({"k": k, "clusters": clusters, **errors, "coverage": covered})
+                points.append({"k": k, "clusters": clusters, **errors, "coverage": covered})
             heads = coverage(build(spec).student)
             if heads >= 0.85:
-                for point in curve:
+                for point in points:
                     if point["k"] == 64:
                         name = f"{spec.name}: gradient error, {point['clusters']} tail atoms"
                         targets.append(target(name, point["gradient_error"], "≤", 0.03))
             case = {"name": spec.name, "problem": spec.as_dict(), "coverage_of_64": heads}
-            cases.append({**case, "curve": curve})
+            cases.append({**case, "points": points})
     return {"cases": cases, "targets": targets}
-
-
-def step(settings: Settings) -> dict:
-    """A training step with Sinkhorn, against one with KL."""
-    quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
-    spec = settings.pick(StepSpec(seed=settings.seed), quick)
-    calls = {"otkd": Step(spec, "sinkhorn"), "otkd.KLLoss": Step(spec, "kl")}
-    seconds = measure.alternate(calls, dict.fromkeys(calls, settings.repeats))
-    peers = {}
-    for name, loss in (("otkd", "sinkhorn"), ("otkd.KLLoss", "kl")):
-        job = {"runner": "steps", "arguments": {"spec": spec.as_dict(), "loss": loss}}
-        peers[name] = {
-            "seconds": measure.spread(seconds[name]),
-            **peak_of_job(job, spec.logits_bytes),
-        }
-    report = calls["otkd"].report
-    times = measure.ratio(seconds["otkd"], seconds["otkd.KLLoss"])
-    peaks = [peers[name].get("peak_bytes") for name in calls]
-    memory = peaks[0] / peaks[1] if all(peaks) else None
-    case = {
-        "name": "gpt2",
-        "problem": spec.as_dict(),
-        "support": report.support,
-        "coverage_of_64": None if report.coverage is None else float(report.coverage),
-        "iterations": report.iterations,
-        "peers": peers,
-        "times": {"otkd.KLLoss": measure.ratio(seconds["otkd.KLLoss"], seconds["otkd"])},
-    }
-    targets = [
-        target("time of a step, otkd / KL", times["median"], "≤", 1.2),
-        target("peak memory of a step, otkd / KL", memory, "≤", 1.0),
-    ]
-    return {"cases": [case], "targets": targets}
-
-
-def gpu(settings: Settings) -> dict:
-    """On a GPU, by precision and backend: 64 of 152,000 tokens, and every one of 16,000."""
-    if not torch.cuda.is_available():
-        return {"measured": False, "reason": "no GPU", "cases": [], "targets": []}
-    head = {"k": 64}
-    parts = (
-        (settings.pick((152_000, 2048, 1024), (3000, 16, 16)), head, ("torch", "triton")),
-        (settings.pick((16_000, 512, 256), (200, 6, 8)), {}, ("torch", "keops")),
-    )
-    cases = []
-    for dtype in ("float32", "bfloat16"):
-        for sizes, options, backends in parts:
-            spec = Spec(*sizes, "zipf", "clustered", settings.seed, dtype, "cuda")
-            peers, refused = [], {}
-            for backend in backends:
-                peer = Peer(f"otkd, {backend}", "otkd_sinkhorn", {**options, "backend": backend})
-                try:
-                    prepare(peer, dataclasses.replace(spec, vocab=100, positions=2))()
-                    peers.append(peer)
-                except (ImportError, ValueError, RuntimeError) as error:
-                    refused[backend] = str(error)
-            case = compare(spec, [*peers, Peer("F.kl_div", "kl_div")], None, settings)
-            name = f"{'top 64' if options else 'dense'}, {dtype}"
-            cases.append({**case, "name": name, "refused": refused})
-    return {"cases": cases, "targets": []}
 
 
 ROWS: dict[str, Callable[[Settings], dict]] = {
@@ -229,6 +182,5 @@ ROWS: dict[str, Callable[[Settings], dict]] = {
     "topk": topk,
     "topk_large": topk_large,
     "accuracy": accuracy,
-    "step": step,
-    "gpu": gpu,
+    "sizes": sizes,
 }

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-ROWS = ("dense", "topk", "accuracy", "step", "gpu")
+ROWS = ("dense", "topk", "accuracy", "sizes")
 
 
 def run(script: str, *arguments: str) -> str:
@@ -80,14 +80,14 @@ def test_dense_agrees_with_a_solver_that_is_not_ours(folder):
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"], name
 
 
-@pytest.mark.parametrize(("row", "baseline"), [("topk", "F.kl_div"), ("step", "otkd.KLLoss")])
-def test_time_spread_and_memory_are_recorded(folder, row, baseline):
+@pytest.mark.parametrize("row", ["topk", "sizes"])
+def test_time_spread_and_memory_are_recorded(folder, row):
     (case,) = load(folder, row)["cases"]
-    for name in ("otkd", baseline):
+    for name in ("otkd", "F.kl_div"):
         seconds = case["peers"][name]["seconds"]
         assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
         assert seconds["repeats"] == 2
-    assert case["times"][baseline]["repeats"] == 2
+    assert case["times"]["F.kl_div"]["repeats"] == 2
     assert case["peers"]["otkd"]["peak_bytes"] > 0
     assert case["coverage_of_64"] > 0.5
 
@@ -96,41 +96,39 @@ def test_more_tokens_are_more_accurate(folder):
     result = load(folder, "accuracy")
     assert len(result["cases"]) == 6
     for case in result["cases"]:
-        few, *_, many = (point for point in case["curve"] if point["clusters"] == 1)
+        few, *_, many = (point for point in case["points"] if point["clusters"] == 1)
         assert few["k"] < many["k"]
         assert few["coverage"] < many["coverage"]
         assert few["gradient_error"] > many["gradient_error"]
 
 
-def test_without_a_gpu_nothing_is_claimed(folder):
-    result = load(folder, "gpu")
-    if torch.cuda.is_available():
-        assert result["measured"]
-    else:
-        assert not result["measured"]
-        assert result["reason"] == "no GPU"
+def test_without_a_gpu_nothing_is_claimed(tmp_path):
+    run("gpu.py", "--quick", "--repeats", "1", "--output", str(tmp_path))
+    found = {path.stem: json.loads(path.read_text("utf-8")) for path in tmp_path.glob("*.json")}
+    assert list(found)
+    for result in found.values():
+        assert result["measured"] == torch.cuda.is_available()
+        if not result["measured"]:
+            assert result["reason"] == "no GPU"
+
+
+def test_when_the_time_is_up_no_further_gpu_row_is_begun(tmp_path):
+    said = run("gpu.py", "--quick", "--minutes", "0", "--output", str(tmp_path))
+    assert said.count("left for another call") == 5
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_finished_row_is_kept_and_a_broken_one_made_anew(folder, tmp_path):
-    for row in ("accuracy", "gpu"):
+    for row in ("accuracy", "sizes"):
         (tmp_path / f"{row}.json").write_bytes((folder / f"{row}.json").read_bytes())
     before = (tmp_path / "accuracy.json").read_bytes()
-    (tmp_path / "gpu.json").write_text("{", "utf-8")
-    out = run_rows(tmp_path, "accuracy", "gpu")
+    (tmp_path / "sizes.json").write_text("{", "utf-8")
+    out = run_rows(tmp_path, "accuracy", "sizes")
     assert "accuracy is finished" in out
-    assert "measuring gpu" in out
+    assert "measuring sizes" in out
     assert (tmp_path / "accuracy.json").read_bytes() == before
-    assert load(tmp_path, "gpu")["row"] == "gpu"
-    assert "measuring gpu" in run_rows(tmp_path, "gpu", extra=("--seed", "1"))  # other settings
-
-
-def test_the_figure_is_drawn_from_the_results(folder, tmp_path):
-    pytest.importorskip("matplotlib")
-    image = tmp_path / "images" / "topk-error.svg"
-    run("plot_vocabulary.py", "--results", str(folder), "--image", str(image))
-    drawing = image.read_text("utf-8")
-    assert drawing.rstrip().endswith("</svg>")
-    assert "flat, clustered embedding" in drawing
+    assert load(tmp_path, "sizes")["row"] == "sizes"
+    assert "measuring sizes" in run_rows(tmp_path, "sizes", extra=("--seed", "1"))  # other settings
 
 
 # Between samples, and divergences -----------------------------------------------------------------
@@ -148,11 +146,14 @@ def test_batch_transport_is_compared_at_known_errors(tmp_path):
     for case in (*found["few_classes"]["cases"], *found["many_classes"]["cases"]):
         peers = case["peers"]
         assert peers["otkd"]["gradient_error"] < 2e-3
-        # Solvers that are not ours, with gradients by their own plans.
+        # Solvers that are not ours, with gradients by their own plans, or through the iterations.
         assert peers["POT sinkhorn"]["gradient_error"] < 2e-3
         assert peers["POT batch"]["gradient_error"] < 0.2  # after 20 iterations
+        assert peers["unrolled"]["gradient_error"] < 0.4  # of ⟨P, C⟩
         assert "gradient_error" not in peers["F.kl_div"]
         assert set(case["times"]) == set(peers) - {"otkd"}
+    *_, largest = found["few_classes"]["cases"][:2]
+    assert largest["peers"]["unrolled"]["peak_bytes"] > 0
     axes = {case["name"] for case in found["scaling"]["cases"]}
     assert axes == {f"{kind} over {axis}" for kind in ("otkd", "unrolled") for axis in "bdT"}
     for case in found["scaling"]["cases"]:
@@ -174,18 +175,71 @@ def test_divergences_are_compared_with_the_plain_formulas(tmp_path):
         assert ours["gradient_error"] < min(0.004, plain["gradient_error"])
 
 
-def test_the_page_is_made_of_the_results_alone(folder, tmp_path):
-    results, page = tmp_path / "results", tmp_path / "benchmarks.md"
-    shutil.copytree(folder, results / "vocabulary")
+def test_a_step_with_every_loss_is_a_ratio_to_kl(tmp_path):
+    found = run_group(tmp_path, "steps")
+    (language,), (classes,) = (found[row]["cases"] for row in ("language_model", "classification"))
+    for case in (language, classes):
+        assert case["times_against"] == "kl"
+        assert set(case["times"]) == set(case["peers"]) - {"kl"}
+        assert "F.kl_div" in case["times"]
+    assert language["peers"]["sinkhorn"]["peak_bytes"] > 0
+    assert language["iterations"]["sinkhorn"] >= 1
+    assert {"sinkd", "SinKD's public code"} <= set(classes["peers"])
+
+
+def test_accuracy_stands_against_time(tmp_path):
+    pytest.importorskip("geomloss")
+    found = run_group(tmp_path, "pareto")
+    for row, families in (("vocabulary", 6), ("batch", 5)):
+        (case,) = found[row]["cases"]
+        assert len({point["family"] for point in case["points"]}) == families
+        for point in case["points"]:
+            assert 0 < point["gradient_error"] < 1.5
+            assert point["seconds"]["median"] > 0
+
+
+def test_shares_of_the_limit_are_of_what_was_measured(tmp_path):
+    result = run_group(tmp_path, "limits")["headline"]
+    assert all(rate > 0 for rate in result["rates_a_second"].values())
+    for point in result["cases"][0]["points"]:
+        assert point["share"] > 0
+        expected = point["limit, seconds"] / point["seconds"]["median"]
+        assert point["share"] == pytest.approx(expected)
+
+
+@pytest.fixture
+def results(folder, tmp_path) -> Path:
+    shutil.copytree(folder, tmp_path / "results" / "vocabulary")
+    return tmp_path / "results"
+
+
+def report(results: Path) -> str:
+    page = results.parent / "benchmarks.md"
     run("report.py", "--results", str(results), "--output", str(page))
-    text = page.read_text("utf-8")
+    return page.read_text("utf-8")
+
+
+def test_the_page_and_its_figure_are_made_of_the_results_alone(folder, results):
+    text = report(results)
     found = load(folder, "topk")["cases"][0]["times"]["F.kl_div"]
     assert f"| F.kl_div | {found['median']:.3g} ({found['low']:.3g}–{found['high']:.3g}) |" in text
     assert "`few_classes`: not measured." in text
-    assert "`gpu`: not measured (no GPU)." in text or torch.cuda.is_available()
+    assert "(images/topk-error.svg)" in text
+    drawing = (results.parent / "images" / "topk-error.svg").read_text("utf-8")
+    assert drawing.rstrip().endswith("</svg>")
+    assert "flat, clustered embedding" in drawing
     (results / "vocabulary" / "topk.json").unlink()
-    run("report.py", "--results", str(results), "--output", str(page))
-    assert "`topk`: not measured." in page.read_text("utf-8")
+    (results / "vocabulary" / "accuracy.json").unlink()
+    text = report(results)
+    assert "`topk`: not measured." in text
+    assert "topk-error.svg" not in text
+
+
+def test_notes_stand_at_their_rows(results):
+    (results / "notes.toml").write_text('[vocabulary]\ntopk = "Slower, for a reason."\n', "utf-8")
+    text = report(results)
+    assert text.index("### `topk`") < text.index("Slower, for a reason.")
+    assert text.index("Slower, for a reason.") < text.index("### `accuracy`")
 
 
 def test_quick_ratios_stand_beside_those_on_file(tmp_path):

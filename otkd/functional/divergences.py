@@ -14,8 +14,8 @@ All raise ``TypeError`` or ``ValueError`` for logits of different shapes, for pa
 range and for NaN in a counted position. Log-probabilities are floored at ``rowwise.LOG_ZERO``
 (−10⁵): a divergence that is truly infinite is large and finite, with the analytic gradient.
 
-What is written here is the formula alone: value and q·∂D/∂q from log q and log p, where any
-multiple of q may be added to the latter (the softmax removes it).
+What is written here is the formula alone: value and q·∂D/∂q from q, p and their logarithms, where
+any multiple of q may be added to the latter (the softmax removes it).
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def kl_divergence() -> Formula:
     Source: Hinton, Vinyals and Dean (2015), "Distilling the Knowledge in a Neural Network".
     """
 
-    def formula(log_q, log_p):
-        p = log_p.exp()
-        return (p * (log_p - log_q)).sum(-1), log_q.exp() - p
+    def formula(pair):
+        return (pair.log_p - pair.log_q).mul_(pair.p).sum(-1), pair.q - pair.p
 
     return formula
 
@@ -50,8 +49,8 @@ def reverse_kl_divergence() -> Formula:
     Source: Gu et al. (2024), "MiniLLM: Knowledge Distillation of Large Language Models".
     """
 
-    def formula(log_q, log_p):
-        weighted = log_q.exp() * (log_q - log_p)
+    def formula(pair):
+        weighted = (pair.log_q - pair.log_p).mul_(pair.q)
         return weighted.sum(-1), weighted
 
     return formula
@@ -73,11 +72,11 @@ def jensen_shannon_divergence(beta: float = 0.5) -> Formula:
             "is 0 everywhere: use KL or reverse KL for its limits"
         )
 
-    def formula(log_q, log_p):
-        log_m = _log_mixture(log_p, log_q, beta)
-        student_part = (1 - beta) * log_q.exp() * (log_q - log_m)
-        teacher_part = beta * log_p.exp() * (log_p - log_m)
-        return (teacher_part + student_part).sum(-1), student_part
+    def formula(pair):
+        log_m = _mixture(pair.p, pair.q, beta).log_()
+        student_part = (pair.log_q - log_m).mul_(pair.q).mul_(1 - beta)
+        teacher_part = (pair.log_p - log_m).mul_(pair.p)
+        return beta * teacher_part.sum(-1) + student_part.sum(-1), student_part
 
     return formula
 
@@ -90,10 +89,10 @@ def total_variation_distance() -> Formula:
     Distillation".
     """
 
-    def formula(log_q, log_p):
-        q = log_q.exp()
-        difference = q - log_p.exp()
-        return difference.abs().sum(-1) / 2, q * difference.sign() / 2
+    def formula(pair):
+        difference = pair.q - pair.p
+        value = difference.abs().sum(-1) / 2
+        return value, difference.sign_().mul_(pair.q).div_(2)
 
     return formula
 
@@ -109,12 +108,15 @@ def skew_kl_divergence(alpha: float = 0.1) -> Formula:
         ValueError: unless 0 ≤ ``alpha`` < 1.
     """
     _check_skew(alpha)
+    if alpha == 0:
+        return kl_divergence.formula()
 
-    def formula(log_q, log_p):
-        log_m = _log_mixture(log_p, log_q, alpha)
-        p = log_p.exp()
-        weighted = (1 - alpha) * (log_q.exp() - (log_p + log_q - log_m).exp())
-        return (p * (log_p - log_m)).sum(-1), weighted
+    def formula(pair):
+        p, q = pair.p, pair.q
+        m = _mixture(p, q, alpha)
+        # q·(1 − p/m)
+        weighted = torch.addcmul(q, p / m, q, value=-1).mul_(1 - alpha)
+        return (pair.log_p - m.log_()).mul_(p).sum(-1), weighted
 
     return formula
 
@@ -130,13 +132,15 @@ def skew_reverse_kl_divergence(alpha: float = 0.1) -> Formula:
         ValueError: unless 0 ≤ ``alpha`` < 1.
     """
     _check_skew(alpha)
+    if alpha == 0:
+        return reverse_kl_divergence.formula()
 
-    def formula(log_q, log_p):
-        log_ratio = log_q - _log_mixture(log_q, log_p, alpha)
-        q = log_q.exp()
-        # The ratio is at most 1/α. At α = 0 it is unbounded, but its factor is 0.
-        skewed = alpha * log_ratio.exp() if alpha > 0 else 0.0
-        return (q * log_ratio).sum(-1), q * (log_ratio - skewed)
+    def formula(pair):
+        q = pair.q
+        m = _mixture(q, pair.p, alpha)
+        ratio = q / m
+        log_ratio = pair.log_q - m.log_()
+        return (q * log_ratio).sum(-1), q * (log_ratio - alpha * ratio)
 
     return formula
 
@@ -158,15 +162,15 @@ def adaptive_kl_divergence(head_mass: float = 0.5) -> Formula:
     if not 0 <= head_mass <= 1:
         raise ValueError(f"head_mass must lie between 0 and 1, got {head_mass!r}")
 
-    def formula(log_q, log_p):
-        p, q = log_p.exp(), log_q.exp()
+    def formula(pair):
+        p, q = pair.p, pair.q
         gap = (p - q).abs()
         sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
         in_head = sorted_p.cumsum(-1) - sorted_p <= head_mass
         head_gap = (gap.gather(-1, order) * in_head).sum(-1, keepdim=True)
         total_gap = gap.sum(-1, keepdim=True)
         head_weight = torch.where(total_gap > 0, head_gap / total_gap, 0.5).clamp(max=1)
-        log_ratio = log_q - log_p
+        log_ratio = pair.log_q - pair.log_p
         reverse = q * log_ratio
         value = (1 - head_weight) * reverse - head_weight * p * log_ratio
         return value.sum(-1), head_weight * (q - p) + (1 - head_weight) * reverse
@@ -216,8 +220,8 @@ def alpha_beta_divergence(alpha: float = 0.5, beta: float = 0.5) -> Formula:
         power_q = ((alpha + beta) * log_q).exp()
         return (power_q - (alpha * log_p + beta * log_q).exp()) / alpha
 
-    def formula(log_q, log_p):
-        log_q, log_p = log_q.double(), log_p.double()
+    def formula(pair):
+        log_q, log_p = pair.log_q.double(), pair.log_p.double()
         return value(log_q, log_p), weighted_gradient(log_q, log_p)
 
     return formula
@@ -234,9 +238,9 @@ def universal_logit_distance() -> Formula:
     Distillation Loss for LLMs".
     """
 
-    def formula(log_q, log_p):
-        q, order = log_q.exp().sort(-1, descending=True)
-        p = log_p.exp().sort(-1, descending=True).values
+    def formula(pair):
+        q, order = pair.q.sort(-1, descending=True)
+        p = pair.p.sort(-1, descending=True).values
         longer = max(q.shape[-1], p.shape[-1])
         difference = pad(q, (0, longer - q.shape[-1])) - pad(p, (0, longer - p.shape[-1]))
         sign = difference[..., : q.shape[-1]].sign()
@@ -250,8 +254,6 @@ def _check_skew(alpha: float) -> None:
         raise ValueError(f"alpha must be at least 0 and below 1, got {alpha!r}")
 
 
-def _log_mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """log(w·a + (1−w)·b)."""
-    if weight == 0:
-        return log_b
-    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """w·a + (1−w)·b, above 0 so that it has a logarithm where neither has mass."""
+    return torch.lerp(b, a, weight).clamp_(min=torch.finfo(a.dtype).tiny)

@@ -1,8 +1,8 @@
 """Value and logit gradient of a divergence, position by position, in one pass.
 
-Every divergence D(p, q) of this package is given as a *formula* of the two log-distributions of a
-position, ``(log_q, log_p) -> (D, q·∂D/∂q)``. The chain rule through ``q = softmax(z/T)`` is the
-same for all of them,
+Every divergence D(p, q) of this package is given as a *formula* of the two distributions of a
+position, ``pair -> (D, q·∂D/∂q)``. The chain rule through ``q = softmax(z/T)`` is the same for all
+of them,
 
     ∂D/∂z = (h − q·Σh) / T,    h = q·∂D/∂q,
 
@@ -25,13 +25,55 @@ from torch import Tensor
 
 from otkd.checks import check_finite_rows, check_logits, check_positions, check_temperatures
 
-Formula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
 LOG_ZERO = -1e5
 """Floor of every log-probability: where KL is truly infinite it is finite and this steep."""
 
 _BLOCK_ELEMENTS_ON_CPU = 2**18  # about what a core's cache holds
 _BLOCK_ELEMENTS_ON_DEVICE = 2**25
+
+
+class Pair:
+    """The distributions of a block of positions, and their logarithms: each made when asked for.
+
+    A softmax and the logits less their maximum cost half of a log-softmax and its exponentials.
+
+    Attributes:
+        q, log_q: of the student, ``(positions, vocab)``.
+        p, log_p: of the teacher. The logarithms are floored at ``LOG_ZERO``.
+    """
+
+    def __init__(self, student: Tensor, teacher: Tensor):
+        self._student, self._teacher = student, teacher
+
+    @functools.cached_property
+    def q(self) -> Tensor:
+        """The student's probabilities."""
+        return self._student.softmax(-1)
+
+    @functools.cached_property
+    def p(self) -> Tensor:
+        """The teacher's probabilities."""
+        return self._teacher.softmax(-1)
+
+    @functools.cached_property
+    def log_q(self) -> Tensor:
+        """Logarithms of the student's probabilities."""
+        return _floored_log(self._student, self.q)
+
+    @functools.cached_property
+    def log_p(self) -> Tensor:
+        """Logarithms of the teacher's probabilities."""
+        return _floored_log(self._teacher, self.p)
+
+
+def _floored_log(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """The logits less their maximum, plus log max q, which is of at least 1/V and exact."""
+    shifted = logits - logits.amax(-1, keepdim=True)
+    heaviest = probabilities.amax(-1, keepdim=True)
+    return shifted.add_(heaviest.log_()).clamp_(min=LOG_ZERO)
+
+
+Formula = Callable[[Pair], tuple[Tensor, Tensor]]
 
 
 @runtime_checkable
@@ -59,9 +101,8 @@ class Divergence(Protocol):
 def divergence(*, same_vocabulary: bool = True) -> Callable[[Callable[..., Formula]], Divergence]:
     """Turn a maker of formulas into a public function of logits.
 
-    ``make_formula(**options)`` checks the parameters of the divergence and returns the formula for
-    floored log-probabilities of a block of positions: ``(log_q, log_p)``, each
-    ``(positions, vocab)``, to the values ``(positions,)`` and ``q·∂D/∂q`` ``(positions, vocab)``.
+    ``make_formula(**options)`` checks the parameters of the divergence and returns the formula: a
+    :class:`Pair` to the values ``(positions,)`` and ``q·∂D/∂q`` ``(positions, vocab)``.
     """
     return functools.partial(_as_function, same_vocabulary=same_vocabulary)
 
@@ -133,9 +174,9 @@ def _blocks(positions: int, vocab: int, mask: Tensor | None, device: str) -> Ite
         yield from mask.nonzero().squeeze(-1).split(size)
 
 
-def _floored_log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    scaled = logits.to(dtype) / temperature
-    return torch.log_softmax(scaled, dim=-1).clamp_(min=LOG_ZERO)
+def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    logits = logits.to(dtype)
+    return logits if temperature == 1 else logits / temperature
 
 
 class _Rowwise(torch.autograd.Function):
@@ -152,15 +193,22 @@ class _Rowwise(torch.autograd.Function):
             ctx.save_for_backward(gradient)
         with torch.autocast(student.device.type, enabled=False):
             for rows in _blocks(positions, vocab, mask, student.device.type):
-                log_q = _floored_log_softmax(student[rows], temperature, dtype)
-                log_p = _floored_log_softmax(teacher[rows], teacher_temperature, dtype)
-                block, weighted = formula(log_q, log_p)
+                pair = Pair(
+                    _scaled(student[rows], temperature, dtype),
+                    _scaled(teacher[rows], teacher_temperature, dtype),
+                )
+                block, weighted = formula(pair)
                 # Every divergence is non-negative: what is below 0 is rounding.
                 values[rows] = block.clamp(min=0).to(dtype)
                 if with_gradient:
                     inner = weighted.sum(-1, keepdim=True)
-                    block_gradient = (weighted - log_q.exp_() * inner).div_(temperature)
-                    gradient[rows] = block_gradient.to(gradient.dtype)
+                    whole = isinstance(rows, slice) and gradient.dtype == dtype
+                    out = gradient[rows] if whole else torch.empty_like(weighted)
+                    torch.addcmul(weighted, pair.q, inner, value=-1, out=out)
+                    if temperature != 1:
+                        out /= temperature
+                    if not whole:
+                        gradient[rows] = out.to(gradient.dtype)
         return values
 
     @staticmethod
@@ -169,9 +217,7 @@ class _Rowwise(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # It is not needed again unless the graph is kept: then no copy is made of it.
         result = torch.empty_like(gradient) if _graph_is_kept() else gradient
-        positions, vocab = gradient.shape
-        for rows in _blocks(positions, vocab, None, gradient.device.type):
-            result[rows] = (grad_values[rows].unsqueeze(-1) * gradient[rows]).to(result.dtype)
+        torch.mul(gradient, grad_values.unsqueeze(-1).to(gradient.dtype), out=result)
         return result, None, None, None, None, None, None
 
 

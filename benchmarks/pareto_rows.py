@@ -1,0 +1,126 @@
+"""Accuracy against cost: the error of the gradient and the time, over each method's own knob."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import measure
+from batch_peers import BatchCall, BatchPeer, BatchSpec
+from batch_rows import VALUES
+from batch_rows import reference_of as batch_reference
+from compare import Settings, errors_of, reference_of
+from peers import Peer, prepare
+from problems import Spec
+
+from otkd.supports import Dense
+
+EPSILONS = (0.05, 0.1, 0.5)
+_TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+# One that loops over positions is timed on so many.
+_FEW = 2
+
+
+def _vocabulary_peers(epsilon: float) -> dict[str, list[Peer]]:
+    """Families of peers, each over its knob."""
+
+    def ours(label: str, **settings) -> Peer:
+        return Peer(label, "otkd_sinkhorn", {"epsilon": epsilon, **settings})
+
+    return {
+        "otkd, Dense": [ours(f"tolerance {t:g}", tolerance=t) for t in _TOLERANCES],
+        "otkd, TopK": [ours(f"k = {k}", k=k) for k in (16, 32, 64, 128, 256)],
+        "otkd, TopK with 32 clusters": [
+            ours(f"k = {k}, 32 tail atoms", k=k, clusters=32) for k in (16, 64, 256)
+        ],
+        "otkd, NearestNeighbours": [
+            ours(f"{n} neighbours", neighbours=n) for n in (32, 64, 128, 256)
+        ],
+        "POT": [
+            Peer(
+                f"stopThr {t:g}",
+                "pot",
+                {"threshold": t, "max_iterations": 1000, "epsilon": epsilon},
+                _FEW,
+            )
+            for t in _TOLERANCES
+        ],
+        "GeomLoss": [
+            Peer(f"scaling {s}", "geomloss", {"scaling": s, "epsilon": epsilon}, _FEW)
+            for s in (0.5, 0.7, 0.9, 0.97)
+        ],
+    }
+
+
+def vocabulary(settings: Settings) -> dict:
+    """All of 1,000 tokens, 64 positions, Zipf logits, a clustered embedding."""
+    sizes = settings.pick((1000, 64, 64), (90, 4, 8))
+    spec = Spec(*sizes, "zipf", "clustered", settings.seed)
+    cases = []
+    for epsilon in settings.pick(EPSILONS, EPSILONS[1:2]):
+        reference = reference_of(spec, Dense(), epsilon=epsilon)
+        points = []
+        for family, peers in _vocabulary_peers(epsilon).items():
+            for peer in peers:
+                if not peer.available or (settings.quick and peer is not peers[0]):
+                    continue
+                call = prepare(peer, spec)
+                factor = spec.positions / (peer.positions or spec.positions)
+                seconds = [factor * t for t in _seconds(call, settings)]
+                errors = errors_of(call, reference)
+                points.append(
+                    {"family": family, "setting": peer.name, **errors,
+                     "seconds": measure.spread(seconds)}
+                )  # fmt: skip
+        cases.append({"name": f"ε = {epsilon:g}", "problem": spec.as_dict(), "points": points})
+    return {"cases": cases, "targets": []}
+
+
+_ITERATIONS = (5, 10, 20, 50, 100)
+_BATCH_FAMILIES: dict[str, Sequence[BatchPeer]] = {
+    "otkd": [BatchPeer(f"tolerance {t:g}", "otkd", {"tolerance": t}) for t in _TOLERANCES],
+    "unrolled": [
+        BatchPeer(f"{n} iterations", "unrolled", {"iterations": n}) for n in _ITERATIONS
+    ],
+    "POT": [
+        BatchPeer(f"stopThr {t:g}", "pot", {"iterations": 2000, "threshold": t})
+        for t in _TOLERANCES
+    ],
+    "POT batch": [
+        BatchPeer(f"{n} iterations", "pot_batch", {"iterations": n}) for n in _ITERATIONS
+    ],
+    "GeomLoss": [
+        BatchPeer(f"scaling {s}", "geomloss", {"scaling": s}) for s in (0.5, 0.7, 0.9, 0.97)
+    ],
+}  # fmt: skip
+
+
+def batch(settings: Settings) -> dict:
+    """256 samples of 3 classes, the L1 cost between them."""
+    cases = []
+    for epsilon in settings.pick(EPSILONS, EPSILONS[1:2]):
+        spec = BatchSpec(settings.pick(256, 16), 3, seed=settings.seed, epsilon=epsilon)
+        references = {value: batch_reference(spec, value) for value in ("dual", "sharp")}
+        points = []
+        for family, peers in _BATCH_FAMILIES.items():
+            for peer in peers:
+                if not peer.available or (settings.quick and peer is not peers[0]):
+                    continue
+                call = BatchCall(peer, spec)
+                seconds = _seconds(call, settings)
+                error = measure.relative_error(call()[1], references[VALUES.get(peer.kind, "dual")])
+                points.append(
+                    {"family": family, "setting": peer.name, "gradient_error": error,
+                     "seconds": measure.spread(seconds)}
+                )  # fmt: skip
+        cases.append({"name": f"ε = {epsilon:g}", "problem": spec.as_dict(), "points": points})
+    return {"cases": cases, "targets": []}
+
+
+def _seconds(call: Callable[[], object], settings: Settings) -> list[float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tolerances that are not reached
+        return measure.alternate({"": call}, {"": settings.repeats})[""]
+
+
+ROWS: dict[str, Callable[[Settings], dict]] = {"vocabulary": vocabulary, "batch": batch}

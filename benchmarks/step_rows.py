@@ -1,0 +1,68 @@
+"""Whole training steps, each loss as a ratio to KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import measure
+from compare import Settings, peak_of_job, target
+from peers import installed
+from steps import CLASS_LOSSES, LANGUAGE_LOSSES, Step, StepSpec
+
+# What the losses that are not ours need; by their names in the tables.
+_NEEDS = {"torchdistill KDLoss": "torchdistill", "TRL generalized JSD": "trl_jsd"}
+
+
+def compare_steps(spec: StepSpec, losses: Mapping[str, Callable], settings: Settings) -> dict:
+    """Time and memory of a step with every loss; KL comes first."""
+    here = [name for name in losses if installed(_NEEDS.get(name))]
+    calls = {name: Step(spec, name) for name in here}
+    seconds = measure.alternate(calls, dict.fromkeys(calls, settings.repeats))
+    peers = {name: {"seconds": measure.spread(times)} for name, times in seconds.items()}
+    if not spec.classes:  # of classifiers the loss is no part of the memory worth a name
+        for name in here:
+            if settings.quick and name not in ("kl", "sinkhorn"):
+                continue
+            job = {"runner": "steps", "arguments": {"spec": spec.as_dict(), "loss": name}}
+            peers[name] |= peak_of_job(job, spec.logits_bytes)
+    reports = {name: call.report for name, call in calls.items() if call.report is not None}
+    return {
+        "name": f"BERT, {spec.classes} classes" if spec.classes else "GPT-2",
+        "problem": spec.as_dict(),
+        "iterations": {name: report.iterations for name, report in reports.items()},
+        "peers": peers,
+        "times": {name: measure.ratio(seconds[name], seconds["kl"]) for name in here[1:]},
+        "times_against": "kl",
+        "not_installed": sorted(set(losses) - set(here)),
+    }
+
+
+def language_model(settings: Settings) -> dict:
+    """A step of a 6-layer GPT-2 of width 384, 16 sequences of 128 tokens of 30,522."""
+    quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
+    spec = settings.pick(StepSpec(seed=settings.seed), quick)
+    case = compare_steps(spec, LANGUAGE_LOSSES, settings)
+    sinkhorn = case["times"]["sinkhorn"]["median"]
+    targets = [target("time of a step, SinkhornLoss / KLLoss", sinkhorn, "≤", 1.2)]
+    peaks = [case["peers"][name].get("peak_bytes") for name in ("sinkhorn", "kl")]
+    memory = peaks[0] / peaks[1] if all(peaks) else None
+    targets.append(target("peak memory of a step, SinkhornLoss / KLLoss", memory, "≤", 1.0))
+    if (times := case["times"].get("TRL generalized JSD")) is not None:
+        ours = case["times"]["jsd"]["median"]
+        name = "time of a step, TRL generalized JSD / JSDLoss"
+        targets.append(target(name, times["median"] / ours, "≥", 1.0))
+    return {"cases": [case], "targets": targets}
+
+
+def classification(settings: Settings) -> dict:
+    """A step of BERT, 6 layers of width 384 to 3, 32 sequences of 64 tokens, 2 classes."""
+    full = StepSpec(sequences=32, length=64, classes=2, seed=settings.seed)
+    quick = StepSpec(vocab=100, layers=2, width=16, heads=2, sequences=8, length=8, classes=2)
+    case = compare_steps(settings.pick(full, quick), CLASS_LOSSES, settings)
+    return {"cases": [case], "targets": []}
+
+
+ROWS: dict[str, Callable[[Settings], dict]] = {
+    "language_model": language_model,
+    "classification": classification,
+}

@@ -1,0 +1,93 @@
+"""What a result says, as tables of text: for the console and for the page."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_NONE = "–"
+# What a peer may have been measured for, in the order of the columns.
+_COLUMNS = {
+    "value_error": "value error",
+    "gradient_error": "gradient error",
+    "peak_units": "peak, N·V·4 bytes",
+    "peak_matrices": "peak, b·b·4 bytes",
+    "finite_without_mass": "finite at −inf",
+    "least_value": "least value",
+    "right": "right",
+}
+_MARKS = {True: "met", False: "missed", None: "not measured"}
+
+
+class Table(NamedTuple):
+    """A heading and rows of cells."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+def case_table(case: dict) -> Table | None:
+    """The points or the peers of a case."""
+    if case.get("points"):
+        return _points(case["points"])
+    return _peers(case) if case.get("peers") else None
+
+
+def exponent(case: dict) -> str | None:
+    """The fitted exponent of a case that has one."""
+    if "exponent" not in case:
+        return None
+    fit = case["exponent"]
+    return f"time ∝ size^({fit['exponent']:.2f} ± {fit['interval']:.2f})"
+
+
+def targets(result: dict) -> Table:
+    """What was wanted, measured, and whether it is met."""
+    rows = [
+        [t["name"], number(t["measured"]), f"{t['relation']} {t['limit']:g}", _MARKS[t["met"]]]
+        for t in result["targets"]
+    ]
+    return Table(["figure", "measured", "wanted", ""], rows)
+
+
+def _peers(case: dict) -> Table:
+    peers = case["peers"]
+    keys = [key for key in _COLUMNS if any(key in peer for peer in peers.values())]
+    timed = any("seconds" in peer for peer in peers.values())
+    rows = []
+    for name, found in peers.items():
+        times = [_spread(case["times"].get(name)), _median(found.get("seconds"))]
+        rows.append([name, *(times if timed else ()), *(number(found.get(key)) for key in keys)])
+    times = [f"× {case.get('times_against', 'otkd')}", "seconds"] if timed else []
+    return Table(["", *times, *(_COLUMNS[key] for key in keys)], rows)
+
+
+def _points(points: list[dict]) -> Table:
+    keys = [key for key in points[0] if key != "seconds"]
+    timed = "seconds" in points[0]
+    rows = [
+        [*(number(point[key]) for key in keys), *([_spread(point["seconds"])] if timed else ())]
+        for point in points
+    ]
+    header = [name.replace("_", " ") for name in keys] + ["seconds"] * timed
+    return Table(header, rows)
+
+
+def number(value: float | bool | str | None) -> str:
+    """Three digits; text as it is."""
+    if value is None:
+        return _NONE
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def _median(found: dict | None) -> str:
+    return _NONE if found is None else f"{found['median']:.3g}"
+
+
+def _spread(found: dict | None) -> str:
+    if found is None:
+        return _NONE
+    return f"{found['median']:.3g} ({found['low']:.3g}–{found['high']:.3g})"
