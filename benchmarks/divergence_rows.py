@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from compare import Settings, compare, target
 from divergence_peers import PLAIN
-from measure import relative_error
+from measure import keeping_memory, relative_error
 from peers import Call, Peer, prepare
 from problems import Spec, build
 
@@ -81,4 +81,31 @@ def extremes(settings: Settings) -> dict:
     return {"cases": cases, "targets": []}
 
 
-ROWS: dict[str, Callable[[Settings], dict]] = {"divergences": divergences, "extremes": extremes}
+def kept_memory(settings: Settings) -> dict:
+    """The same times where the allocator keeps what is freed, as torch's does on a GPU.
+
+    glibc's gives large blocks back to the system, which has to clear them before they are used
+    again: for losses with many temporaries that is most of the time.
+    """
+    sizes = settings.pick((32_000, 512, 1), (300, 8, 1))
+    spec = Spec(*sizes, "zipf", "iid", settings.seed)
+    cases, targets = [], []
+    with keeping_memory() as kept:
+        if not kept:
+            reason = "the allocator cannot be told to keep memory"
+            return {"measured": False, "reason": reason, "cases": [], "targets": []}
+        for loss in PLAIN:
+            peers = peers_of(loss)
+            names = [peer.name for peer in peers]
+            case = compare(spec, peers, None, settings, skip_memory=names)
+            cases.append({**case, "name": loss})
+            fastest = min(times["median"] for times in case["times"].values())
+            targets.append(target(f"{loss}: time of the fastest peer / otkd", fastest, "≥", 1))
+    return {"cases": cases, "targets": targets}
+
+
+ROWS: dict[str, Callable[[Settings], dict]] = {
+    "divergences": divergences,
+    "extremes": extremes,
+    "kept_memory": kept_memory,
+}

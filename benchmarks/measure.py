@@ -18,7 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -70,6 +71,25 @@ def relative_error(values: Tensor, reference: Tensor) -> float:
     """‖x − reference‖ / ‖reference‖ over all elements."""
     reference = reference.double()
     return ((values.double() - reference).norm() / reference.norm()).item()
+
+
+# Parameters of glibc's mallopt and what they are by default.
+_MMAP_MAX, _TRIM_THRESHOLD = (-4, 65536), (-1, 128 * 1024)
+
+
+@contextmanager
+def keeping_memory() -> Iterator[bool]:
+    """Have the allocator keep what is freed; gives whether it does."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.system() == "Linux" else None
+    if mallopt is None:
+        yield False
+        return
+    kept = bool(mallopt(_MMAP_MAX[0], 0) and mallopt(_TRIM_THRESHOLD[0], 2**31 - 1))
+    try:
+        yield kept
+    finally:
+        for parameter in (_MMAP_MAX, _TRIM_THRESHOLD):
+            mallopt(*parameter)
 
 
 def peak_memory(job: Mapping) -> dict:

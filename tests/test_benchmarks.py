@@ -166,6 +166,9 @@ def test_divergences_are_compared_with_the_plain_formulas(tmp_path):
         for peer in case["peers"].values():
             assert peer["value_error"] < 1e-4
             assert peer["gradient_error"] < 1e-4
+    assert [case["name"] for case in found["kept_memory"]["cases"]] == [
+        case["name"] for case in found["divergences"]["cases"]
+    ]
     for case in found["extremes"]["cases"]:
         ours, plain = (
             found for name, found in case["peers"].items() if name == "plain" or "otkd" in name
