@@ -139,7 +139,7 @@ def scaling(settings: Settings) -> dict:
                     continue
                 peer = BatchPeer(kind, kind, {"iterations": at["T"]})
                 call = BatchCall(peer, BatchSpec(at["b"], at["d"], seed=settings.seed))
-                times = measure.alternate({kind: call}, {kind: settings.repeats})[kind]
+                times = measure.repeat(call, settings.repeats)
                 points.append({axis: size, **at, "seconds": measure.spread(times)})
             cases.append(
                 {"name": f"{kind} over {axis}", "points": points, "peers": {}, "times": {},

@@ -149,7 +149,7 @@ def headline(settings: Settings) -> dict:
         bound = max(needed, key=lambda name: needed[name])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of iterations that are not to converge
-            seconds = measure.alternate({"": work.call}, {"": settings.repeats})[""]
+            seconds = measure.repeat(work.call, settings.repeats)
         spread = measure.spread(seconds)
         points.append(
             {"what": work.name, "bound by": bound, "limit, seconds": needed[bound],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import measure
 from batch_peers import BatchCall, BatchPeer, BatchSpec
@@ -15,6 +16,7 @@ from problems import Spec
 
 from otkd.supports import Dense
 
+P = TypeVar("P", Peer, BatchPeer)
 EPSILONS = (0.05, 0.1, 0.5)
 _TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 # One that loops over positions is timed on so many.
@@ -60,18 +62,12 @@ def vocabulary(settings: Settings) -> dict:
     for epsilon in settings.pick(EPSILONS, EPSILONS[1:2]):
         reference = reference_of(spec, Dense(), epsilon=epsilon)
         points = []
-        for family, peers in _vocabulary_peers(epsilon).items():
-            for peer in peers:
-                if not peer.available or (settings.quick and peer is not peers[0]):
-                    continue
-                call = prepare(peer, spec)
-                factor = spec.positions / (peer.positions or spec.positions)
-                seconds = [factor * t for t in _seconds(call, settings)]
-                errors = errors_of(call, reference)
-                points.append(
-                    {"family": family, "setting": peer.name, **errors,
-                     "seconds": measure.spread(seconds)}
-                )  # fmt: skip
+        for family, peer in _each(_vocabulary_peers(epsilon), settings):
+            call = prepare(peer, spec)
+            factor = spec.positions / (peer.positions or spec.positions)
+            seconds = [factor * t for t in _seconds(call, settings)]
+            errors = errors_of(call, reference)
+            points.append(_point(family, peer.name, errors["gradient_error"], seconds))
         cases.append({"name": f"ε = {epsilon:g}", "problem": spec.as_dict(), "points": points})
     return {"cases": cases, "targets": []}
 
@@ -102,25 +98,32 @@ def batch(settings: Settings) -> dict:
         spec = BatchSpec(settings.pick(256, 16), 3, seed=settings.seed, epsilon=epsilon)
         references = {value: batch_reference(spec, value) for value in ("dual", "sharp")}
         points = []
-        for family, peers in _BATCH_FAMILIES.items():
-            for peer in peers:
-                if not peer.available or (settings.quick and peer is not peers[0]):
-                    continue
-                call = BatchCall(peer, spec)
-                seconds = _seconds(call, settings)
-                error = measure.relative_error(call()[1], references[VALUES.get(peer.kind, "dual")])
-                points.append(
-                    {"family": family, "setting": peer.name, "gradient_error": error,
-                     "seconds": measure.spread(seconds)}
-                )  # fmt: skip
+        for family, peer in _each(_BATCH_FAMILIES, settings):
+            call = BatchCall(peer, spec)
+            seconds = _seconds(call, settings)
+            error = measure.relative_error(call()[1], references[VALUES.get(peer.kind, "dual")])
+            points.append(_point(family, peer.name, error, seconds))
         cases.append({"name": f"ε = {epsilon:g}", "problem": spec.as_dict(), "points": points})
     return {"cases": cases, "targets": []}
+
+
+def _each(families: Mapping[str, Sequence[P]], settings: Settings) -> Iterator[tuple[str, P]]:
+    """Every peer that is installed, with its family; of a quick run the first of each."""
+    for family, peers in families.items():
+        for peer in settings.pick(peers, peers[:1]):
+            if peer.available:
+                yield family, peer
 
 
 def _seconds(call: Callable[[], object], settings: Settings) -> list[float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tolerances that are not reached
-        return measure.alternate({"": call}, {"": settings.repeats})[""]
+        return measure.repeat(call, settings.repeats)
+
+
+def _point(family: str, setting: str, error: float, seconds: list[float]) -> dict:
+    spread = measure.spread(seconds)
+    return {"family": family, "setting": setting, "gradient_error": error, "seconds": spread}
 
 
 ROWS: dict[str, Callable[[Settings], dict]] = {"vocabulary": vocabulary, "batch": batch}
