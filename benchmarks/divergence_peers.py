@@ -66,7 +66,9 @@ def _trl_jsd(problem: Problem) -> Function:
 def _torchdistill(problem: Problem) -> Function:
     from torchdistill.losses.mid_level import KDLoss
 
-    loss = KDLoss("logits", "output", "logits", "output", temperature=1.0, reduction="none")
+    loss = KDLoss(
+        "logits", "output", "logits", "output", temperature=1.0, alpha=0.0, reduction="none"
+    )
 
     def function(student: Tensor, teacher: Tensor) -> Tensor:
         student_io, teacher_io = ({"logits": {"output": z}} for z in (student, teacher))

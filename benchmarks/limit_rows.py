@@ -28,6 +28,7 @@ class Work:
         name: of the call.
         call: what is timed.
         copied: bytes from and to memory, each input read and each output written once.
+        fresh: bytes of new memory, above what the allocator keeps: the system clears it first.
         cached: bytes that are read again while they stay in the cache.
         products: floating-point operations of matrix products.
         simple: additions, comparisons and the like, an element each.
@@ -37,6 +38,7 @@ class Work:
     name: str
     call: Callable[[], object]
     copied: float = 0
+    fresh: float = 0
     cached: float = 0
     products: float = 0
     simple: float = 0
@@ -51,6 +53,7 @@ def rates(settings: Settings) -> dict[str, float]:
     left, right = torch.rand(side, side), torch.rand(side, side)
     best = {
         "copied": 8 * large / _fastest(lambda: target.copy_(source), settings),
+        "fresh": 4 * large / _fastest(lambda: torch.empty(large).zero_(), settings),
         "cached": 4 * small / _fastest(cached.sum, settings),
         "products": 2 * side**3 / _fastest(lambda: left @ right, settings),
         "exponentials": small / _fastest(lambda: torch.exp(cached, out=out), settings),
@@ -72,7 +75,7 @@ def _fastest(call: Callable[[], object], settings: Settings) -> float:
 def _logits(settings: Settings) -> list[Work]:
     spec = Spec(*settings.pick((32_000, 512, 256), (3000, 16, 16)), seed=settings.seed)
     entries = spec.positions * spec.vocab
-    least = {"copied": 3 * 4 * entries, "exponentials": 2 * entries}
+    least = {"copied": 3 * 4 * entries, "fresh": 4 * entries, "exponentials": 2 * entries}
     sizes = f"{spec.positions:,} positions of {spec.vocab:,} tokens"
     return [
         Work(f"KLLoss, {sizes}", prepare(Peer("", "otkd", {"loss": "KLLoss"}), spec), **least),

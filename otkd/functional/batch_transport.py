@@ -14,8 +14,8 @@ from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
 from otkd.ot.divergence import DivergenceSolution, Options, solve_divergence
 
-# Up to so many samples an accelerated step takes longer than so many plain ones.
-_SMALL, _PLAIN_STEPS = 256, 8
+# Up to so many samples an accelerated step takes as long as about so many plain ones.
+_SMALL, _PLAIN_STEPS = 256, 18
 BATCH_COSTS = ("l1", "euclidean", "sqeuclidean")
 
 

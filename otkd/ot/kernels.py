@@ -144,8 +144,8 @@ class ProductKernel(Kernel):
         left = left * (f / self.epsilon).exp()
         right = right * (g / self.epsilon).exp()
         if self.cost.ndim == 2:
-            return self.kernel * (left.mT @ right)
-        return self.kernel * left.unsqueeze(-1) * right.unsqueeze(-2)
+            return (left.mT @ right).mul_(self.kernel)
+        return (self.kernel * left.unsqueeze(-1)).mul_(right.unsqueeze(-2))
 
 
 def centred_weights(log_b: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -235,7 +235,7 @@ def dense_kernel(cost: Tensor, epsilon: float) -> Kernel:
     """Products where the kernel is representable, the log domain where it would underflow."""
     if cost.numel() == 0:
         return LogKernel(cost, epsilon)
-    reach = cost.abs().max().item() / epsilon
+    reach = max(map(abs, torch.stack(torch.aminmax(cost)).tolist())) / epsilon
     largest = LARGEST_EXPONENT[cost.dtype]
     if reach <= largest:
         return ProductKernel(cost, epsilon, scales=reach <= largest / 2)
