@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -13,9 +15,13 @@ from otkd.costs import CostMatrices
 from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
 from otkd.ot.divergence import DivergenceSolution, Options, solve_divergence
+from otkd.ot.line import LineCost
 
 # Up to so many samples an accelerated step takes as long as about so many plain ones.
 _SMALL, _PLAIN_STEPS = 256, 18
+# Distance of (q, 1 − q) and (p, 1 − p), in |q − p|.
+_SLOPES = {"l1": 2.0, "euclidean": math.sqrt(2)}
+_NARROW = 64  # points of so few coordinates are as fast compared one by one
 BATCH_COSTS = ("l1", "euclidean", "sqeuclidean")
 
 
@@ -83,27 +89,43 @@ def transport_between_points(
 ) -> DivergenceSolution:
     """Transport between uniform masses on the points ``x`` and ``y``, ``(*batch, b, d)``.
 
-    With ``normalize`` all distances are divided by the mean between the two sides, a constant. Then
-    ``sample_cost`` is added wherever mass would leave its sample.
+    With ``normalize`` all distances are divided by the mean between the two sides, a constant;
+    without, the points are distributions. Then ``sample_cost`` is added wherever mass would leave
+    its sample.
     """
     check_choice("cost", cost, BATCH_COSTS)
     check_not_negative(sample_cost=sample_cost)
-    with torch.autocast(x.device.type, enabled=False):
-        distances = [point_distances(x, y, cost)]
-        if options.debias:
-            distances += [point_distances(x, x, cost), point_distances(y, y, cost)]
-        if normalize:
-            mean = distances[0].detach().mean((-2, -1), keepdim=True)
-            # Where all points are one there is nothing to divide by, nor to transport.
-            scale = torch.where(mean > 0, mean, 1.0)
-            distances = [matrix / scale for matrix in distances]
-        if sample_cost:
-            apart = 1 - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-            distances = [matrix + sample_cost * apart for matrix in distances]
+    pairs = [(x, y), (x, x), (y, y)] if options.debias else [(x, y)]
+    if not (normalize or sample_cost) and _on_a_line(x, cost, options):
+        lines = [LineCost(s[:, 0], t[:, 0], _SLOPES[cost]) for s, t in pairs]
+        costs = [cast(Tensor, line) for line in lines]  # a lazy cost stands where a matrix may
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            costs = [point_distances(s, t, cost) for s, t in pairs]
+            if normalize:
+                mean = costs[0].detach().mean((-2, -1), keepdim=True)
+                # Where all points are one there is nothing to divide by, nor to transport.
+                scale = torch.where(mean > 0, mean, 1.0)
+                costs = [matrix / scale for matrix in costs]
+            if sample_cost:
+                apart = 1 - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+                costs = [matrix + sample_cost * apart for matrix in costs]
     if x.shape[-2] <= _SMALL:
         options = replace(options, plain_steps=_PLAIN_STEPS)
     uniform = x.new_full(x.shape[:-1], 1 / x.shape[-2])
-    return solve_divergence(uniform, uniform, CostMatrices(*distances), options)
+    return solve_divergence(uniform, uniform, CostMatrices(*costs), options)
+
+
+def _on_a_line(x: Tensor, cost: str, options: Options) -> bool:
+    """Whether the points are many distributions over two classes, of which one says all."""
+    return (
+        x.ndim == 2
+        and x.shape[-1] == 2
+        and len(x) > _SMALL
+        and cost in _SLOPES
+        and options.value == "dual"
+        and LineCost.represents(_SLOPES[cost], options.epsilon, x.dtype)
+    )
 
 
 def point_distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
@@ -111,7 +133,10 @@ def point_distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
     if metric == "l1":
         return l1_distances(x, y)
     if metric == "euclidean":
-        return cdist(x, y)
+        # By products small distances drown in rounding, and their gradients with them.
+        direct = x.shape[-1] <= _NARROW
+        mode = "donot_use_mm_for_euclid_dist" if direct else "use_mm_for_euclid_dist_if_necessary"
+        return cdist(x, y, compute_mode=mode)
     # What all points share adds nothing to a distance, but would drown it in rounding: states of
     # transformers have a few large entries that hardly vary.
     centre = y.detach().mean(-2, keepdim=True)

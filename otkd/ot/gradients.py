@@ -33,9 +33,10 @@ class _WithGradient(torch.autograd.Function):
     """A value that was computed without autograd, with the gradients that belong to it."""
 
     @staticmethod
-    def forward(ctx, a, b, cost, value, grad_a, grad_b, pull_back_cost):
+    def forward(ctx, value, grad_a, grad_b, pull_back, a, b, *cost_inputs):
         ctx.save_for_backward(grad_a, grad_b)
-        ctx.pull_back_cost = pull_back_cost if cost.requires_grad else None  # else free the kernel
+        # Where none is wanted the kernel is let go.
+        ctx.pull_back = pull_back if any(ctx.needs_input_grad[6:]) else None
         return value.clone()
 
     @staticmethod
@@ -43,16 +44,16 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_a, grad_b = ctx.saved_tensors
         weights = grad_value.unsqueeze(-1)
-        needs_a, needs_b, needs_cost = ctx.needs_input_grad[:3]
-        grad_cost = None
-        if needs_cost:
+        needs_a, needs_b, *needed = ctx.needs_input_grad[4:]
+        grad_inputs: tuple[Tensor | None, ...] = (None,) * len(needed)
+        if ctx.pull_back is not None:
             with torch.autocast(weights.device.type, enabled=False):
-                grad_cost = ctx.pull_back_cost(weights)
+                grad_inputs = ctx.pull_back(weights, needed)
         return (
+            *(None,) * 4,
             weights * grad_a if needs_a else None,
             weights * grad_b if needs_b else None,
-            grad_cost,
-            *(None,) * 4,
+            *grad_inputs,
         )
 
 
@@ -73,11 +74,11 @@ def dual_value(problem: Problem, kernel: Kernel, potentials: Potentials) -> Tens
     elif problem.symmetric:
         value = value - epsilon * (a * excess).sum(-1)
 
-    def pull_back_cost(weights):
-        return kernel.coupling(f, g, weights * a, b)
+    def pull_back(weights, needed):
+        return kernel.pull_back(f, g, weights * a, b, needed)
 
     return _WithGradient.apply(
-        problem.a, problem.b, problem.cost, value, grad_a, grad_b, pull_back_cost
+        value, grad_a, grad_b, pull_back, problem.a, problem.b, *problem.cost_inputs
     )
 
 
@@ -94,19 +95,19 @@ def sharp_value(
     f, g, epsilon = potentials.f, potentials.g, problem.epsilon
     row_cost = kernel.mean_cost(f, g, b)
     value = (a * row_cost).sum(-1)
-    differentiated = any(x.requires_grad for x in (problem.a, problem.b, problem.cost))
+    differentiated = any(x.requires_grad for x in (problem.a, problem.b, *problem.cost_inputs))
     if not (differentiated and torch.is_grad_enabled()):
         return value
     x, y = _solve_adjoint(problem, kernel, potentials, row_cost, tolerance, max_iterations)
 
-    def pull_back_cost(weights):
-        assert isinstance(cost, Tensor)  # a lazy cost is a constant
+    def pull_back(weights, needed):
+        assert isinstance(cost, Tensor)  # a lazy cost is a constant where the value is sharp
         left = weights * a
         plan = kernel.coupling(f, g, left, b)
         moved = kernel.coupling(f, g, left * x, b) + kernel.coupling(f, g, left, b * y)
-        return plan + (moved - plan * cost) / epsilon
+        return (plan + (moved - plan * cost) / epsilon,)
 
-    return _WithGradient.apply(problem.a, problem.b, problem.cost, value, x, y, pull_back_cost)
+    return _WithGradient.apply(value, x, y, pull_back, problem.a, problem.b, *problem.cost_inputs)
 
 
 @torch.no_grad()

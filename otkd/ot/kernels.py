@@ -7,12 +7,15 @@ E_ij = exp((f_i + g_j − C_ij)/ε) the density of the plan against a⊗b:
     mean         Σ_j b_j·E_ij·y_j
     mean_cost    Σ_j b_j·E_ij·C_ij
     coupling     left_i·right_j·E_ij, added up over the problems that share the cost
+
+Of a cost that is made of something else the last is wanted as what it gives there (``pull_back``).
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -76,8 +79,67 @@ class Kernel(ABC):
         Where the problems share one cost their couplings are added up.
         """
 
+    def pull_back(
+        self, f: Tensor, g: Tensor, left: Tensor, right: Tensor, needed: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of what the cost is made of, where that of C_ij is the coupling.
 
-class ProductKernel(Kernel):
+        ``needed`` says of which, in the order of :attr:`otkd.ot.problem.Problem.cost_inputs`.
+        """
+        return (self.coupling(f, g, left, right) if needed[0] else None,)
+
+
+class ScalingKernel(Kernel):
+    """A kernel that is applied to positive vectors as they are, such as exp(f/ε)."""
+
+    _scales = False
+
+    @property
+    def scales(self) -> bool:
+        """See :class:`Kernel`."""
+        return self._scales
+
+    @abstractmethod
+    def apply(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
+        """Σ_j exp(−C_ij/ε)·v_j, ``(B, m) -> (B, n)``."""
+
+    @property
+    @abstractmethod
+    def transposed(self) -> ScalingKernel:
+        """See :class:`Kernel`."""
+
+    def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        weights, shift = centred_weights(log_b, g, self.epsilon)
+        return self.apply(weights).log_().add_(shift).mul_(-self.epsilon)
+
+    def alternate(self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int) -> Tensor:
+        """See :class:`Kernel`."""
+        left, shift = centred_weights(log_a, f, self.epsilon)
+        a, b, backward = log_a.exp(), log_b.exp(), self.transposed
+        right, sums = torch.empty_like(b), torch.empty_like(a)
+        for _ in range(count):  # with the masses in the scalings, one division each is left
+            torch.div(b, backward.apply(left, out=right), out=right)
+            torch.div(a, self.apply(right, out=sums), out=left)
+        return sums.log_().neg_().add_(shift).mul_(self.epsilon)
+
+    def average(self, f: Tensor, log_a: Tensor, count: int) -> Tensor:
+        """See :class:`Kernel`."""
+        # f + constant has the same image.
+        log_u = torch.sub(f, f.amax(-1, keepdim=True)).div_(self.epsilon)
+        u = log_u.clamp_(min=-_FURTHEST).exp_()
+        a = log_a.exp()
+        for _ in range(count):
+            u = (u / self.apply(a * u)).sqrt_()
+        return u.log_().mul_(self.epsilon)
+
+    def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        """See :class:`Kernel`."""
+        weights, shift = centred_weights(b.log(), g, self.epsilon)
+        return self.apply(weights * y) * (f / self.epsilon + shift).exp()
+
+
+class ProductKernel(ScalingKernel):
     """K = exp(−C/ε) held in memory; every application is a matrix product over all problems."""
 
     def __init__(
@@ -86,11 +148,6 @@ class ProductKernel(Kernel):
         super().__init__(cost, epsilon)
         self.kernel = (cost * (-1 / epsilon)).exp_() if kernel is None else kernel
         self._scales = scales
-
-    @property
-    def scales(self) -> bool:
-        """See :class:`Kernel`."""
-        return self._scales
 
     @property
     def transposed(self) -> ProductKernel:
@@ -103,35 +160,9 @@ class ProductKernel(Kernel):
             return self
         return ProductKernel(self.cost[index], self.epsilon, self.kernel[index], scales=self.scales)
 
-    def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
-        """See :class:`Kernel`."""
-        weights, shift = centred_weights(log_b, g, self.epsilon)
-        return _apply(self.kernel, weights).log_().add_(shift).mul_(-self.epsilon)
-
-    def alternate(self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int) -> Tensor:
-        """See :class:`Kernel`."""
-        left, shift = centred_weights(log_a, f, self.epsilon)
-        a, b, backward = log_a.exp(), log_b.exp(), self.kernel.mT
-        u = left
-        for _ in range(count):
-            u = _apply(self.kernel, b / _apply(backward, left)).reciprocal_()
-            left = a * u
-        return u.log_().add_(shift).mul_(self.epsilon)
-
-    def average(self, f: Tensor, log_a: Tensor, count: int) -> Tensor:
-        """See :class:`Kernel`."""
-        # f + constant has the same image.
-        log_u = torch.sub(f, f.amax(-1, keepdim=True)).div_(self.epsilon)
-        u = log_u.clamp_(min=-_FURTHEST).exp_()
-        a = log_a.exp()
-        for _ in range(count):
-            u = (u / _apply(self.kernel, a * u)).sqrt_()
-        return u.log_().mul_(self.epsilon)
-
-    def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
-        """See :class:`Kernel`."""
-        weights, shift = centred_weights(b.log(), g, self.epsilon)
-        return _apply(self.kernel, weights * y) * (f / self.epsilon + shift).exp()
+    def apply(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
+        """See :class:`ScalingKernel`."""
+        return _apply(self.kernel, vectors, out)
 
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`Kernel`."""
@@ -157,12 +188,13 @@ def centred_weights(log_b: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, T
     return torch.threshold_(weights, _SMALLEST_WEIGHT[weights.dtype], 0.0), shift
 
 
-def _apply(matrix: Tensor, vectors: Tensor) -> Tensor:
+def _apply(matrix: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
     """``matrix (n, m)`` or ``(B, n, m)`` times every one of ``vectors (B, m)``."""
     if matrix.ndim == 2:
-        return vectors @ matrix.mT
+        return torch.mm(vectors, matrix.mT, out=out)
     # As a row: for a column torch takes a path many times slower.
-    return (vectors.unsqueeze(-2) @ matrix.mT).squeeze(-2)
+    rows = None if out is None else out.unsqueeze(-2)
+    return torch.bmm(vectors.unsqueeze(-2), matrix.mT, out=rows).squeeze(-2)
 
 
 class LogKernel(Kernel):

@@ -5,29 +5,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from torch import Tensor
 
 from otkd.ot.kernels import Kernel
 
 
 class LazyCost(ABC):
-    """A constant cost between n source and m target points, shared by all problems.
+    """A cost between n source and m target points, shared by all problems.
 
     It stands where a cost matrix may stand in a :class:`~otkd.ot.problem.Problem`.
 
     Attributes:
         shape: ``(n, m)``.
         dtype: what its kernels compute in.
+        inputs: the tensors that its gradient goes to; none of a constant.
     """
 
     ndim = 2
-    requires_grad = False
+    inputs: tuple[Tensor, ...] = ()
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype):
         self.shape = shape
         self.dtype = dtype
 
     def detach(self) -> LazyCost:
-        """Itself: a constant."""
+        """The same cost, constant."""
         return self
 
     @abstractmethod

@@ -50,6 +50,11 @@ class Problem:
         return self.cost.largest() if isinstance(self.cost, LazyCost) else self.cost.abs().max()
 
     @property
+    def cost_inputs(self) -> tuple[Tensor, ...]:
+        """What the gradient of the cost goes to: itself, or what a lazy one is made of."""
+        return self.cost.inputs if isinstance(self.cost, LazyCost) else (self.cost,)
+
+    @property
     def balanced(self) -> bool:
         """Whether the marginals are held."""
         return math.isinf(self.penalty)
