@@ -82,7 +82,7 @@ def few_classes(settings: Settings) -> dict:
     for classes in (2, 3):
         for samples in sizes:
             spec = BatchSpec(samples, classes, seed=settings.seed)
-            memory = samples == sizes[-1] and classes == 2
+            memory = samples == sizes[-1]
             cases.append(compare_batch(spec, PEERS, settings, memory=memory))
             targets += _targets(cases[-1], {256: 4, 1024: 8}.get(samples))
     return {"cases": cases, "targets": targets}
@@ -120,32 +120,50 @@ def _targets(case: dict, unrolled: float | None) -> list[dict]:
 
 
 def scaling(settings: Settings) -> dict:
-    """How the time of otkd and of unrolling grows with b, d and T: exponents, 95 % intervals."""
-    base = settings.pick({"b": 1024, "d": 2, "T": 20}, {"b": 32, "d": 2, "T": 5})
+    """How the time grows with b, d and T: fitted exponents with 95 % intervals.
+
+    Of two classes otkd's time does not grow with b², and it has a line of its own.
+    """
+    base = settings.pick({"b": 1024, "d": 3, "T": 20}, {"b": 32, "d": 3, "T": 5})
     grids = {
         "b": settings.pick((256, 512, 1024, 2048, 4096), (16, 32, 64)),
         "d": settings.pick((125, 250, 500, 1000, 2000), (16, 32, 64)),
         "T": settings.pick((5, 10, 20, 40, 80), (5, 10, 20)),
     }
+    few = {"d": settings.pick({"b": 256}, {"b": 16})}  # samples, where there are many classes
     cases = []
     for axis, sizes in grids.items():
         for kind in ("otkd", "unrolled"):
-            points = []
-            for size in sizes:
-                at = {**base, axis: size}
-                if axis == "d":
-                    at["b"] = settings.pick(256, 16)
-                if kind == "unrolled" and at["b"] > _UNROLLED.largest:
-                    continue
-                peer = BatchPeer(kind, kind, {"iterations": at["T"]})
-                call = BatchCall(peer, BatchSpec(at["b"], at["d"], seed=settings.seed))
-                times = measure.repeat(call, settings.repeats)
-                points.append({axis: size, **at, "seconds": measure.spread(times)})
-            cases.append(
-                {"name": f"{kind} over {axis}", "points": points, "peers": {}, "times": {},
-                 "exponent": exponent(points, axis)}
-            )  # fmt: skip
+            largest = _UNROLLED.largest if kind == "unrolled" else math.inf
+            points = [{**base, **few.get(axis, {}), axis: size} for size in sizes]
+            points = [point for point in points if point["b"] <= largest]
+            cases.append(_growth(f"{kind} over {axis}", kind, axis, points, settings))
+        if axis == "b":
+            points = [{**base, "d": 2, axis: size} for size in sizes]
+            cases.append(_growth("otkd, two classes over b", "otkd", axis, points, settings))
     return {"cases": cases, "targets": []}
+
+
+def _growth(name: str, kind: str, axis: str, points: Sequence[dict], settings: Settings) -> dict:
+    measured = []
+    for point in points:
+        peer = BatchPeer(kind, kind, {"iterations": point["T"]})
+        call = BatchCall(peer, BatchSpec(point["b"], point["d"], seed=settings.seed))
+        seconds = measure.spread(measure.repeat(call, settings.repeats))
+        measured.append({**point, "seconds": seconds})
+    case = {"name": name, "points": measured, "peers": {}, "times": {}}
+    case["exponent"] = exponent(measured, axis)
+    if axis != "b":
+        case["exponent"]["half_at"] = _half_at(measured, axis)
+    return case
+
+
+def _half_at(points: Sequence[dict], axis: str) -> float:
+    """Where what grows with ``axis`` is half of the time: intercept over slope of a line."""
+    fit = stats.linregress(
+        [point[axis] for point in points], [point["seconds"]["median"] for point in points]
+    )
+    return fit.intercept / fit.slope
 
 
 def exponent(points: Sequence[dict], axis: str) -> dict[str, float]:

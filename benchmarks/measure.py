@@ -11,6 +11,7 @@ import gc
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -28,28 +29,44 @@ from torch import Tensor
 from otkd.cli.machine import processor
 
 Call = Callable[[], object]
+# A shorter call is made so often in a row that they take as long together: once, it would be timed
+# with cold caches and with what the clock itself takes.
+_SHORTEST = 0.05
 
 
 def alternate(calls: Mapping[str, Call], rounds: Mapping[str, int]) -> dict[str, list[float]]:
     """Seconds of every call in every round; the calls take turns.
 
-    Before, each is called once, which is not counted; one of a single round, slow, is not.
+    Before, each is called until it is warm, which is not counted; one of a single round, slow, is
+    not.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for name, call in calls.items():
-        if rounds[name] > 1:
-            call()
+    times = {name: _times_a_round(call) if rounds[name] > 1 else 1 for name, call in calls.items()}
     for index in range(max(rounds.values())):
         for name, call in calls.items():
-            if index >= rounds[name]:
-                continue
-            gc.collect()
-            _synchronize()
-            start = time.perf_counter()
-            call()
-            _synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            if index < rounds[name]:
+                gc.collect()
+                seconds[name].append(_seconds(call, times[name]) / times[name])
     return seconds
+
+
+def _times_a_round(call: Call) -> int:
+    """How often in a row a call is made to take ``_SHORTEST``; 1 if it takes as long by itself."""
+    times = 1
+    if _seconds(call, times) > 20 * _SHORTEST:  # long, even if this was not warm
+        return times
+    while (seconds := _seconds(call, times)) < _SHORTEST:
+        times = max(2 * times, math.ceil(times * _SHORTEST / seconds))
+    return times
+
+
+def _seconds(call: Call, times: int) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    _synchronize()
+    return time.perf_counter() - start
 
 
 def repeat(call: Call, rounds: int) -> list[float]:

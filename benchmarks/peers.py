@@ -26,6 +26,7 @@ _PACKAGES = {
     "pot": "ot",
     "geomloss": "geomloss",
     "trl_jsd": "trl",
+    "trl_chunked": "trl.kernels.chunked_divergence",
     "torchdistill": "torchdistill",
     "liger": "liger_kernel",
 }
@@ -34,7 +35,10 @@ _PACKAGES = {
 def installed(kind: str | None) -> bool:
     """Whether the package is there that this kind of peer needs, if any."""
     needed = _PACKAGES.get(kind) if kind else None
-    return needed is None or importlib.util.find_spec(needed) is not None
+    try:
+        return needed is None or importlib.util.find_spec(needed) is not None
+    except ModuleNotFoundError:  # of the package that the module would be in
+        return False
 
 
 @dataclass(frozen=True)

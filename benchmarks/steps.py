@@ -103,6 +103,21 @@ def _classifiers(spec: StepSpec) -> tuple[nn.Module, nn.Module]:
     return student, teacher
 
 
+class FromStates:
+    """TRL's chunked JSD, which makes the logits from the last states itself, tile by tile."""
+
+    def __call__(self, student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+        with torch.no_grad():
+            known = teacher.transformer(tokens).last_hidden_state.flatten(0, 1)
+        states = student.transformer(tokens).last_hidden_state.flatten(0, 1)
+        heads = (states, student.lm_head.weight, None, known, teacher.lm_head.weight, None)
+        # β, temperature, and for either side a scale and no soft cap of the logits.
+        values, _ = ChunkedDivergenceFunction.apply(*heads, 0.5, 1.0, 1.0, None, 1.0, None)
+        return values.mean()
+
+
 class Step:
     """One step of AdamW; every call trains on the same tokens.
 
@@ -124,10 +139,14 @@ class Step:
         self.labels = labels.to(spec.device) if spec.classes else None
 
     def __call__(self) -> None:
-        with torch.no_grad():
-            teacher_logits = self.teacher(self.tokens).logits
-        student_logits = self.student(self.tokens).logits
-        self.loss(student_logits, teacher_logits, labels=self.labels).backward()
+        if isinstance(self.loss, FromStates):
+            value = self.loss(self.student, self.teacher, self.tokens)
+        else:
+            with torch.no_grad():
+                teacher_logits = self.teacher(self.tokens).logits
+            student_logits = self.student(self.tokens).logits
+            value = self.loss(student_logits, teacher_logits, labels=self.labels)
+        value.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -179,6 +198,7 @@ LANGUAGE_LOSSES: dict[str, Callable[[nn.Module], Callable]] = {
     "uld": _named("uld"),
     "sinkhorn": lambda teacher: otkd.SinkhornLoss(embedding=teacher.get_input_embeddings().weight),
     **_OTHERS,
+    "TRL chunked JSD": lambda teacher: FromStates(),
 }
 CLASS_LOSSES: dict[str, Callable[[nn.Module], Callable]] = {
     "kl": _named("kl"),

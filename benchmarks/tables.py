@@ -37,7 +37,10 @@ def exponent(case: dict) -> str | None:
     if "exponent" not in case:
         return None
     fit = case["exponent"]
-    return f"time ∝ size^({fit['exponent']:.2f} ± {fit['interval']:.2f})"
+    text = f"time ∝ size^({fit['exponent']:.2f} ± {fit['interval']:.2f})"
+    if "half_at" in fit:
+        text += f"; what grows is half of it at {number(fit['half_at'])}"
+    return text
 
 
 def targets(result: dict) -> Table:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Entries of a tile: large enough to hide the overhead of a call, small enough for a shared cache.
-_TILE = 2**20
+# Entries of a tile: large enough to hide the overhead of a call, and of waking up threads that may
+# sleep; small enough for a shared cache.
+_TILE = 2**21
 # Below this width a pair is too little work for the detour to pay.
 _NARROW = 256
 

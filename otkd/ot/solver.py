@@ -172,18 +172,18 @@ def _iterate(
         missing = excess if problem.balanced else excess - problem.optimal_row_excess(f)
         error = torch.linalg.vecdot(a, missing.abs())
         done = unsolved if last else unsolved & (error <= tolerance)
-        count = int(done.sum())
-        if count:  # kept as it is now, whatever else is in the batch
-            places = members[done]
-            found_f[places], found_g[places] = f[done], g[done]
-            found_excess[places], found_error[places] = excess[done], error[done]
+        rows = done.nonzero().squeeze(-1)
+        if len(rows):  # kept as it is now, whatever else is in the batch
+            places = members[rows]
+            found_f[places], found_g[places] = f[rows], g[rows]
+            found_excess[places], found_error[places] = excess[rows], error[rows]
             if problem.symmetric:  # where there is no mass the error does not see f
-                softmin = (2 * image - f)[done]
-                found_f[places] = torch.where(a[done] > 0, f[done], softmin)
+                softmin, massive = (2 * image - f)[rows], a[rows] > 0
+                found_f[places] = torch.where(massive, f[rows], softmin)
                 optimal = problem.optimal_row_excess(softmin)
-                found_excess[places] = torch.where(a[done] > 0, excess[done], optimal)
+                found_excess[places] = torch.where(massive, excess[rows], optimal)
             unsolved = unsolved & ~done
-            left -= count
+            left -= len(rows)
         if left == 0:
             break
         more = min(plain_steps, max_iterations - iteration - 1)
