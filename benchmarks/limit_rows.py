@@ -107,16 +107,16 @@ def _dense(settings: Settings) -> Work:
 
 def _samples(settings: Settings) -> list[Work]:
     samples, classes = settings.pick((1024, 1000), (16, 300))
-    call = BatchCall(BatchPeer("", "otkd"), BatchSpec(samples, 2, seed=settings.seed))
+    call = BatchCall(BatchPeer("", "otkd"), BatchSpec(samples, 3, seed=settings.seed))
     call()
     pairs = samples**2
     steps = 2 * call.function.last_report.iterations + 1
     transport = Work(
-        f"BatchSinkhornLoss, {samples:,} samples of 2 classes, {(steps - 1) // 2} iterations",
+        f"BatchSinkhornLoss, {samples:,} samples of 3 classes, {(steps - 1) // 2} iterations",
         call,
         cached=4 * pairs * steps,
         # Per coordinate: difference, absolute value, sum; sign, product, sum in the gradient.
-        simple=(6 * 2 + 2) * pairs,
+        simple=(6 * 3 + 2) * pairs,
         products=2 * pairs * steps,
         exponentials=pairs,
     )

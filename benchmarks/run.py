@@ -61,7 +61,7 @@ def run_row(measure_row: Callable[[Settings], dict], name: str, settings: Settin
     return {
         "schema": SCHEMA,
         "row": name,
-        "what": measure_row.__doc__,
+        "what": (measure_row.__doc__ or "").partition("\n")[0],
         "settings": asdict(settings),
         "measured": True,
         "machine": measure.machine(),
