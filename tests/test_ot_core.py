@@ -319,6 +319,16 @@ def test_gradients_are_those_of_unrolled_autograd(sharp, debias):
     close(solved[3] + solved[3].mT, unrolled[3] + unrolled[3].mT, atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("value", ["dual", "sharp"])
+def test_a_second_derivative_is_refused_rather_than_wrong(value):
+    a, b, cost = problem("shared")
+    a.requires_grad_()
+    found = ot.sinkhorn_divergence(a, b, cost, debias=False, value=value)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(found.sum(), a, create_graph=True)
+    assert torch.autograd.grad(found.sum(), a)[0].isfinite().all()
+
+
 def test_gradients_in_the_masses_are_the_duals_of_pot():
     a, b, cost = problem("rectangular", batch=1)
     leaves = a.clone().requires_grad_(), b.clone().requires_grad_()

@@ -40,8 +40,12 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            # What the potentials contribute to a second derivative is not known here.
+            raise RuntimeError(
+                "transport is differentiable once: take its gradient without create_graph=True"
+            )
         grad_a, grad_b = ctx.saved_tensors
         weights = grad_value.unsqueeze(-1)
         needs_a, needs_b, *needed = ctx.needs_input_grad[4:]
