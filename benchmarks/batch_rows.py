@@ -120,7 +120,7 @@ def _targets(case: dict, unrolled: float | None) -> list[dict]:
 
 
 def scaling(settings: Settings) -> dict:
-    """How the time grows with b, d and T: fitted exponents with 95 % intervals.
+    """How time grows with b, d and T, in fitted exponents with 95 % intervals, and memory with b.
 
     Of two classes otkd's time does not grow with b², and it has a line of its own.
     """
@@ -148,9 +148,10 @@ def _growth(name: str, kind: str, axis: str, points: Sequence[dict], settings: S
     measured = []
     for point in points:
         peer = BatchPeer(kind, kind, {"iterations": point["T"]})
-        call = BatchCall(peer, BatchSpec(point["b"], point["d"], seed=settings.seed))
-        seconds = measure.spread(measure.repeat(call, settings.repeats))
-        measured.append({**point, "seconds": seconds})
+        spec = BatchSpec(point["b"], point["d"], seed=settings.seed)
+        found = _peak(peer, spec) if axis == "b" and not settings.quick else {}
+        seconds = measure.spread(measure.repeat(BatchCall(peer, spec), settings.repeats))
+        measured.append({**point, **found, "seconds": seconds})
     case = {"name": name, "points": measured, "peers": {}, "times": {}}
     case["exponent"] = exponent(measured, axis)
     if axis != "b":

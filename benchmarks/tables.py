@@ -65,13 +65,14 @@ def _peers(case: dict) -> Table:
 
 
 def _points(points: list[dict]) -> Table:
-    keys = [key for key in points[0] if key != "seconds"]
+    keys = [key for key in points[0] if key not in ("seconds", "peak_bytes", "peak_method")]
     timed = "seconds" in points[0]
     rows = [
         [*(number(point[key]) for key in keys), *([_spread(point["seconds"])] if timed else ())]
         for point in points
     ]
-    header = [name.replace("_", " ") for name in keys] + ["seconds"] * timed
+    names = [_COLUMNS.get(name, name.replace("_", " ")) for name in keys]
+    header = names + ["seconds"] * timed
     return Table(header, rows)
 
 
