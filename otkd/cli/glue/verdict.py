@@ -99,12 +99,13 @@ def _vanishing(
     )
     reproduced = [after for before, after in zip(first, again, strict=True) if _same(before)]
     gone = sum(each.outcome == TOGETHER for each in reproduced)
+    fate = f"{gone:,} are gone (not apart from 0) here."
     return [
         f"Of {count(len(again), 'published difference')}, {len(known):,} can be judged under the "
         "fair protocol:",
         _bullets(author, known, items),
         _outside(known),
-        f"Of the {len(reproduced):,} reproduced above, {gone:,} are gone (not apart from 0) here.",
+        *([f"Of the {len(reproduced):,} reproduced above, {fate}"] if reproduced else ()),
     ]
 
 
