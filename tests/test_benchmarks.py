@@ -155,9 +155,11 @@ def test_batch_transport_is_compared_at_known_errors(tmp_path):
     *_, largest = found["few_classes"]["cases"][:2]
     assert largest["peers"]["unrolled"]["peak_bytes"] > 0
     axes = {case["name"] for case in found["scaling"]["cases"]}
-    assert axes == {f"{kind} over {axis}" for kind in ("otkd", "unrolled") for axis in "bdT"}
+    general = {f"{kind} over {axis}" for kind in ("otkd", "unrolled") for axis in "bdT"}
+    assert axes == {*general, "otkd, two classes over b"}
     for case in found["scaling"]["cases"]:
         assert case["exponent"]["interval"] > 0
+        assert ("half_at" in case["exponent"]) == (not case["name"].endswith("over b"))
 
 
 def test_divergences_are_compared_with_the_plain_formulas(tmp_path):
@@ -188,6 +190,8 @@ def test_a_step_with_every_loss_is_a_ratio_to_kl(tmp_path):
     assert language["peers"]["sinkhorn"]["peak_bytes"] > 0
     assert language["iterations"]["sinkhorn"] >= 1
     assert {"sinkd", "SinKD's public code"} <= set(classes["peers"])
+    (trainers,) = found["trainers"]["cases"]
+    assert set(trainers["times"]) == set(trainers["peers"]) - {"otkd DistillationTrainer"}
 
 
 def test_accuracy_stands_against_time(tmp_path):
