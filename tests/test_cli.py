@@ -171,6 +171,7 @@ def test_result_files_say_how_they_were_made(compared):
     assert 0 <= content["agreement"] <= 1
     teacher = read_result(folder / "rte" / "teacher" / "result.json")
     assert content["teacher_metrics"] == teacher.metrics
+    assert teacher.majority_metrics.keys() == teacher.metrics.keys()
     assert platform.node() not in path.read_text()
     assert not list(folder.rglob("*.partial"))
     logits = DenseSignal.load(folder / "rte" / "teacher" / "train-logits.safetensors")

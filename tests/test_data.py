@@ -7,7 +7,15 @@ import importlib.util
 import pytest
 import torch
 
-from otkd.data import DataError, agreement, get_task, load_task, score, task_names
+from otkd.data import (
+    DataError,
+    agreement,
+    get_task,
+    load_task,
+    majority_score,
+    score,
+    task_names,
+)
 
 # One training file per task as GLUE ships it: header, quotes that are text, a byte-order mark.
 FILES = {
@@ -242,6 +250,13 @@ def test_mnli_reports_both_splits():
     assert score(get_task("mnli"), logits, labels) == pytest.approx(
         {"matched_accuracy": 2 / 3, "mismatched_accuracy": 1.0}
     )
+
+
+def test_the_majority_class_is_that_of_training():
+    train, labels = torch.tensor([1, 1, 0]), {"dev": torch.tensor([1, 1, 1, 0, 0, 0, 0])}
+    expected = {"f1": 2 * 3 / (2 * 3 + 4), "accuracy": 3 / 7}
+    assert majority_score(get_task("mrpc"), train, labels) == pytest.approx(expected)
+    assert majority_score(get_task("cola"), train, labels) == {"mcc": 0.0}
 
 
 def test_agreement_counts_equal_choices():

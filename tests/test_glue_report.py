@@ -78,10 +78,12 @@ class Tree:
         for seed, score in seeds.items():
             self.run(f"{place}/{seed}", score, **options)
 
-    def teacher(self, place, score):
-        """The teacher of a task, ``protocol/task``."""
+    def teacher(self, place, score, majority=None):
+        """The teacher of a task, ``protocol/task``, and what its larger class scores."""
         path = self.run(f"{place}/kl/0", score, cut="for-teacher.json")
-        result = dataclasses.replace(read_result(path), loss="teacher")
+        result = dataclasses.replace(
+            read_result(path), loss="teacher", majority_metrics=majority or {}
+        )
         path.unlink()
         write_result(self.root / place / "teacher" / "result.json", result)
 
@@ -161,7 +163,8 @@ def test_differences_apart_from_zero_are_bold(tree, page):
     assert row(table, "reverse KL")[1].startswith("+0.0 ± ")
     advice = section(text, "### What to use")
     assert "1 of 3 comparisons of a loss with KL are above 0 and 1 below" in advice
-    assert "- JSD: above on RTE, below on none, of 1 task." in advice
+    # At 5 %, with a chance of .025 each: 1 − .975³.
+    assert "1 or more above with probability 0.07" in advice
     assert "Apart below KL: TVD on RTE." in advice
     fair = load_protocol("fair")
     assert f"RTE has 20 of {fair.seeds * len(fair.losses)} students" in advice
@@ -475,6 +478,41 @@ def test_the_teacher_is_laid_against_hard_labels(tree, page):
     assert "KL − hard labels alone: +0.0 ± 2.5." in rte
     mrpc = next(line for line in lines if line.startswith("- MRPC"))
     assert "not apart from 0" in mrpc
+
+
+def test_the_majority_class_stands_beside_what_is_learned(tree, page):
+    for protocol in ("author", "fair"):
+        tree.runs(f"{protocol}/rte/kl", [0.53, 0.54, 0.55])
+        tree.runs(f"{protocol}/rte/{'sinkd' if protocol == 'author' else 'ce'}", [0.53, 0.55, 0.54])
+        tree.teacher(f"{protocol}/rte", 0.58, {"accuracy": 0.527})
+    text = page()
+    assert "| majority class | 52.7 | – | – | – |" in text
+    assert "| RTE, accuracy | majority class | – | 52.7 | – | – |" in text
+    assert text.count("- RTE: teacher +5.3, students of KL +1.3 ± 2.5") == 2
+
+
+def test_results_older_than_the_majority_class_are_read(tree, page):
+    tree.runs("fair/rte/kl", [0.5, 0.6])
+    tree.teacher("fair/rte", 0.7)
+    path = tree.root / "fair" / "rte" / "teacher" / "result.json"
+    content = json.loads(path.read_text())
+    del content["majority_metrics"]
+    path.write_text(json.dumps(content))
+    assert "majority class" not in page()
+
+
+@pytest.mark.parametrize("better", [1, 3])
+def test_few_losses_above_are_left_to_chance(tree, page, better):
+    noise = [0.0, 0.01, 0.02, 0.01, 0.0]
+    tree.runs("fair/rte/kl", [0.60 + x for x in noise])
+    for number, loss in enumerate(("jsd", "tvd", "rkl", "sinkd", "sinkhorn")):
+        up = 0.05 if number < better else 0.0
+        tree.runs(f"fair/rte/{loss}", [0.60 + up + x for x in noise[1:] + noise[:1]])
+    advice = section(page(), "### What to use")
+    # Of 5 at .025: 1 − .975⁵ = .12 for one or more, 10 · .025³ · .975² + … = .0002 for three.
+    assert ("1 or more above with probability 0.12" in advice) == (better == 1)
+    assert ("So few above 0 are what chance gives: use KL." in advice) == (better == 1)
+    assert ("- JSD: above on RTE, below on none, of 1 task." in advice) == (better == 3)
 
 
 @pytest.mark.parametrize("labels", [0.55, 0.60])

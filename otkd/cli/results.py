@@ -40,6 +40,8 @@ class Result:
         precision: ``"fp32"`` or ``"bf16"``, as used.
         versions: of otkd, torch, transformers, python.
         machine: processor, cores, device.
+        majority_metrics: what always answering the class most frequent in training scores; in the
+            teacher's result alone.
         evaluations: every evaluation of the training, ``step`` and metrics; the last is at its end.
         files: SHA-256 of the files that belong to this result, by name beside it.
         finished: UTC time, ISO 8601.
@@ -60,6 +62,7 @@ class Result:
     precision: str
     versions: dict[str, str]
     machine: dict[str, Any]
+    majority_metrics: dict[str, float] = field(default_factory=dict)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     finished: str = field(
@@ -122,6 +125,8 @@ def read_result(path: Path) -> Result:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise CorruptResultError(f"{path} is not a result file of schema {SCHEMA}")
     names = [item.name for item in fields(Result)]
+    # Younger than the schema, and left out by files that are older.
+    content.setdefault("majority_metrics", {})
     missing = [name for name in names if name not in content]
     if missing:
         raise CorruptResultError(f"{path} lacks {', '.join(missing)}")

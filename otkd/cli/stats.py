@@ -111,3 +111,9 @@ def summary_json(teacher: Result, results: Sequence[Result]) -> dict[str, Any]:
 
 def _distinct(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [value for index, value in enumerate(values) if value not in values[:index]]
+
+
+def probability_of(found: int, trials: int, chance: float) -> float:
+    """The probability of ``found`` successes or more in independent trials of the same chance."""
+    fewer = (math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(found))
+    return 1.0 - sum(fewer)

@@ -17,7 +17,7 @@ from otkd.cli.evaluation import Predictor
 from otkd.cli.results import Result, file_digest, find_result, write_result
 from otkd.cli.traces import check_work, claim, common_fields, save_model
 from otkd.cli.training import Fit, device, fit
-from otkd.data import score
+from otkd.data import majority_score, score
 from otkd.signals import DenseSignal
 from otkd.signals.files import load_tensors, save_tensors
 
@@ -121,12 +121,14 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
     kept += sorted((folder / "model").glob("*.safetensors")) if chosen.finetune_teacher else []
     files = {path.relative_to(folder).as_posix(): file_digest(path) for path in kept}
     metrics = score(experiment.task, dev, rows.labels)
+    labels = torch.tensor(rows.train["labels"][:])
     result = Result(
         loss="teacher",
         seed=seed,
         settings=experiment.teacher_settings,
         metrics=metrics,
         teacher_metrics=metrics,
+        majority_metrics=majority_score(experiment.task, labels, rows.labels),
         agreement=1.0,
         teacher_logits=files[_TRAIN_LOGITS],
         files=files,

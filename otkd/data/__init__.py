@@ -2,7 +2,7 @@
 
 from otkd.data.encoding import encode
 from otkd.data.loading import SAMPLE_SEED, TaskData, load_task
-from otkd.data.metrics import agreement, score
+from otkd.data.metrics import agreement, majority_score, score
 from otkd.data.tasks import DataError, Task, get_task, task_names
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "encode",
     "get_task",
     "load_task",
+    "majority_score",
     "score",
     "task_names",
 ]

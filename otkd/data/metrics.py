@@ -61,6 +61,23 @@ def score(
     }
 
 
+def majority_score(task: Task, train: Tensor, labels: Mapping[str, Tensor]) -> dict[str, float]:
+    """What a classifier scores that always answers the class most frequent in training.
+
+    Args:
+        task: the task.
+        train: ``(rows,)`` labels of the training rows; of classes as frequent the first counts.
+        labels: ``(rows,)`` by development split.
+
+    Raises:
+        KeyError: if a development split of the task is absent.
+    """
+    classes = torch.bincount(train, minlength=task.num_labels)
+    answer = torch.nn.functional.one_hot(classes.argmax(), task.num_labels)
+    logits = {split: answer.expand(len(rows), -1) for split, rows in labels.items()}
+    return score(task, logits, labels)
+
+
 def agreement(first: Tensor, second: Tensor) -> float:
     """The share of rows for which two ``(rows, num_labels)`` logits choose the same class.
 

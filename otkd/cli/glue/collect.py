@@ -48,6 +48,11 @@ class TaskResults:
         """Whether any student was trained."""
         return any(self.runs.values())
 
+    @property
+    def majority(self) -> dict[str, float]:
+        """What always answering the class most frequent in training scores, if it is known."""
+        return self.teacher.majority_metrics if self.teacher else {}
+
     def all(self) -> list[Result]:
         """Every result: the teacher's, the students', the candidates'."""
         parts = (*self.runs.values(), *self.tuning.values())

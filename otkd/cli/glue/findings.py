@@ -96,6 +96,15 @@ def above_students(results: TaskResults, loss: str) -> PairedDifference | None:
     return paired_difference(dict.fromkeys(scores, results.teacher.score), scores)
 
 
+def above_majority(results: TaskResults, loss: str) -> PairedDifference | None:
+    """The students of ``loss`` − always answering the class most frequent in training."""
+    answered = results.majority.get(results.task.headline)
+    if answered is None:
+        return None
+    scores = results.scores(loss)
+    return paired_difference(scores, dict.fromkeys(scores, answered))
+
+
 def inflation(results: TaskResults, loss: str) -> Estimate | None:
     """Best − last evaluation of a training, over its runs with more than one evaluation."""
     gains = []

@@ -36,6 +36,8 @@ from otkd.cli.glue.published import Published, published_metrics
 from otkd.cli.report import metric_title
 from otkd.cli.stats import estimate
 
+MAJORITY = "majority class"
+
 
 def not_run(collection: Collection, study: Study, task: str, seeds: int = 0) -> str:
     """Why a cell is empty."""
@@ -113,6 +115,9 @@ def published_table(collection: Collection, published: Published) -> str:
                     teacher = results.teacher
                     ours = NONE if teacher is None else percent(teacher.metrics[metric])
                     rows.append([title, "teacher", said, ours, NONE, NONE])
+                    if metric in results.majority:
+                        ours = percent(results.majority[metric])
+                        rows.append([title, MAJORITY, NONE, ours, NONE, NONE])
                     continue
                 gap = published.difference(SUBJECT, loss, name, metric)
                 own = loss != SUBJECT
@@ -139,11 +144,13 @@ def task_table(collection: Collection, study: Study, results: TaskResults) -> st
     header = ["loss"]
     for metric in metrics:
         header += [metric_title(metric), f"− {study.title(BASELINE)}"]
-    teacher = ["teacher"]
-    for metric in metrics:
-        scores = results.teacher.metrics if results.teacher else {}
-        teacher += [percent(scores[metric]) if metric in scores else NONE, NONE]
-    rows = [[*teacher, NONE, NONE]]
+    given = {"teacher": results.teacher.metrics if results.teacher else {}}
+    if results.majority:
+        given[MAJORITY] = results.majority
+    rows = []
+    for title, scores in given.items():
+        cells = [percent(scores[metric]) if metric in scores else NONE for metric in metrics]
+        rows.append([title, *(text for cell in cells for text in (cell, NONE)), NONE, NONE])
     for loss, runs in results.runs.items():
         row = [study.title(loss)]
         for metric in metrics:

@@ -12,6 +12,7 @@ from otkd.cli.glue.findings import (
     TOGETHER,
     UNKNOWN,
     Comparison,
+    above_majority,
     above_students,
     best_comparison,
     comparisons_to,
@@ -21,6 +22,7 @@ from otkd.cli.glue.findings import (
 )
 from otkd.cli.glue.markdown import apart, count, listed, percent, signed
 from otkd.cli.glue.published import Published
+from otkd.cli.stats import probability_of
 
 # Of comparisons without any difference, the share whose 95 % interval excludes 0 all the same.
 _FALSE = 0.05
@@ -82,7 +84,24 @@ def _reproduction(study: Study, comparisons: Sequence[Comparison]) -> list[str]:
     )
     lines.append(_bullets(study, known, items))
     lines.append(_outside(known))
-    return lines
+    return lines + _learned(study)
+
+
+def _learned(study: Study) -> list[str]:
+    """How far the teacher and the baseline's students are above the majority class."""
+    lines = []
+    for results in study.tasks.values():
+        gap = above_majority(results, BASELINE)
+        if gap is not None and results.teacher is not None:
+            by = signed(results.teacher.score - results.majority[results.task.headline])
+            lines.append(
+                f"- {results.task.title}: teacher {by}, students of {study.title(BASELINE)} "
+                f"{apart(gap, len(gap.seeds))}"
+            )
+    if not lines:
+        return []
+    first = "Above always answering the class most frequent in training, which learns nothing:"
+    return [first, "\n".join(lines)]
 
 
 def _vanishing(
@@ -128,7 +147,9 @@ def _teachable(fair: Study) -> list[str]:
             f"- {results.task.title}: teacher {percent(results.teacher.score)}, teacher − students "
             f"of {fair.title(LABELS)} {apart(gap, len(gap.seeds))}; {said}.{kept}"
         )
-    return ["\n".join(lines)] if lines else ["Not run: a teacher and students of hard labels."]
+    if not lines:
+        return ["Not run: a teacher and students of hard labels."]
+    return ["\n".join(lines), *_learned(fair)]
 
 
 def _best(fair: Study, comparisons: Sequence[Comparison]) -> list[str]:
@@ -164,16 +185,18 @@ def _advice(fair: Study, comparisons: Sequence[Comparison]) -> list[str]:
     tasks = list(dict.fromkeys(each.task.title for each in losses))
     above = [each for each in losses if each.outcome == ABOVE]
     below = [each for each in losses if each.outcome == BELOW]
-    expected = len(losses) * _FALSE
+    expected = len(losses) * _FALSE / 2
+    least = max(1, len(above))
     lines = [
         *_provisional(fair),
         f"On {listed(tasks)}, {len(above):,} of {count(len(losses), 'comparison')} of a loss with "
-        f"{baseline} are above 0 and {len(below):,} below; about {expected:.1f} of either kind "
-        "would be by chance.",
+        f"{baseline} are above 0 and {len(below):,} below. By chance about {expected:.1f} of each "
+        f"kind would be, and {least:,} or more above with probability "
+        f"{probability_of(least, len(losses), _FALSE / 2):.2f}.",
     ]
     if not above:
         lines.append(f"**No loss is apart above {baseline} on any task: use {baseline}.**")
-    elif len(above) <= expected:
+    elif probability_of(len(above), len(losses), _FALSE / 2) > _FALSE:
         lines.append(f"**So few above 0 are what chance gives: use {baseline}.**")
     else:
         lines.append(_winners(fair, losses, above, below))
