@@ -49,6 +49,23 @@ class Comparison:
         """Which side of 0 the interval lies on, if it is on one."""
         return outcome(self.ours)
 
+    @property
+    def reproduced(self) -> bool:
+        """Whether the interval lies on the side of 0 that was published."""
+        return self.outcome == (ABOVE if (self.published or 0.0) > 0 else BELOW)
+
+    @property
+    def reversed(self) -> bool:
+        """Whether it lies on the other side."""
+        return self.outcome in (ABOVE, BELOW) and not self.reproduced
+
+    @property
+    def covers_published(self) -> bool:
+        """Whether the published difference lies within the interval."""
+        if self.ours is None or self.ours.interval is None or self.published is None:
+            return False
+        return abs(self.published - self.ours.mean) <= self.ours.interval
+
 
 def published_comparisons(study: Study, published: Published) -> list[Comparison]:
     """The loss of the published table against each of its baselines, on each of its tasks.

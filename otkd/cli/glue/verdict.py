@@ -78,9 +78,12 @@ def _reproduction(study: Study, comparisons: Sequence[Comparison]) -> list[str]:
         return [first]
     lines = [first, f"Of the {len(known):,} that can:"]
     items = (
-        ("reproduced (the published sign, and the interval excludes 0)", _same),
+        (
+            "reproduced (the published sign, and the interval excludes 0)",
+            lambda each: each.reproduced,
+        ),
         ("not apart from 0", lambda each: each.outcome == TOGETHER),
-        ("reversed (the other sign, and the interval excludes 0)", _reversed),
+        ("reversed (the other sign, and the interval excludes 0)", lambda each: each.reversed),
     )
     lines.append(_bullets(study, known, items))
     lines.append(_outside(known))
@@ -112,11 +115,11 @@ def _vanishing(
     if not known:
         return ["Not run with at least two seeds of both losses."]
     items = (
-        ("the published sign, and the interval excludes 0", _same),
+        ("the published sign, and the interval excludes 0", lambda each: each.reproduced),
         ("not apart from 0", lambda each: each.outcome == TOGETHER),
-        ("reversed (the other sign, and the interval excludes 0)", _reversed),
+        ("reversed (the other sign, and the interval excludes 0)", lambda each: each.reversed),
     )
-    reproduced = [after for before, after in zip(first, again, strict=True) if _same(before)]
+    reproduced = [after for before, after in zip(first, again, strict=True) if before.reproduced]
     gone = sum(each.outcome == TOGETHER for each in reproduced)
     fate = f"{gone:,} are gone (not apart from 0) here."
     return [
@@ -257,29 +260,11 @@ def _labels_or_baseline(fair: Study, known: Sequence[Comparison]) -> list[str]:
 
 
 def _outside(known: Sequence[Comparison]) -> str:
-    outside = sum(not _covers_published(each) for each in known)
+    outside = sum(not each.covers_published for each in known)
     return (
         f"The published difference itself lies outside our interval in {outside:,} of "
         f"{len(known):,}."
     )
-
-
-def _same(each: Comparison) -> bool:
-    return each.outcome == _published_side(each)
-
-
-def _reversed(each: Comparison) -> bool:
-    return each.outcome in (ABOVE, BELOW) and not _same(each)
-
-
-def _published_side(each: Comparison) -> str:
-    return ABOVE if (each.published or 0.0) > 0 else BELOW
-
-
-def _covers_published(each: Comparison) -> bool:
-    if each.ours is None or each.ours.interval is None or each.published is None:
-        return False
-    return abs(each.published - each.ours.mean) <= each.ours.interval
 
 
 def _bullets(
