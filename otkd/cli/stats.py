@@ -58,6 +58,13 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), quantile * stdev(values) / math.sqrt(len(values)))
 
 
+def probability_of(found: int, trials: int, chance: float) -> float:
+    """The probability of ``found`` ≥ 1 successes or more in independent trials of one chance."""
+    from scipy.special import bdtrc
+
+    return float(bdtrc(found - 1, trials, chance))
+
+
 def paired_difference(
     values: Mapping[int, float], baseline: Mapping[int, float]
 ) -> PairedDifference | None:
@@ -111,9 +118,3 @@ def summary_json(teacher: Result, results: Sequence[Result]) -> dict[str, Any]:
 
 def _distinct(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [value for index, value in enumerate(values) if value not in values[:index]]
-
-
-def probability_of(found: int, trials: int, chance: float) -> float:
-    """The probability of ``found`` successes or more in independent trials of the same chance."""
-    fewer = (math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k) for k in range(found))
-    return 1.0 - sum(fewer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from otkd.cli.glue.collect import BASELINE, LABELS, SUBJECT, Collection, Study
@@ -76,18 +76,8 @@ def _reproduction(study: Study, comparisons: Sequence[Comparison]) -> list[str]:
     )
     if not known:
         return [first]
-    lines = [first, f"Of the {len(known):,} that can:"]
-    items = (
-        (
-            "reproduced (the published sign, and the interval excludes 0)",
-            lambda each: each.reproduced,
-        ),
-        ("not apart from 0", lambda each: each.outcome == TOGETHER),
-        ("reversed (the other sign, and the interval excludes 0)", lambda each: each.reversed),
-    )
-    lines.append(_bullets(study, known, items))
-    lines.append(_outside(known))
-    return lines + _learned(study)
+    found = _outcomes(study, known, "reproduced (the published sign, and the interval excludes 0)")
+    return [first, f"Of the {len(known):,} that can:", *found, *_learned(study)]
 
 
 def _learned(study: Study) -> list[str]:
@@ -114,19 +104,13 @@ def _vanishing(
     known = [each for each in again if each.outcome != UNKNOWN]
     if not known:
         return ["Not run with at least two seeds of both losses."]
-    items = (
-        ("the published sign, and the interval excludes 0", lambda each: each.reproduced),
-        ("not apart from 0", lambda each: each.outcome == TOGETHER),
-        ("reversed (the other sign, and the interval excludes 0)", lambda each: each.reversed),
-    )
     reproduced = [after for before, after in zip(first, again, strict=True) if before.reproduced]
     gone = sum(each.outcome == TOGETHER for each in reproduced)
     fate = f"{gone:,} are gone (not apart from 0) here."
     return [
         f"Of {count(len(again), 'published difference')}, {len(known):,} can be judged under the "
         "fair protocol:",
-        _bullets(author, known, items),
-        _outside(known),
+        *_outcomes(author, known, "the published sign, and the interval excludes 0"),
         *([f"Of the {len(reproduced):,} reproduced above, {fate}"] if reproduced else ()),
     ]
 
@@ -190,16 +174,16 @@ def _advice(fair: Study, comparisons: Sequence[Comparison]) -> list[str]:
     below = [each for each in losses if each.outcome == BELOW]
     expected = len(losses) * _FALSE / 2
     least = max(1, len(above))
+    by_chance = probability_of(least, len(losses), _FALSE / 2)
     lines = [
         *_provisional(fair),
         f"On {listed(tasks)}, {len(above):,} of {count(len(losses), 'comparison')} of a loss with "
         f"{baseline} are above 0 and {len(below):,} below. By chance about {expected:.1f} of each "
-        f"kind would be, and {least:,} or more above with probability "
-        f"{probability_of(least, len(losses), _FALSE / 2):.2f}.",
+        f"kind would be, and {least:,} or more above with probability {by_chance:.2f}.",
     ]
     if not above:
         lines.append(f"**No loss is apart above {baseline} on any task: use {baseline}.**")
-    elif probability_of(len(above), len(losses), _FALSE / 2) > _FALSE:
+    elif by_chance > _FALSE:
         lines.append(f"**So few above 0 are what chance gives: use {baseline}.**")
     else:
         lines.append(_winners(fair, losses, above, below))
@@ -259,28 +243,30 @@ def _labels_or_baseline(fair: Study, known: Sequence[Comparison]) -> list[str]:
     return [text + (f" It is below on {listed(harms)}." if harms else "")]
 
 
-def _outside(known: Sequence[Comparison]) -> str:
-    outside = sum(not each.covers_published for each in known)
-    return (
-        f"The published difference itself lies outside our interval in {outside:,} of "
-        f"{len(known):,}."
-    )
+def _outcomes(study: Study, known: Sequence[Comparison], reproduced: str) -> list[str]:
+    """Under each outcome how many comparisons had it, and their numbers task by task.
 
-
-def _bullets(
-    study: Study,
-    comparisons: Sequence[Comparison],
-    items: Iterable[tuple[str, Callable[[Comparison], bool]]],
-) -> str:
-    """Under each title how many comparisons belong to it, and their numbers task by task."""
+    ``reproduced`` is what the first of them, the one published, is called.
+    """
+    outcomes = {
+        reproduced: [each for each in known if each.reproduced],
+        "not apart from 0": [each for each in known if each.outcome == TOGETHER],
+        "reversed (the other sign, and the interval excludes 0)": [
+            each for each in known if each.reversed
+        ],
+    }
     lines = []
-    for title, belongs in items:
-        found = [each for each in comparisons if belongs(each)]
+    for title, found in outcomes.items():
         lines.append(f"- {title}: {len(found):,}")
         for task in dict.fromkeys(each.task.title for each in found):
             said = [_numbers(study, each) for each in found if each.task.title == task]
             lines.append(f"  - {task}: {'; '.join(said)}")
-    return "\n".join(lines)
+    outside = sum(not each.covers_published for each in known)
+    return [
+        "\n".join(lines),
+        f"The published difference itself lies outside our interval in {outside:,} of "
+        f"{len(known):,}.",
+    ]
 
 
 def _numbers(study: Study, each: Comparison) -> str:
