@@ -28,6 +28,7 @@ _TRAIN_LOGITS = "train-logits.safetensors"
 _DEV_LOGITS = "dev-logits.safetensors"
 _CLASS_ROWS = "class-rows.safetensors"
 _FEATURES = "train-features.safetensors"
+_UNFINISHED = "result.partial"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
     settings = experiment.teacher_settings
     result = find_result(path, settings, overwrite=overwrite, notice=notice)
     if result is None:
-        check_work(folder / "work", settings, overwrite=overwrite)
+        check_work(folder / _UNFINISHED, settings, overwrite=overwrite)
         return None
     # Its weights are not asked for: they are needed for states alone, and not always kept.
     for name in (_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS):
@@ -108,7 +109,7 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
             rows.train,
             tokenizer,
             experiment.teacher_schedule(),
-            claim(folder / "work", experiment.teacher_settings),
+            claim(folder / _UNFINISHED, experiment.teacher_settings),
             on_steps=on_steps,
         )
         save_model(folder / "model", model, tokenizer)
@@ -135,7 +136,7 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
         **common_fields(experiment, rows, took),
     )
     write_result(folder / "result.json", result)
-    shutil.rmtree(folder / "work", ignore_errors=True)
+    shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
     return _load_teacher(folder, result)
 
 
