@@ -25,6 +25,17 @@ def is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def is_causal_lm(model: Any) -> bool:
+    """Whether the loss of ``model`` itself shifts: by its loss type, or by its class."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    base = base_model(model)
+    by_type = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
+    by_name = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return (by_type or by_name) and not is_encoder_decoder(base)
+
+
 def without_labels(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs with which a model computes no loss of its own."""
     rest = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}

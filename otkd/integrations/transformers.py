@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from otkd.integrations.models import (
     argument_names,
-    base_model,
+    is_causal_lm,
     is_encoder_decoder,
     read_outputs,
     without_labels,
@@ -32,8 +32,6 @@ from otkd.signals.protocol import teacher_features_of
 
 try:
     from transformers import Trainer, TrainerCallback
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 except ImportError as error:
     raise ImportError(
         "otkd.integrations.transformers needs transformers and accelerate: "
@@ -126,7 +124,7 @@ class DistillationTrainer(Trainer):
             if getattr(self.teacher, "hf_device_map", None) is None:
                 self.teacher.to(self.args.device)
 
-        self.shift = _is_causal_lm(self.model) if shift is None else shift
+        self.shift = is_causal_lm(self.model) if shift is None else shift
         # Labels are shifted before Trainer counts them: it misses models without a loss type, such
         # as GPT-2, and its older versions never shift.
         self._loss_shifts_labels = False
@@ -329,14 +327,6 @@ class _ZeroGradients(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.loss.zero_grad()
-
-
-def _is_causal_lm(model: Any) -> bool:
-    """Whether the loss of ``model`` itself shifts: by its loss type, or by its class."""
-    base = base_model(model)
-    by_type = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
-    by_name = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return (by_type or by_name) and not is_encoder_decoder(base)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Shaped
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from otkd.checks import check_one_logits, check_positive
 from otkd.signals.files import load_tensors, save_tensors
+from otkd.signals.self_term import SelfTermSettings
 
 if TYPE_CHECKING:
     from otkd.losses.transport import SinkhornLoss
@@ -22,27 +23,6 @@ MASS_SLACK = 0.05
 """How far above 1 the stored masses of a position may add up: bfloat16 has such errors."""
 
 _BLOCK_ELEMENTS = 2**24
-_COST_TOLERANCE = 1e-3
-
-
-class SelfTermSettings(NamedTuple):
-    """What a stored self-term was made for.
-
-    Attributes:
-        epsilon: entropic strength.
-        costs: costs of a few pairs of tokens and of the tail, which tell one cost from another.
-    """
-
-    epsilon: float
-    costs: tuple[float, ...]
-
-    def fits(self, other: SelfTermSettings) -> bool:
-        """Whether it is the same problem, up to what devices differ in rounding."""
-        mine, theirs = (self.epsilon, *self.costs), (other.epsilon, *other.costs)
-        return len(mine) == len(theirs) and all(
-            math.isclose(x, y, rel_tol=_COST_TOLERANCE, abs_tol=1e-6)
-            for x, y in zip(mine, theirs, strict=True)
-        )
 
 
 @dataclass(frozen=True)

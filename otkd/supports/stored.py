@@ -11,7 +11,8 @@ from torch import Tensor
 from otkd.costs import Cost
 from otkd.ot.divergence import Options, solve_transport
 from otkd.ot.problem import Problem
-from otkd.signals.topk import SelfTermSettings, TopKSignal
+from otkd.signals.self_term import SelfTermSettings
+from otkd.signals.topk import TopKSignal
 from otkd.supports.heads import Heads
 
 if TYPE_CHECKING:
