@@ -108,6 +108,20 @@ def otkd_command(*arguments):
     )
 
 
+def start_command(*arguments, **options):
+    """Start it in a process of its own, which can be interrupted however the tests were started."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "otkd.cli.app", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell starts what it runs in the background without it, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
 def said(result):
     """All output on one line, without the line breaks that a terminal's width puts in."""
     return " ".join(result.output.split())
@@ -245,15 +259,8 @@ def test_a_damaged_teacher_is_redone_and_its_students_kept(arguments, tmp_path):
 
 def test_interrupted_comparison_goes_on_where_it_stopped(arguments, tmp_path):
     compare = ["compare", "rte", "--losses", "ce,kl", "--seeds", 2, *arguments, "--epochs", 20]
-    compare = [str(argument) for argument in compare]
     first = tmp_path / "out" / "rte" / "ce" / "0.json"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "otkd.cli.app", *compare],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = start_command(*compare)
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from otkd.cli.settings import Settings
 from otkd.data import task_names
 from otkd.integrations.annealing import TemperatureAnnealing
 from otkd.signals import DenseSignal
-from tests.test_cli import WORDS, make_result, otkd_command, said, save_bert
+from tests.test_cli import WORDS, make_result, otkd_command, said, save_bert, start_command
 
 GLUE = [name for name in task_names() if name != "rotten-tomatoes"]
 HEADERS = {
@@ -340,15 +338,8 @@ def test_students_of_hidden_costs_need_the_teachers_states(tuned):
 def test_interrupted_processes_stop_and_go_on(teacher, glue, tmp_path, kind):
     command = ["compare", "rte,wnli", "--losses", "ce,kl", "--seeds", 2, "--workers", 2]
     command += ["--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path, *QUICK]
-    command = [str(argument) for argument in [*command, "--epochs", 20]]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "otkd.cli.app", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command += ["--epochs", 20]
+    process = start_command(*command, start_new_session=True)
     deadline = time.monotonic() + 120
     results = tmp_path / "rte"
     while process.poll() is None and time.monotonic() < deadline:
