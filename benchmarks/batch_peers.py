@@ -187,17 +187,19 @@ def _emd(spec: BatchSpec) -> Function:
     return function
 
 
-def _geomloss(spec: BatchSpec, *, scaling: float = 0.9) -> Function:
-    """``SamplesLoss`` on the tensors; ε is blur**p."""
+def _geomloss(spec: BatchSpec, *, scaling: float = 0.9, backend: str = "tensorized") -> Function:
+    """``SamplesLoss`` on the tensors, or with KeOps ``"online"``; ε is blur**p."""
     from geomloss import SamplesLoss
 
-    def cost(x: Tensor, y: Tensor) -> Tensor:
+    def distances(x: Tensor, y: Tensor) -> Tensor:
         return _distances(spec, x, y)
 
+    formula = "Sum(Abs(X-Y))" if spec.cost == "l1" else "SqDist(X,Y)"
+    cost = formula if backend == "online" else distances
     p = 1 if spec.cost == "l1" else 2
     blur = spec.epsilon if p == 1 else spec.epsilon**0.5
     loss = SamplesLoss(
-        "sinkhorn", p=p, blur=blur, scaling=scaling, debias=False, cost=cost, backend="tensorized"
+        "sinkhorn", p=p, blur=blur, scaling=scaling, debias=False, cost=cost, backend=backend
     )
 
     def function(student: Tensor, teacher: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ PEERS = (
     BatchPeer("geomloss .9", "geomloss", {}, 1024),
     BatchPeer("F.kl_div", "kl_div"),
 )
+_ONLINE = BatchPeer("geomloss .9, KeOps", "geomloss", {"backend": "online"}, 1024)
 # The value whose gradient a peer computes, to be held against that in float64: ⟨P, C⟩, or nothing
 # where it is another problem. All others compute the dual value's.
 VALUES = {"unrolled": "sharp", "emd": None, "kl_div": None}
@@ -78,12 +79,13 @@ def reference_of(spec: BatchSpec, value: str = "dual"):
 def few_classes(settings: Settings) -> dict:
     """d = 2 and 3 with the L1 cost, over b: what a classifier has."""
     sizes = settings.pick((16, 64, 256, 1024), (16, 32))
+    peers = [*PEERS, _ONLINE] if settings.keops else PEERS
     cases, targets = [], []
     for classes in (2, 3):
         for samples in sizes:
             spec = BatchSpec(samples, classes, seed=settings.seed)
             memory = samples == sizes[-1]
-            cases.append(compare_batch(spec, PEERS, settings, memory=memory))
+            cases.append(compare_batch(spec, peers, settings, memory=memory))
             targets += _targets(cases[-1], {256: 4, 1024: 8}.get(samples))
     return {"cases": cases, "targets": targets}
 

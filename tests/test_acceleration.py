@@ -229,7 +229,7 @@ def test_plain_steps_from_a_point_led_astray_are_finite(dtype):
 
 
 def test_beyond_that_reach_there_are_no_plain_steps():
-    a, b, cost = problem("per_item", 3, batch=2)
+    a, b, cost = problem("shared", 3, batch=2)
     epsilon = cost.max().item() / 200
     assert not Problem(a, b, cost, epsilon).kernel().scales
     alone, with_plain = (solve(a, b, cost, epsilon, plain=plain) for plain in (0, 8))

@@ -21,7 +21,7 @@ F64 = torch.float64
 @pytest.fixture
 def from_the_first(monkeypatch):
     """Sums along the line for any number of samples."""
-    monkeypatch.setattr(batch_transport, "_SMALL", 0)
+    monkeypatch.setattr(batch_transport, "_LINE_FROM", 0)
 
 
 def on_a_line(seed, n, dtype=F64):
@@ -104,8 +104,8 @@ def test_many_samples_of_two_classes_are_those_of_unrolled_iterations(from_the_f
 
 @pytest.mark.parametrize("cost", ["l1", "euclidean"])
 @pytest.mark.parametrize("debias", [False, True])
-def test_it_takes_over_above_256_samples_and_gives_the_same(monkeypatch, cost, debias):
-    student, teacher = logits(1, 257, 2), logits(2, 257, 2)
+def test_it_takes_over_above_384_samples_and_gives_the_same(monkeypatch, cost, debias):
+    student, teacher = logits(1, 385, 2), logits(2, 385, 2)
     loss = otkd.BatchSinkhornLoss(cost, debias=debias, **EXACT)
     made = []
     initialise = LineCost.__init__
@@ -115,7 +115,7 @@ def test_it_takes_over_above_256_samples_and_gives_the_same(monkeypatch, cost, d
     found = with_gradient(lambda z: loss(z, teacher), student)
     assert made
     made.clear()
-    monkeypatch.setattr(batch_transport, "_SMALL", 257)
+    monkeypatch.setattr(batch_transport, "_LINE_FROM", 385)
     expected = with_gradient(lambda z: loss(z, teacher), student)
     assert not made
     close(found[0], expected[0])

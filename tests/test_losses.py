@@ -603,7 +603,7 @@ def test_where_settings_are_at_their_defaults():
     token, batch = otkd.SinkhornLoss(embedding=points(1, 4)), otkd.BatchSinkhornLoss()
     options = otkd.ot.divergence.Options
     assert token.solver_options == options(0.1, 1e-4, 200, "dual", True)
-    assert batch.solver_options == options(0.1, 1e-4, 200, "dual", False)
+    assert batch.solver_options == options(0.1, 1e-4, 1000, "dual", False)
     assert batch.cost == "l1"
 
 

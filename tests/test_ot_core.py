@@ -1,4 +1,5 @@
 import itertools
+import math
 import warnings
 
 import pytest
@@ -11,6 +12,8 @@ import otkd.ot.solution
 from otkd import ConvergenceWarning, ot
 from otkd.ot.kernels import LogKernel, ProductKernel
 from otkd.ot.problem import Problem
+from otkd.ot.solver import solve_potentials
+from otkd.ot.stabilised import StabilisedKernel
 from tests import naive
 from tests.problems import (
     KINDS,
@@ -96,10 +99,14 @@ def test_masses_of_zero_leave_everything_finite(epsilon, dtype):
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_products_where_they_are_representable_and_the_log_domain_elsewhere():
+def test_products_where_they_are_representable_and_other_kernels_elsewhere():
     a, b, cost = (x.float() for x in problem("shared"))
+    own = torch.stack([cost] * len(a))
     assert isinstance(Problem(a, b, cost, 0.1).kernel(), ProductKernel)
+    assert isinstance(Problem(a, b, own, 0.1).kernel(), ProductKernel)
     assert isinstance(Problem(a, b, cost, 0.01).kernel(), LogKernel)
+    assert isinstance(Problem(a, b, own, 0.01).kernel(), StabilisedKernel)
+    assert isinstance(Problem(a[:1], b[:1], cost, 0.01).kernel(), StabilisedKernel)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +134,90 @@ def test_both_kernels_agree(kind):
     close(product.mean(f, g, b, y), log.mean(f, g, b, y))
     close(product.mean_cost(f, g, b), log.mean_cost(f, g, b))
     close(product.coupling(f, g, a, b * y), log.coupling(f, g, a, b * y))
+
+
+def held_problems(kind):
+    """Problems that a density can be held for: one at a time where they share a cost."""
+    a, b, cost = problem(kind)
+    if cost.ndim == 3:
+        return [(a, b, cost)]
+    return [(a[i : i + 1], b[i : i + 1], cost) for i in range(len(a))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("epsilon", [0.1, 0.01, 0.002])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_held_kernel_is_that_of_the_log_domain_wherever_it_is_held(kind, epsilon, dtype):
+    for a, b, cost in held_problems(kind):
+        a, b, cost = a.to(dtype), b.to(dtype), cost.to(dtype)
+        held, log = StabilisedKernel(cost, epsilon), LogKernel(cost, epsilon)
+        near = log.softmin(torch.zeros_like(b), b.log())
+        for f in (near, near + epsilon * torch.rand_like(a), 5 * torch.rand_like(a)):
+            g = log.transposed.softmin(f, a.log())
+            close(held.transposed.softmin(f, a.log()), g)
+            close(held.softmin(g, b.log()), log.softmin(g, b.log()))
+            y, left = torch.rand_like(b), torch.rand_like(a)
+            close(held.mean(f, g, b, y), log.mean(f, g, b, y))
+            close(held.mean_cost(f, g, b), log.mean_cost(f, g, b))
+            backward = held.transposed.mean(g, f, a, left), log.transposed.mean(g, f, a, left)
+            close(*backward)
+            coupling = log.coupling(f, g, left, y).reshape(cost.shape)
+            close(held.coupling(f, g, left, y), coupling)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("epsilon", [0.3, 0.02, 0.002])
+def test_steps_of_a_held_kernel_are_sinkhorns_own(kind, epsilon):
+    for a, b, cost in held_problems(kind):
+        held, log = StabilisedKernel(cost, epsilon), LogKernel(cost, epsilon)
+        for scale in (0.1, 100):  # near where it is held, and too far to be looked at once
+            f = expected = held.softmin(torch.rand_like(b), b.log())
+            f = expected = f + scale * epsilon * torch.rand_like(f)
+            for _ in range(5):
+                expected = log.softmin(log.transposed.softmin(expected, a.log()), b.log())
+            close(held.alternate(f, a.log(), b.log(), 5), expected)
+
+
+def test_keeping_some_problems_keeps_where_they_are_held():
+    a, b, cost = problem("per_item")
+    held, log = StabilisedKernel(cost, 0.01), LogKernel(cost, 0.01)
+    f = held.softmin(torch.zeros_like(b), b.log())
+    index = torch.tensor([2, 0])
+    for kernel, whole in ((held.rows(index), log), (held.transposed.rows(index), log.transposed)):
+        masses_there, potential = (a, f) if whole is not log else (b, torch.zeros_like(b))
+        found = kernel.softmin(potential[index], masses_there[index].log())
+        close(found, whole.softmin(potential, masses_there.log())[index])
+
+
+@pytest.mark.parametrize("penalty", [math.inf, 0.5])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_held_or_not_the_solution_is_the_same(penalty, symmetric):
+    a, b, cost = problem("per_item")
+    if symmetric:
+        b, cost = a, cost + cost.mT
+    fixed = Problem(a, b, cost, 0.003, symmetric, penalty)
+    limits = {"tolerance": 1e-6, "max_iterations": 50_000}
+    expected = solve_potentials(fixed, LogKernel(cost, 0.003), **limits)
+    for plain_steps in (0, 5):
+        held = StabilisedKernel(cost, 0.003)
+        found = solve_potentials(fixed, held, plain_steps=plain_steps, **limits)
+        assert found.converged
+        close((found.f, found.g), (expected.f, expected.g), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("epsilon", [0.03, 0.01, 0.003])
+def test_small_epsilon_in_float32_is_that_of_float64(epsilon):
+    """One problem of many points, where exp(−C/ε) in float32 is 0 for most of them."""
+    x, y = points(1, 80), points(2, 90)
+    cost = torch.cdist(x, y, p=1)
+    a, b = masses(3, 80), masses(4, 90)
+    exact = ot.sinkhorn(a, b, cost, epsilon=epsilon, **TIGHT)
+    limits = {"tolerance": 1e-4, "max_iterations": 20_000}
+    found = ot.sinkhorn(a.float(), b.float(), cost.float(), epsilon=epsilon, **limits)
+    assert exact.converged
+    assert found.converged
+    close(found.plan().double(), exact.plan(), atol=2e-4, rtol=0)
+    close(found.value.double(), exact.value, atol=1e-4, rtol=1e-4)
 
 
 def test_the_log_domain_does_not_depend_on_its_blocks(monkeypatch):

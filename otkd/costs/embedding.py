@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from otkd.checks import check_choice
 from otkd.costs.base import Cost, CostMatrices, Side, hold, same_for_all
+from otkd.precision import without_autocast
 
 METRICS = ("sqeuclidean", "euclidean", "cosine")
 _SAMPLED_PAIRS = 2**20
@@ -113,7 +114,7 @@ class EmbeddingCost(Cost):
         if self.metric == "euclidean":
             return None
         x = nn.functional.embedding(tokens, self._side(sides[0])).to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             mean, spread = self._moments(sides[1], dtype)
             if self.metric == "cosine":
                 return (1 - nn.functional.normalize(x, dim=-1) @ mean) / self.scale
@@ -156,7 +157,7 @@ class EmbeddingCost(Cost):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """The cost between two sets of :meth:`coordinates`, ``(..., k, d), (..., l, d)``."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return self._full_precision_distance(x, y)
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
 from otkd.ot.divergence import DivergenceSolution, Options, solve_divergence
 from otkd.ot.line import LineCost
+from otkd.precision import without_autocast
 
-# Up to so many samples an accelerated step takes as long as about so many plain ones.
-_SMALL, _PLAIN_STEPS = 256, 18
+# An accelerated step takes as long as so many plain ones of few samples, and of more samples as
+# long as so many entries of the kernel take.
+_PLAIN_STEPS, _PLAIN_ENTRIES = 18, 2**21
+_LINE_FROM = 384  # samples: so few are faster with a matrix
 # Distance of (q, 1 − q) and (p, 1 − p), in |q − p|.
 _SLOPES = {"l1": 2.0, "euclidean": math.sqrt(2)}
 _NARROW = 64  # points of so few coordinates are as fast compared one by one
@@ -36,7 +39,7 @@ def batch_sinkhorn_distance(
     epsilon: float = 0.1,
     debias: bool = False,
     value: str = "dual",
-    max_iterations: int = 200,
+    max_iterations: int = 1000,
     tolerance: float = 1e-4,
 ) -> Float[Tensor, "*batch"]:
     """Entropic transport between the b student and the b teacher samples of a batch.
@@ -100,7 +103,7 @@ def transport_between_points(
         lines = [LineCost(s[:, 0], t[:, 0], _SLOPES[cost]) for s, t in pairs]
         costs = [cast(Tensor, line) for line in lines]  # a lazy cost stands where a matrix may
     else:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             costs = [point_distances(s, t, cost) for s, t in pairs]
             if normalize:
                 mean = costs[0].detach().mean((-2, -1), keepdim=True)
@@ -110,8 +113,8 @@ def transport_between_points(
             if sample_cost:
                 apart = 1 - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
                 costs = [matrix + sample_cost * apart for matrix in costs]
-    if x.shape[-2] <= _SMALL:
-        options = replace(options, plain_steps=_PLAIN_STEPS)
+    plain_steps = min(_PLAIN_STEPS, _PLAIN_ENTRIES // x.shape[-2] ** 2)
+    options = replace(options, plain_steps=plain_steps)
     uniform = x.new_full(x.shape[:-1], 1 / x.shape[-2])
     return solve_divergence(uniform, uniform, CostMatrices(*costs), options)
 
@@ -121,7 +124,7 @@ def _on_a_line(x: Tensor, cost: str, options: Options) -> bool:
     return (
         x.ndim == 2
         and x.shape[-1] == 2
-        and len(x) > _SMALL
+        and len(x) > _LINE_FROM
         and cost in _SLOPES
         and options.value == "dual"
         and LineCost.represents(_SLOPES[cost], options.epsilon, x.dtype)

@@ -24,6 +24,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from otkd.checks import check_finite_rows, check_logits, check_positions, check_temperatures
+from otkd.precision import compute_dtype, without_autocast
 
 LOG_ZERO = -1e5
 """Floor of every log-probability: where KL is truly infinite it is finite and this steep."""
@@ -158,11 +159,6 @@ def _public_signature(function: Callable, make_formula: Callable) -> inspect.Sig
     return common.replace(parameters=parameters + options)
 
 
-def compute_dtype(student: Tensor) -> torch.dtype:
-    """The precision everything is computed in: float64 for float64 logits, else float32."""
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
-
-
 def _blocks(positions: int, vocab: int, mask: Tensor | None, device: str) -> Iterator:
     """Slices of all positions, or index tensors of the counted ones, a block at a time."""
     elements = _BLOCK_ELEMENTS_ON_CPU if device == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
@@ -191,7 +187,7 @@ class _Rowwise(torch.autograd.Function):
         if with_gradient:
             gradient = torch.empty_like(student) if mask is None else torch.zeros_like(student)
             ctx.save_for_backward(gradient)
-        with torch.autocast(student.device.type, enabled=False):
+        with without_autocast(student):
             for rows in _blocks(positions, vocab, mask, student.device.type):
                 pair = Pair(
                     _scaled(student[rows], temperature, dtype),

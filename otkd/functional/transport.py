@@ -10,9 +10,9 @@ from torch import Tensor
 
 from otkd.checks import check_finite_rows, check_logits, check_positions, check_temperatures
 from otkd.costs import Cost, MatrixCost
-from otkd.functional.rowwise import compute_dtype
 from otkd.ot.divergence import Options, Report
 from otkd.ot.exact import exact_transport
+from otkd.precision import compute_dtype
 from otkd.signals import TopKSignal
 from otkd.supports import Positions, Support, as_support, choose_support
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from otkd.checks import check_choice, check_not_negative, check_positive
@@ -11,11 +10,11 @@ from otkd.functional.batch_transport import (
     point_distances,
     transport_between_points,
 )
-from otkd.functional.rowwise import compute_dtype
 from otkd.functional.transport import distributions
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.gathering import GatheredBatch, spans_processes
 from otkd.ot.divergence import Options
+from otkd.precision import compute_dtype, without_autocast
 from otkd.reductions import reduce_positions
 
 
@@ -45,18 +44,19 @@ class BatchLoss(DistillationLoss):
 
     def per_position(self, batch: Batch) -> Tensor:
         """Shares ``(*batch,)``, adding up to b times the value of the batch."""
-        return _at_positions(self._solve(batch)[1], batch)
+        return _at_positions(_centred(*self._solve(batch)), batch)
 
     def reduced(self, batch: Batch, num_items_in_batch: int | Tensor | None) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
         value, shares = self._solve(batch)
-        own_mean = self.reduction == "mean" and num_items_in_batch is None
-        if not len(shares) and (own_mean or self.reduction == "sequence_mean"):
+        if self.reduction == "mean" and num_items_in_batch is None:
+            return value  # the mean of the shares
+        if self.reduction == "sequence_mean" and not len(shares):
             # Without a sample of its own a process still has the value, and its part in the
             # average of the gradients.
             return value
         return reduce_positions(
-            _at_positions(shares, batch),
+            _at_positions(_centred(value, shares), batch),
             batch.counted,
             reduction=self.reduction,
             num_items_in_batch=num_items_in_batch,
@@ -74,10 +74,7 @@ class BatchLoss(DistillationLoss):
         value, shares = (
             self.transport(student, teacher) if everywhere else (student.sum(), student.sum(-1))
         )
-        shares = shares[own]
-        # Exactly the value on average, whatever the marginal error left; and with its gradient, in
-        # which a process without samples has its part, too.
-        return value, shares - (shares.mean() if len(shares) else 0) + value
+        return value, shares[own]
 
     def points(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The counted samples of student and teacher, ``(b, d)``: their distributions."""
@@ -140,7 +137,7 @@ class BatchSinkhornLoss(BatchLoss):
         epsilon: float = 0.1,
         debias: bool = False,
         value: str = "dual",
-        max_iterations: int = 200,
+        max_iterations: int = 1000,
         tolerance: float = 1e-4,
         sample_cost: float = 0.0,
         projection: nn.Module | None = None,
@@ -181,7 +178,7 @@ class BatchSinkhornLoss(BatchLoss):
         student, teacher = _counted(batch, student, teacher)
         dtype = compute_dtype(batch.student_logits)
         student, teacher = student.to(dtype), teacher.detach().to(dtype)
-        with torch.autocast(student.device.type, enabled=False):
+        with without_autocast(student):
             if self.projection is not None:
                 _check_projection(self.projection, student.shape[-1])
                 student = self.projection(student)
@@ -245,7 +242,7 @@ class UnrolledBatchSinkhornLoss(BatchLoss):
 
     def transport(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`BatchLoss`."""
-        with torch.autocast(student.device.type, enabled=False):
+        with without_autocast(student):
             distances = point_distances(student, teacher, "l1")
             plan = (distances / -self.epsilon).exp()
             for _ in range(self.iterations):
@@ -262,6 +259,14 @@ def _counted(batch: Batch, *values: Tensor) -> list[Tensor]:
         return rows
     counted = batch.counted.flatten()
     return [value[counted] for value in rows]
+
+
+def _centred(value: Tensor, shares: Tensor) -> Tensor:
+    """Shares that are exactly the value on average, whatever the marginal error left.
+
+    And with its gradient, in which a process without samples has its part, too.
+    """
+    return shares - (shares.mean() if len(shares) else 0) + value
 
 
 def _at_positions(shares: Tensor, batch: Batch) -> Tensor:

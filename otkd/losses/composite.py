@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from otkd.checks import check_one_logits
 from otkd.functional import kl_divergence
-from otkd.functional.rowwise import compute_dtype
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.batch import BatchSinkhornLoss, UnrolledBatchSinkhornLoss
 from otkd.losses.divergences import CrossEntropyLoss, KLLoss
+from otkd.precision import compute_dtype
 from otkd.signals import TeacherSignal
 
 

@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 
 from otkd import functional as F
 from otkd.checks import check_finite_rows
-from otkd.functional.rowwise import Divergence, compute_dtype
+from otkd.functional.rowwise import Divergence
 from otkd.losses.base import Batch, DistillationLoss
+from otkd.precision import compute_dtype
 from otkd.reductions import IGNORE_INDEX
 
 

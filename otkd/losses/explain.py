@@ -13,6 +13,7 @@ from torch import Tensor
 from otkd.costs import CostMatrices
 from otkd.functional.transport import transport_positions
 from otkd.ot.divergence import solve_divergence
+from otkd.precision import without_autocast
 from otkd.supports.base import Atoms
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _plan(atoms: Atoms, loss: SinkhornLoss) -> tuple[Tensor, Tensor]:
     )
     ((problem, transport),) = solution.parts
     f, g = transport.potentials.f, transport.potentials.g
-    with torch.autocast(f.device.type, enabled=False):
+    with without_autocast(f):
         plan = transport.kernel.coupling(f, g, problem.a, problem.b)
     return plan, transport.potentials.marginal_error[0]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from otkd.costs import EmbeddingCost
 from otkd.costs.base import Side
-from otkd.ot.kernels import Kernel, dense_kernel
+from otkd.ot.dense import dense_kernel
+from otkd.ot.kernels import Kernel
 from otkd.ot.lazy import LazyCost
 
 _BLOCK_ELEMENTS_ON_CPU = 2**21

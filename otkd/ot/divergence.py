@@ -16,6 +16,7 @@ from otkd.ot.kernels import Kernel
 from otkd.ot.problem import Problem, check_solver_options, flatten_problem
 from otkd.ot.solution import warn_not_converged
 from otkd.ot.solver import Potentials, solve_potentials
+from otkd.precision import without_autocast
 
 VALUES = ("dual", "sharp")
 BACKENDS = ("auto", "torch", "keops", "triton")
@@ -116,7 +117,7 @@ class DivergenceSolution:
         ⟨a, source⟩ + ⟨b, target⟩ is the value up to the marginal error. Detached.
         """
         (source, target), *self_terms = [
-            _shares(problem.detached(), transport) for problem, transport in self.parts
+            _shares(problem, transport) for problem, transport in self.parts
         ]
         if self_terms:
             source = source - self_terms[0][0]
@@ -166,7 +167,7 @@ def solve_divergence(
     within: list[tuple[Problem, Transport]] = []
     kernels: dict[int, Kernel] = {}  # one vocabulary: the three costs are one, and so their kernels
     start = None
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         if options.debias:
             for masses, self_cost in ((a, cost.source), (b, cost.target)):
                 if self_cost is None:
@@ -209,7 +210,7 @@ def _shares(problem: Problem, transport: Transport) -> tuple[Tensor, Tensor]:
     f, g = transport.potentials.f, transport.potentials.g
     if transport.sharp:
         kernel = transport.kernel
-        row_cost = kernel.mean_cost(f, g, problem.b)
-        column_cost = kernel.transposed.mean_cost(g, f, problem.a)
+        row_cost = kernel.mean_cost(f, g, problem.b.detach())
+        column_cost = kernel.transposed.mean_cost(g, f, problem.a.detach())
         return row_cost / 2, column_cost / 2
     return f, g

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,6 +9,7 @@ from otkd.costs import Cost, CostMatrices, as_cost_matrices
 from otkd.ot.divergence import Options, solve_divergence, solve_transport
 from otkd.ot.problem import Problem, check_costs, check_masses, flatten_problem
 from otkd.ot.solution import Solution
+from otkd.precision import without_autocast
 
 
 def sinkhorn(
@@ -51,7 +51,7 @@ def sinkhorn(
     check_costs(a.shape[-1], b.shape[-1], costs)
     a, b, matrix, batch = flatten_problem(a, b, costs.cross)
     problem = Problem(a, b, matrix, epsilon)
-    with torch.autocast(a.device.type, enabled=False):
+    with without_autocast(a):
         transport = solve_transport(problem, options)
         potentials = transport.potentials
         fixed = problem.detached()

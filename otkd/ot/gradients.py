@@ -27,6 +27,7 @@ from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels import Kernel
 from otkd.ot.problem import Problem
 from otkd.ot.solver import Potentials
+from otkd.precision import without_autocast
 
 
 class _WithGradient(torch.autograd.Function):
@@ -51,7 +52,7 @@ class _WithGradient(torch.autograd.Function):
         needs_a, needs_b, *needed = ctx.needs_input_grad[4:]
         grad_inputs: tuple[Tensor | None, ...] = (None,) * len(needed)
         if ctx.pull_back is not None:
-            with torch.autocast(weights.device.type, enabled=False):
+            with without_autocast(weights):
                 grad_inputs = ctx.pull_back(weights, needed)
         return (
             *(None,) * 4,

@@ -147,12 +147,13 @@ class ProductKernel(ScalingKernel):
     ):
         super().__init__(cost, epsilon)
         self.kernel = (cost * (-1 / epsilon)).exp_() if kernel is None else kernel
+        self._columns = self.kernel.mT
         self._scales = scales
 
     @property
     def transposed(self) -> ProductKernel:
         """The same kernel read the other way; nothing is copied."""
-        return ProductKernel(self.cost.mT, self.epsilon, self.kernel.mT, scales=self.scales)
+        return ProductKernel(self.cost.mT, self.epsilon, self._columns, scales=self.scales)
 
     def rows(self, index: Tensor) -> ProductKernel:
         """See :class:`Kernel`."""
@@ -162,12 +163,12 @@ class ProductKernel(ScalingKernel):
 
     def apply(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
         """See :class:`ScalingKernel`."""
-        return _apply(self.kernel, vectors, out)
+        return _products(vectors, self._columns, out)
 
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`Kernel`."""
         weights, shift = centred_weights(b.log(), g, self.epsilon)
-        product = _apply(self.kernel * self.cost, weights)
+        product = _products(weights, (self.kernel * self.cost).mT)
         return product * (f / self.epsilon + shift).exp()
 
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -188,13 +189,13 @@ def centred_weights(log_b: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, T
     return torch.threshold_(weights, _SMALLEST_WEIGHT[weights.dtype], 0.0), shift
 
 
-def _apply(matrix: Tensor, vectors: Tensor, out: Tensor | None = None) -> Tensor:
-    """``matrix (n, m)`` or ``(B, n, m)`` times every one of ``vectors (B, m)``."""
+def _products(vectors: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """Every one of ``vectors (B, m)`` times ``matrix (m, n)``, or its own of ``(B, m, n)``."""
     if matrix.ndim == 2:
-        return torch.mm(vectors, matrix.mT, out=out)
+        return torch.mm(vectors, matrix, out=out)
     # As a row: for a column torch takes a path many times slower.
     rows = None if out is None else out.unsqueeze(-2)
-    return torch.bmm(vectors.unsqueeze(-2), matrix.mT, out=rows).squeeze(-2)
+    return torch.bmm(vectors.unsqueeze(-2), matrix, out=rows).squeeze(-2)
 
 
 class LogKernel(Kernel):
@@ -261,14 +262,3 @@ def coupling_density(f: Tensor, g: Tensor, cost: Tensor, epsilon: float) -> Tens
     """E_ij = exp((f_i + g_j − C_ij)/ε), the density of the plan against a⊗b, ``(B, n, m)``."""
     log_density = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon
     return log_density.clamp_(max=LARGEST_LOG_DENSITY[log_density.dtype]).exp_()
-
-
-def dense_kernel(cost: Tensor, epsilon: float) -> Kernel:
-    """Products where the kernel is representable, the log domain where it would underflow."""
-    if cost.numel() == 0:
-        return LogKernel(cost, epsilon)
-    reach = max(map(abs, torch.stack(torch.aminmax(cost)).tolist())) / epsilon
-    largest = LARGEST_EXPONENT[cost.dtype]
-    if reach <= largest:
-        return ProductKernel(cost, epsilon, scales=reach <= largest / 2)
-    return LogKernel(cost, epsilon)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from otkd.checks import check_cost_shape, check_positive
 from otkd.costs import CostMatrices
-from otkd.ot.kernels import Kernel, dense_kernel
+from otkd.ot.dense import dense_kernel
+from otkd.ot.kernels import Kernel
 from otkd.ot.lazy import LazyCost
 
 MASS_TOLERANCE = 1e-3
@@ -42,7 +43,7 @@ class Problem:
         """How exp(−C/ε) is applied."""
         if isinstance(self.cost, LazyCost):
             return self.cost.kernel(self.epsilon)
-        return dense_kernel(self.cost, self.epsilon)
+        return dense_kernel(self.cost, self.epsilon, single=len(self.a) == 1)
 
     @property
     def largest_cost(self) -> Tensor | float:
@@ -132,14 +133,7 @@ def flatten_problem(
     """
     n, m = a.shape[-1], b.shape[-1]
     if not batch:
-        try:
-            shapes = (a.shape[:-1], b.shape[:-1], tuple(cost.shape[:-2]))
-            batch = tuple(torch.broadcast_shapes(*shapes))
-        except RuntimeError:
-            raise ValueError(
-                "the batch shapes do not fit: "
-                f"a {tuple(a.shape)}, b {tuple(b.shape)}, cost {tuple(cost.shape)}"
-            ) from None
+        batch = _common_shape(a, b, cost)
         a, b = a.expand(*batch, n), b.expand(*batch, m)
     dtype = torch.float32
     for tensor in (a, b, cost):
@@ -151,6 +145,19 @@ def flatten_problem(
         if cost.ndim > 2:
             flat_cost = flat_cost.expand(*batch, n, m).reshape(size, n, m)
     return a.to(dtype).reshape(size, n), b.to(dtype).reshape(size, m), flat_cost, batch
+
+
+def _common_shape(a: Tensor, b: Tensor, cost: Tensor | LazyCost) -> tuple[int, ...]:
+    shapes = [tuple(a.shape[:-1]), tuple(b.shape[:-1]), tuple(cost.shape[:-2])]
+    if shapes[0] == shapes[1] == shapes[2]:  # the usual case at once
+        return shapes[0]
+    try:
+        return tuple(torch.broadcast_shapes(*shapes))
+    except RuntimeError:
+        raise ValueError(
+            "the batch shapes do not fit: "
+            f"a {tuple(a.shape)}, b {tuple(b.shape)}, cost {tuple(cost.shape)}"
+        ) from None
 
 
 def check_solver_options(epsilon: float, tolerance: float, max_iterations: int) -> None:

@@ -160,8 +160,7 @@ def _iterate(
     a = problem.a
     accelerator = Anderson(a)
     members, unsolved = torch.arange(len(a), device=a.device), torch.ones_like(a[:, 0]) > 0
-    found_f, found_g = torch.zeros_like(a), torch.zeros_like(problem.b)
-    found_excess, found_error = torch.zeros_like(a), a.new_zeros(len(a))
+    found = [torch.zeros_like(x) for x in (a, problem.b, a, a[:, 0])]
     left, iteration = len(a), 0
     while True:
         iteration += 1
@@ -174,14 +173,17 @@ def _iterate(
         done = unsolved if last else unsolved & (error <= tolerance)
         rows = done.nonzero().squeeze(-1)
         if len(rows):  # kept as it is now, whatever else is in the batch
-            places = members[rows]
-            found_f[places], found_g[places] = f[rows], g[rows]
-            found_excess[places], found_error[places] = excess[rows], error[rows]
-            if problem.symmetric:  # where there is no mass the error does not see f
-                softmin, massive = (2 * image - f)[rows], a[rows] > 0
-                found_f[places] = torch.where(massive, f[rows], softmin)
-                optimal = problem.optimal_row_excess(softmin)
-                found_excess[places] = torch.where(massive, excess[rows], optimal)
+            at_once = len(rows) == len(problem.a)
+            kept = [x if at_once else x[rows] for x in (f, g, excess, error)]
+            if problem.symmetric:
+                sources, images = (a, image) if at_once else (a[rows], image[rows])
+                kept[0], kept[2] = _without_mass(problem, sources, kept[0], images, kept[2])
+            if at_once:
+                found = kept
+            else:
+                places = members[rows]
+                for whole, part in zip(found, kept, strict=True):
+                    whole[places] = part
             unsolved = unsolved & ~done
             left -= len(rows)
         if left == 0:
@@ -196,14 +198,23 @@ def _iterate(
             members, unsolved, a, f = members[rows], unsolved[rows], a[rows], f[rows]
             accelerator.keep(rows)
             update.keep(rows)
+    f, g, excess, error = found
     if problem.symmetric:
-        found_g = found_f
+        g = f
     if problem.balanced:
-        means = (problem.a * found_f).sum(-1), (problem.b * found_g).sum(-1)
-        shift = (means[1] - means[0]).unsqueeze(-1) / 2
-        found_f, found_g = found_f + shift, found_g - shift
-    converged = bool((found_error <= tolerance).all())
-    return Potentials(found_f, found_g, found_excess, found_error, iteration, converged)
+        difference = torch.linalg.vecdot(problem.b, g) - torch.linalg.vecdot(problem.a, f)
+        shift = difference.unsqueeze(-1) / 2
+        f, g = f + shift, g - shift
+    return Potentials(f, g, excess, error, iteration, bool((error <= tolerance).all()))
+
+
+def _without_mass(
+    problem: Problem, a: Tensor, f: Tensor, image: Tensor, excess: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both f and excess of symmetric problems: the error does not see f where there is no mass."""
+    softmin, massive = 2 * image - f, a > 0
+    optimal = problem.optimal_row_excess(softmin)
+    return torch.where(massive, f, softmin), torch.where(massive, excess, optimal)
 
 
 def _two_target_potentials(a: Tensor, b: Tensor, cost: Tensor, epsilon: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from otkd.costs import Cost
 from otkd.ot.divergence import Options, solve_transport
 from otkd.ot.problem import Problem
+from otkd.precision import without_autocast
 from otkd.signals.self_term import SelfTermSettings
 from otkd.signals.topk import TopKSignal
 from otkd.supports.heads import Heads
@@ -90,7 +91,7 @@ def solve_self_term(
         block = flat[rows].validate()
         b, matrix = block.masses(dtype), _matrix(block, cost, support, options, dtype)
         problem = Problem(b, b, matrix, options.epsilon, symmetric=True)
-        with torch.autocast(b.device.type, enabled=False):
+        with without_autocast(b):
             solved = solve_transport(problem, options).potentials
         # Of the unconverged rest, too: 2·⟨b, f⟩ is then the dual value as it is solved in a step.
         potential[rows] = solved.f - options.epsilon / 2 * solved.row_excess

@@ -1,0 +1,147 @@
+"""exp((f + g − C)/ε) about potentials that are near: products at any ε.
+
+At small ε the kernel exp(−C/ε) is 0 to the last bit, but the density of the plan between two
+potentials is not, and about them Sinkhorn's iteration is one of products again:
+
+    softmin(g)_i = f⁰_i − ε·log Σ_j exp((f⁰_i + g⁰_j − C_ij)/ε)·b_j·exp((g_j − g⁰_j)/ε).
+
+Where a sum becomes too small to trust the soft minimum is computed in the log domain, and the
+density is made anew about what it finds. Source: Schmitzer (2019), "Stabilized Sparse Scaling
+Algorithms for Entropy Regularized Transport Problems".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from otkd.ot.kernels import LARGEST_LOG_DENSITY, Kernel, ProductKernel, centred_weights
+
+
+@dataclass
+class _Centre:
+    """What a kernel and its transposed are held at: potentials, and the density between them."""
+
+    f: Tensor
+    g: Tensor
+    density: Tensor
+
+
+class StabilisedKernel(Kernel):
+    """A cost ``(n, m)`` of one problem, or one for each of them, ``(B, n, m)``."""
+
+    def __init__(self, cost: Tensor, epsilon: float, held: list[_Centre] | None = None):
+        super().__init__(cost, epsilon)
+        self._held = [] if held is None else held  # one list for both directions
+        self._limit = LARGEST_LOG_DENSITY[cost.dtype]
+        self._flipped = False
+
+    @property
+    def transposed(self) -> StabilisedKernel:
+        """The same kernel read the other way, held at the same potentials."""
+        other = StabilisedKernel(self.cost.mT, self.epsilon, self._held)
+        other._flipped = not self._flipped
+        return other
+
+    def rows(self, index: Tensor) -> StabilisedKernel:
+        """See :class:`~otkd.ot.kernels.Kernel`."""
+        if self.cost.ndim == 2:
+            return self
+        held = [_Centre(c.f[index], c.g[index], c.density[index]) for c in self._held]
+        kept = StabilisedKernel(self.cost[index], self.epsilon, held)
+        kept._flipped = self._flipped
+        return kept
+
+    @property
+    def scales(self) -> bool:
+        """See :class:`~otkd.ot.kernels.Kernel`."""
+        return True
+
+    def alternate(self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int) -> Tensor:
+        """See :class:`~otkd.ot.kernels.Kernel`."""
+        following = self.softmin(self.transposed.softmin(f, log_a), log_b)
+        # No step is longer than the one before it: from here they need not be looked at.
+        if count > 1 and self._is_near(following - f):
+            near = self._centre()
+            start = following - near.f
+            moved = self._products(near).alternate(start, log_a, log_b, count - 1)
+            if self._is_near(moved):
+                return near.f + moved
+        for _ in range(count - 1):
+            following = self.softmin(self.transposed.softmin(following, log_a), log_b)
+        return following
+
+    def average(self, f: Tensor, log_a: Tensor, count: int) -> Tensor:
+        """See :class:`~otkd.ot.kernels.Kernel`."""
+        for _ in range(count):
+            f = (f + self.softmin(f, log_a)) / 2
+        return f
+
+    def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
+        """See :class:`~otkd.ot.kernels.Kernel`."""
+        if self._held:
+            near = self._centre()
+            weights, shift = centred_weights(log_b, g - near.g, self.epsilon)
+            log_sums = self._products(near).apply(weights).log_()
+            # What a density leaves out is far less than such a sum, or more. NaN is neither.
+            if bool(log_sums.abs().amax() < self._limit / 2):
+                return near.f - self.epsilon * log_sums.add_(shift)
+        return self._hold(g, log_b)
+
+    def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        """See :class:`~otkd.ot.kernels.Kernel`."""
+        return self._products(self._at(f, g)).apply(b * y)
+
+    def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
+        """See :class:`~otkd.ot.kernels.Kernel`."""
+        near = self._at(f, g)
+        costs = _Centre(f, g, near.density * self.cost)
+        return self._products(costs).apply(b)
+
+    def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """See :class:`~otkd.ot.kernels.Kernel`."""
+        plan = self._at(f, g).density * left.reshape(*self.cost.shape[:-1], 1)
+        return plan.mul_(right.reshape(*self.cost.shape[:-2], 1, -1))
+
+    def _centre(self) -> _Centre:
+        held = self._held[0]
+        return _Centre(held.g, held.f, held.density.mT) if self._flipped else held
+
+    def _products(self, near: _Centre) -> ProductKernel:
+        return ProductKernel(self.cost, self.epsilon, near.density)
+
+    def _is_near(self, moved: Tensor) -> bool:
+        """Whether potentials so far from others, up to a constant, have sums as sound."""
+        least, greatest = torch.aminmax(moved)
+        return bool(greatest - least < self._limit / 2 * self.epsilon)  # NaN is not
+
+    def _hold(self, g: Tensor, log_b: Tensor) -> Tensor:
+        """The soft minimum in the log domain; the density is made about it."""
+        self._held.clear()
+        terms = self._per_problem(g.unsqueeze(-2) - self.cost).div_(self.epsilon)
+        log_sums = torch.logsumexp(terms + self._per_problem(log_b.unsqueeze(-2)), -1)
+        f = (-self.epsilon * log_sums).reshape(len(g), -1)
+        self._keep(f.clone(), g.clone(), terms.sub_(log_sums.unsqueeze(-1)))  # those are a caller's
+        return f
+
+    def _at(self, f: Tensor, g: Tensor) -> _Centre:
+        """The density between two potentials, exactly."""
+        if self._held:
+            near = self._centre()
+            if near.f is f and near.g is g:
+                return near
+        self._held.clear()
+        terms = f.unsqueeze(-1) + g.unsqueeze(-2) - self.cost
+        self._keep(f, g, self._per_problem(terms).div_(self.epsilon))
+        return self._centre()
+
+    def _keep(self, f: Tensor, g: Tensor, log_density: Tensor) -> None:
+        density = log_density.clamp_(-self._limit, self._limit).exp_()
+        centre = _Centre(f, g, density)
+        self._held[:] = [_Centre(g, f, density.mT) if self._flipped else centre]
+
+    def _per_problem(self, values: Tensor) -> Tensor:
+        """Without the batch dimension where one problem has a cost of its own without it."""
+        return values.squeeze(0) if self.cost.ndim == 2 else values
