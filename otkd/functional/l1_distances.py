@@ -7,6 +7,7 @@ of a pair side by side where there are many, and coordinate by coordinate where 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +18,9 @@ from torch.autograd.function import once_differentiable
 
 # Entries of a tile: large enough to hide the overhead of a call, and of waking up threads that may
 # sleep; small enough for a shared cache.
-_TILE = {"few": 2**20, "many": 2**21}
+_TILE = 2**20
+# Coordinates of a tile: those of its points are read again and again, and stay near.
+_SPAN = 512
 # Between these widths torch does as well, as it does for so few pairs of points of few coordinates.
 _FEW, _MANY = 6, 256
 _FEW_PAIRS = 2**16
@@ -40,9 +43,12 @@ class _L1Distances(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, few: bool) -> Tensor:
         ctx.save_for_backward(x, y)
         ctx.few = few
-        distances = x.new_empty(len(x), len(y))
-        for rows, columns, differences in _tiles(x, y, few):
-            torch.sum(differences.abs_(), 0 if few else -1, out=distances[rows, columns])
+        distances, coordinates = x.new_empty(len(x), len(y)), 0 if few else -1
+        for rows, columns, span, differences in _tiles(x, y, few):
+            if span.start == 0:
+                torch.sum(differences.abs_(), coordinates, out=distances[rows, columns])
+            else:
+                distances[rows, columns] += differences.abs_().sum(coordinates)
         return distances
 
     @staticmethod
@@ -55,40 +61,40 @@ class _L1Distances(torch.autograd.Function):
             torch.zeros_like(points) if needed else None
             for points, needed in zip((x, y), ctx.needs_input_grad, strict=False)
         )
-        for rows, columns, differences in _tiles(x, y, ctx.few):
+        for rows, columns, span, differences in _tiles(x, y, ctx.few):
             signs, weights = differences.sign_(), gradients[0][rows, columns]
             if ctx.few:
                 signs.mul_(weights)
             if grad_x is not None:
                 by_rows = signs.sum(-1).mT if ctx.few else (weights.unsqueeze(1) @ signs).squeeze(1)
-                grad_x[rows] += by_rows
+                grad_x[rows, span] += by_rows
             if grad_y is not None:
                 # All pairs of a tile at once: Σ over its rows of weight · sign.
                 by_columns = (
                     signs.sum(-2).mT if ctx.few else torch.einsum("ij,ijd->jd", weights, signs)
                 )
-                grad_y[columns] -= by_columns
+                grad_y[columns, span] -= by_columns
         return grad_x, grad_y, None
 
 
-def _tiles(x: Tensor, y: Tensor, few: bool) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Rows, columns and ``x_i − y_j`` of a tile, in memory that the next one overwrites.
+def _tiles(x: Tensor, y: Tensor, few: bool) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+    """Rows, columns, coordinates and ``x_i − y_j`` of a tile, in memory that the next overwrites.
 
     Of ``few`` coordinates the differences are ``(d, rows, columns)``, else ``(rows, columns, d)``.
     """
-    width, entries = x.shape[-1], _TILE["few" if few else "many"]
-    columns = max(1, min(len(y), entries // width))
-    rows = max(1, min(len(x), entries // (columns * width)))
+    width = min(x.shape[-1], _SPAN)
+    columns = max(1, min(len(y), _TILE // width))
+    rows = max(1, min(len(x), _TILE // (columns * width)))
     space = x.new_empty(rows * columns * width)
     left, right = (x.mT.contiguous(), y.mT.contiguous()) if few else (x, y)
-    for i in range(0, len(x), rows):
-        for j in range(0, len(y), columns):
-            here, there = slice(i, min(i + rows, len(x))), slice(j, min(j + columns, len(y)))
-            pairs = here.stop - i, there.stop - j
-            if few:
-                shape = (width, *pairs)
-                block, others = left[:, here].unsqueeze(-1), right[:, there].unsqueeze(-2)
-            else:
-                shape = (*pairs, width)
-                block, others = left[here].unsqueeze(1), right[there].unsqueeze(0)
-            yield here, there, torch.sub(block, others, out=space[: math.prod(shape)].view(shape))
+    starts = range(0, x.shape[-1], width), range(0, len(x), rows), range(0, len(y), columns)
+    for k, i, j in itertools.product(*starts):
+        span, here, there = slice(k, k + width), slice(i, i + rows), slice(j, j + columns)
+        if few:
+            block, others = left[:, here].unsqueeze(-1), right[:, there].unsqueeze(-2)
+            shape = (len(block), block.shape[1], others.shape[2])
+        else:
+            block, others = left[here, span].unsqueeze(1), right[there, span].unsqueeze(0)
+            shape = (len(block), *others.shape[1:])
+        out = space[: math.prod(shape)].view(shape)
+        yield here, there, span, torch.sub(block, others, out=out)
