@@ -30,6 +30,8 @@ from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels import Kernel
 from otkd.ot.problem import Problem
 
+_GROWTH = 8  # plain steps at once, as many times those that were made
+
 
 @dataclass(frozen=True)
 class Potentials:
@@ -66,7 +68,7 @@ def solve_potentials(
     """Iterate until the L1 marginal error of every problem is at most ``tolerance``.
 
     ``start`` is a first guess of g, ``(B, m)``; 0 where there is none. ``plain_steps`` updates
-    follow every accelerated one where the kernel makes them cheaply, neither measured nor
+    at most follow every accelerated one where the kernel makes them cheaply, neither measured nor
     accelerated: more iterations for small problems, whose measuring takes longer than they do.
     """
     if problem.symmetric:
@@ -188,7 +190,8 @@ def _iterate(
             left -= len(rows)
         if left == 0:
             break
-        more = min(plain_steps, max_iterations - iteration - 1)
+        # Few at first, when there may be few to go.
+        more = min(plain_steps, _GROWTH * iteration, max_iterations - iteration - 1)
         if more > 0:
             image = update.repeat(image, more)
             iteration += more
