@@ -10,6 +10,9 @@ from torch.autograd import gradcheck
 
 import otkd.ot.solution
 from otkd import ConvergenceWarning, ot
+from otkd.costs import CostMatrices
+from otkd.ot.divergence import Options, solve_divergence
+from otkd.ot.gradients import sharp_value
 from otkd.ot.kernels import LogKernel, ProductKernel
 from otkd.ot.problem import Problem
 from otkd.ot.solver import solve_potentials
@@ -229,6 +232,37 @@ def test_the_log_domain_does_not_depend_on_its_blocks(monkeypatch):
     blocked = log.softmin(g, b.log()), log.mean_cost(f, g, b), log.coupling(f, g, a, b)
     for left, right in zip(whole, blocked, strict=True):
         close(left, right)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sharp_gradient_is_as_good_as_the_tolerance(epsilon, dtype):
+    """Its adjoint is divided by ε: solved to the tolerance in units of the cost it was 20 % off."""
+    x, y = points(1, 40), points(2, 40) / 2
+    cost = torch.cdist(x, y, p=1)
+    a, b = masses(3, 40), masses(4, 40)
+
+    def gradients(tolerance, dtype):
+        a_, b_, cost_ = (v.to(dtype).requires_grad_() for v in (a, b, cost))
+        options = Options(epsilon, tolerance, 20_000, "sharp", debias=False)
+        value = solve_divergence(a_, b_, CostMatrices(cost_), options).value
+        return [g.double() for g in torch.autograd.grad(value, (a_, b_, cost_))]
+
+    exact, found = gradients(1e-8, torch.float64), gradients(1e-4, dtype)
+    for ours, wanted in zip(found, exact, strict=True):
+        assert (ours - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_an_adjoint_that_does_not_converge_is_reported(monkeypatch):
+    monkeypatch.setattr(otkd.ot.solution, "_warned", False)
+    a, b, cost = problem("shared")
+    fixed = Problem(a, b, cost.requires_grad_(), 0.05)
+    potentials = solve_potentials(
+        fixed.detached(), fixed.detached().kernel(), tolerance=1e-9, max_iterations=2000
+    )
+    limits = {"tolerance": 1e-9, "max_iterations": 2}
+    with pytest.warns(ConvergenceWarning, match="the change of the adjoint"):
+        sharp_value(fixed, fixed.detached().kernel(), potentials, **limits)
 
 
 def test_not_converged_is_reported_and_said_once(monkeypatch):

@@ -26,8 +26,12 @@ from torch import Tensor
 from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels import Kernel
 from otkd.ot.problem import Problem
+from otkd.ot.solution import warn_not_converged
 from otkd.ot.solver import Potentials
 from otkd.precision import without_autocast
+
+_ROUNDING = 4.0  # of the largest cost, in its last bits
+_CHANGE = "the change of the adjoint, which the gradient of ⟨P, C⟩ is made of,"
 
 
 class _WithGradient(torch.autograd.Function):
@@ -126,9 +130,11 @@ def _solve_adjoint(
 ) -> tuple[Tensor, Tensor]:
     """The pair (x, y) of the module's docstring, with ⟨a, x⟩ = ⟨b, y⟩."""
     a, b, f, g = problem.a, problem.b, potentials.f, potentials.g
-    limit = tolerance * problem.largest_cost
+    # In the gradient an error of x is divided by ε; what rounding leaves of it no step removes.
+    rounding = _ROUNDING * torch.finfo(a.dtype).eps * float(problem.largest_cost)
+    limit = max(tolerance * problem.epsilon, rounding)
     row_sums = kernel.mean(f, g, b, torch.ones_like(b)).clamp(min=torch.finfo(b.dtype).tiny)
-    accelerator = Anderson(a)
+    accelerator, change = Anderson(a), a.new_full((len(a),), torch.inf)
     if problem.symmetric:
         x = next_x = row_cost / row_sums / 2
         for _ in range(max_iterations):
@@ -137,6 +143,8 @@ def _solve_adjoint(
             if (change <= limit).all():
                 break
             x = accelerator.next_point(x, (x + next_x) / 2, change)
+        else:
+            warn_not_converged(max_iterations, change, limit, _CHANGE)
         return next_x, next_x
     backward = kernel.transposed
     column_cost = backward.mean_cost(g, f, a)
@@ -149,6 +157,8 @@ def _solve_adjoint(
         if (change <= limit).all():
             break
         x = accelerator.next_point(x, next_x, change)
+    else:
+        warn_not_converged(max_iterations, change, limit, _CHANGE)
     y = column_cost - backward.mean(g, f, a, next_x)
     shift = ((b * y).sum(-1, keepdim=True) - (a * next_x).sum(-1, keepdim=True)) / 2
     return next_x + shift, y - shift

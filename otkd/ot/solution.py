@@ -57,15 +57,17 @@ class Solution:
 _warned = False
 
 
-def warn_not_converged(iterations: int, marginal_error: Tensor, tolerance: float) -> None:
+def warn_not_converged(
+    iterations: int, error: Tensor, tolerance: float, what: str = "the marginal error"
+) -> None:
     """Say once a process that a solver reached its limit of iterations."""
     global _warned
     if _warned:
         return
     _warned = True
     warnings.warn(
-        f"Sinkhorn did not converge in {iterations} iterations: the marginal error is "
-        f"{marginal_error.max().item():.2e}, above the tolerance {tolerance:.2e}. Raise "
+        f"Sinkhorn did not converge in {iterations} iterations: {what} is "
+        f"{error.max().item():.2e}, above the tolerance {tolerance:.2e}. Raise "
         "max_iterations, epsilon or tolerance. Later cases are reported by `converged` only.",
         ConvergenceWarning,
         stacklevel=3,
