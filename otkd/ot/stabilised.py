@@ -32,27 +32,30 @@ class _Centre:
 class StabilisedKernel(Kernel):
     """A cost ``(n, m)`` of one problem, or one for each of them, ``(B, n, m)``."""
 
-    def __init__(self, cost: Tensor, epsilon: float, held: list[_Centre] | None = None):
+    def __init__(
+        self,
+        cost: Tensor,
+        epsilon: float,
+        held: list[_Centre] | None = None,
+        *,
+        flipped: bool = False,
+    ):
         super().__init__(cost, epsilon)
         self._held = [] if held is None else held  # one list for both directions
+        self._flipped = flipped
         self._limit = LARGEST_LOG_DENSITY[cost.dtype]
-        self._flipped = False
 
     @property
     def transposed(self) -> StabilisedKernel:
         """The same kernel read the other way, held at the same potentials."""
-        other = StabilisedKernel(self.cost.mT, self.epsilon, self._held)
-        other._flipped = not self._flipped
-        return other
+        return StabilisedKernel(self.cost.mT, self.epsilon, self._held, flipped=not self._flipped)
 
     def rows(self, index: Tensor) -> StabilisedKernel:
         """See :class:`~otkd.ot.kernels.Kernel`."""
         if self.cost.ndim == 2:
             return self
         held = [_Centre(c.f[index], c.g[index], c.density[index]) for c in self._held]
-        kept = StabilisedKernel(self.cost[index], self.epsilon, held)
-        kept._flipped = self._flipped
-        return kept
+        return StabilisedKernel(self.cost[index], self.epsilon, held, flipped=self._flipped)
 
     @property
     def scales(self) -> bool:
@@ -66,7 +69,7 @@ class StabilisedKernel(Kernel):
         if count > 1 and self._is_near(following - f):
             near = self._centre()
             start = following - near.f
-            moved = self._products(near).alternate(start, log_a, log_b, count - 1)
+            moved = self._products(near.density).alternate(start, log_a, log_b, count - 1)
             if self._is_near(moved):
                 return near.f + moved
         for _ in range(count - 1):
@@ -84,7 +87,7 @@ class StabilisedKernel(Kernel):
         if self._held:
             near = self._centre()
             weights, shift = centred_weights(log_b, g - near.g, self.epsilon)
-            log_sums = self._products(near).apply(weights).log_()
+            log_sums = self._products(near.density).apply(weights).log_()
             # What a density leaves out is far less than such a sum, or more. NaN is neither.
             if bool(log_sums.abs().amax() < self._limit / 2):
                 return near.f - self.epsilon * log_sums.add_(shift)
@@ -92,13 +95,12 @@ class StabilisedKernel(Kernel):
 
     def mean(self, f: Tensor, g: Tensor, b: Tensor, y: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""
-        return self._products(self._at(f, g)).apply(b * y)
+        return self._products(self._at(f, g).density).apply(b * y)
 
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""
         near = self._at(f, g)
-        costs = _Centre(f, g, near.density * self.cost)
-        return self._products(costs).apply(b)
+        return self._products(near.density * self.cost).apply(b)
 
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""
@@ -109,8 +111,8 @@ class StabilisedKernel(Kernel):
         held = self._held[0]
         return _Centre(held.g, held.f, held.density.mT) if self._flipped else held
 
-    def _products(self, near: _Centre) -> ProductKernel:
-        return ProductKernel(self.cost, self.epsilon, near.density)
+    def _products(self, density: Tensor) -> ProductKernel:
+        return ProductKernel(self.cost, self.epsilon, density)
 
     def _is_near(self, moved: Tensor) -> bool:
         """Whether potentials so far from others, up to a constant, have sums as sound."""
