@@ -260,5 +260,10 @@ class LogKernel(Kernel):
 
 def coupling_density(f: Tensor, g: Tensor, cost: Tensor, epsilon: float) -> Tensor:
     """E_ij = exp((f_i + g_j − C_ij)/ε), the density of the plan against a⊗b, ``(B, n, m)``."""
-    log_density = (f.unsqueeze(-1) + g.unsqueeze(-2) - cost) / epsilon
-    return log_density.clamp_(max=LARGEST_LOG_DENSITY[log_density.dtype]).exp_()
+    exponents = log_density(f, g, cost, epsilon)
+    return exponents.clamp_(max=LARGEST_LOG_DENSITY[exponents.dtype]).exp_()
+
+
+def log_density(f: Tensor, g: Tensor, cost: Tensor, epsilon: float) -> Tensor:
+    """(f_i + g_j − C_ij)/ε, ``(B, n, m)``."""
+    return (f.unsqueeze(-1) + g.unsqueeze(-2) - cost).div_(epsilon)

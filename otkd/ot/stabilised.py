@@ -17,7 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from otkd.ot.kernels import LARGEST_LOG_DENSITY, Kernel, ProductKernel, centred_weights
+from otkd.ot.kernels import (
+    LARGEST_LOG_DENSITY,
+    Kernel,
+    ProductKernel,
+    centred_weights,
+    log_density,
+)
 
 
 @dataclass
@@ -135,12 +141,11 @@ class StabilisedKernel(Kernel):
             if near.f is f and near.g is g:
                 return near
         self._held.clear()
-        terms = f.unsqueeze(-1) + g.unsqueeze(-2) - self.cost
-        self._keep(f, g, self._per_problem(terms).div_(self.epsilon))
+        self._keep(f, g, self._per_problem(log_density(f, g, self.cost, self.epsilon)))
         return self._centre()
 
-    def _keep(self, f: Tensor, g: Tensor, log_density: Tensor) -> None:
-        density = log_density.clamp_(-self._limit, self._limit).exp_()
+    def _keep(self, f: Tensor, g: Tensor, exponents: Tensor) -> None:
+        density = exponents.clamp_(-self._limit, self._limit).exp_()
         centre = _Centre(f, g, density)
         self._held[:] = [_Centre(g, f, density.mT) if self._flipped else centre]
 
