@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -12,17 +13,27 @@ if TYPE_CHECKING:
 
 
 def check_positive(**values: float) -> None:
-    """Raise ``ValueError`` unless every value given by name is a finite number above 0."""
+    """Raise ``ValueError`` unless every value given by name is a finite number above 0.
+
+    Like the next, it raises ``TypeError`` for what is no number.
+    """
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
+        if not (_is_finite(name, value) and value > 0):
             raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def check_not_negative(**values: float) -> None:
     """Raise ``ValueError`` unless every value given by name is a finite number of at least 0."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
+        if not (_is_finite(name, value) and value >= 0):
             raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+
+
+def _is_finite(name: str, value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
 def check_temperatures(temperature: float, teacher_temperature: float | None) -> float:
@@ -83,11 +94,37 @@ def check_logits(student: Tensor, teacher: Tensor, *, same_vocabulary: bool = Tr
 
 
 def check_positions(name: str, values: Tensor | None, batch_shape: Sequence[int]) -> None:
-    """Raise ``ValueError`` unless ``values`` is None or has one entry per position."""
-    if values is not None and tuple(values.shape) != tuple(batch_shape):
+    """Raise unless ``values`` is None or has one entry per position.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if its shape is not ``batch_shape``.
+    """
+    if values is None:
+        return
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(values).__name__}")
+    if tuple(values.shape) != tuple(batch_shape):
         raise ValueError(
             f"{name} must have one entry per position, shape {tuple(batch_shape)}, "
             f"got {tuple(values.shape)}"
+        )
+
+
+def check_mask(mask: Tensor | None, batch_shape: Sequence[int]) -> None:
+    """Raise unless ``mask`` is None or says of every position whether it counts.
+
+    Raises:
+        TypeError: if it is no tensor.
+        ValueError: if its shape is not ``batch_shape``, or it holds a negative number or NaN.
+    """
+    check_positions("mask", mask, batch_shape)
+    if mask is None or mask.dtype == torch.bool:
+        return
+    if not (mask >= 0).all():
+        raise ValueError(
+            "mask must be non-zero where a position counts and hold no NaN and nothing below 0; of "
+            "one that is added to attention scores, 0 where a position counts, pass mask == 0"
         )
 
 
@@ -116,3 +153,12 @@ def check_finite_rows(rows: Tensor, what: str) -> None:
             "Logits must hold no NaN and no +inf, and at least one finite value per position; "
             "positions outside the mask may hold anything"
         )
+
+
+def refuse_second_derivative(what: str) -> None:
+    """Raise ``RuntimeError`` in a backward pass whose gradient is to be differentiated again.
+
+    A gradient that was computed beside the value would pass for a constant.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{what} differentiable once: take the gradient without create_graph")

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from otkd.checks import check_choice, check_positions
+from otkd.checks import check_choice, check_mask, check_not_negative, check_positions
 
 REDUCTIONS = ("mean", "sum", "none", "sequence_mean")
 IGNORE_INDEX = -100
@@ -23,9 +23,11 @@ def counted_positions(
         A boolean tensor ``(*batch,)``, or None where every position counts.
 
     Raises:
-        ValueError: if ``mask`` or ``labels`` does not have the shape ``(*batch,)``.
+        TypeError: if ``mask`` or ``labels`` is no tensor.
+        ValueError: if either does not have the shape ``(*batch,)``, or ``mask`` holds a negative
+            number or NaN.
     """
-    check_positions("mask", mask, batch_shape)
+    check_mask(mask, batch_shape)
     check_positions("labels", labels, batch_shape)
     counted = None if mask is None else mask != 0
     if labels is not None:
@@ -53,9 +55,11 @@ def reduce_positions(
       counts positions: microbatches do not add up under it.
 
     Raises:
-        ValueError: for an unknown ``reduction``.
+        ValueError: for an unknown ``reduction``, or a negative number of items.
     """
     check_choice("reduction", reduction, REDUCTIONS)
+    if isinstance(num_items_in_batch, int | float):
+        check_not_negative(num_items_in_batch=num_items_in_batch)
     if reduction == "none":
         return values
     if reduction == "sum":

@@ -3,6 +3,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import otkd.ot.solution
+import otkd.ot.solver
 
 settings.register_profile(
     "otkd",
@@ -25,3 +26,9 @@ def seeded():
         yield
     otkd.ot.solution._warned = warned
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def iterations_alone(monkeypatch):
+    """Small problems stand for large ones: no Newton steps for few targets."""
+    monkeypatch.setattr(otkd.ot.solver, "FEW", 0)

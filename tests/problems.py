@@ -42,7 +42,7 @@ def problem(kind: str, seed: int = 0, batch: int = 3, n: int = 6):
 
 
 def self_costs(seed: int, n: int) -> dict[str, torch.Tensor]:
-    """Costs for which exp(−C/ε) is positive definite (DESIGN: conventions of the mathematics)."""
+    """Costs for which exp(−C/ε) is positive definite (Feydy et al., 2019)."""
     x = points(seed, n, 3)
     unit = x / x.norm(dim=-1, keepdim=True)
     places = torch.arange(n, dtype=torch.float64)

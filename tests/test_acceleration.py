@@ -16,7 +16,7 @@ from otkd.ot.solver import solve_potentials
 from tests import naive
 from tests.problems import KINDS, masses, points, problem, seeds, self_costs
 
-pytestmark = pytest.mark.usefixtures("seeded")
+pytestmark = pytest.mark.usefixtures("seeded", "iterations_alone")
 close = torch.testing.assert_close
 F64 = torch.float64
 
@@ -317,9 +317,12 @@ def test_few_points_far_apart(dtype, reach, n):
     for values in (found.f, found.g, found.marginal_error):
         assert values.isfinite().all()
     exact = plan_of(found, *(x.double() for x in (a, b, cost)), epsilon)
-    error = (exact.sum(-1) - a).abs().sum(-1)
-    slack = 1e-5 if dtype == torch.float32 else 1e-12
-    close(found.marginal_error.double(), error.double(), atol=slack * reach, rtol=1e-3)
+    rows = (exact.sum(-1) - a).abs().sum(-1)
+    columns = (exact.sum(-2) - b).abs().sum(-1)  # off by what rows of little mass had lacked
+    slack = reach * (1e-5 if dtype == torch.float32 else 1e-12)
+    error = found.marginal_error.double()
+    assert (torch.maximum(rows, columns) <= 1.001 * error + slack).all()
+    assert (error <= 1.001 * (rows + columns) + slack).all()
     assert found.converged == bool((found.marginal_error <= tolerance).all())
     assert found.converged
 
@@ -372,4 +375,4 @@ def test_what_else_is_in_the_batch_changes_nothing():
     for place in range(len(a)):
         alone = ot.sinkhorn(a[place : place + 1], b[place : place + 1], cost, **options)
         assert alone.iterations <= together.iterations
-        torch.testing.assert_close(alone.f[0], together.f[place], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(alone.f[0], together.f[place], rtol=1e-7, atol=1e-8)

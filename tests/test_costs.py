@@ -151,3 +151,23 @@ def test_positive_kernels_are_recognised():
     assert torch.linalg.eigvalsh(kernel).min() < -1e-3
     assert not MatrixCost(cubes).keeps_divergence_positive(50.0)
     assert not MatrixCost(torch.rand(3, 5)).keeps_divergence_positive(0.1)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+def test_distances_do_not_see_where_the_origin_is(metric):
+    near = points(1, 40, 8).float()
+    far = near + 1000
+    exact = EmbeddingCost(far.double(), metric=metric)(40, 40)
+    torch.testing.assert_close(EmbeddingCost(far, metric=metric)(40, 40), exact, atol=3e-4, rtol=0)
+
+
+def test_a_learnable_cost_that_cannot_learn_is_told():
+    for target in (None, points(2, 5, 3)):
+        with pytest.warns(UserWarning, match="no embedding given requires a gradient"):
+            EmbeddingCost(points(1, 4, 3), target, learnable=True)
+    EmbeddingCost(points(1, 4, 3), points(2, 5, 3).requires_grad_(), learnable=True)
+
+
+def test_a_module_is_no_embedding():
+    with pytest.raises(TypeError, match="got Embedding: of a module pass its weight"):
+        EmbeddingCost(torch.nn.Embedding(4, 3))

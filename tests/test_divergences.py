@@ -453,3 +453,24 @@ def test_a_graph_that_is_kept_can_be_gone_through_again(dtype):
         torch.testing.assert_close(kept[row], scaled)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(values @ weights, student)
+
+
+def test_a_second_derivative_is_refused_rather_than_dropped():
+    student = torch.randn(4, 6, requires_grad=True)
+    value = F.kl_divergence(student, torch.randn(4, 6)).sum()
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(value, student, create_graph=True)
+    assert torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+def test_a_scaled_loss_of_half_logits_loses_nothing_to_underflow():
+    """A gradient of float16 that is scaled when it is made has no number below 6e-8."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(1, 30_000, generator=generator).half()
+    student = torch.randn(1, 30_000, generator=generator).half().requires_grad_()
+    single = student.detach().float().requires_grad_()
+    for leaf in (student, single):
+        (F.kl_divergence(leaf, teacher.to(leaf.dtype)).sum() * 2.0**10).backward()
+    assert student.grad.dtype == torch.float16
+    assert ((student.grad == 0) & (single.grad.abs() > 1e-7)).sum() == 0
+    torch.testing.assert_close(student.grad.float(), single.grad, atol=1e-7, rtol=1e-3)

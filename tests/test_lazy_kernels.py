@@ -238,7 +238,7 @@ def test_in_one_vocabulary_one_object_is_all_three_costs():
 
 
 def test_costs_that_must_be_matrices_are_refused(monkeypatch):
-    learnable = EmbeddingCost(points(1, 11, WIDTH), learnable=True)
+    learnable = EmbeddingCost(points(1, 11, WIDTH).requires_grad_(), learnable=True)
     matrix = MatrixCost(torch.ones(11, 11, dtype=F64).fill_diagonal_(0))
     for kind in (BlockedCost, KeOpsCost):
         with pytest.raises(ValueError, match="learnable embedding"):
@@ -306,7 +306,7 @@ def test_keops_leaves_the_output_of_a_program_alone(keops, tmp_path):
 def test_without_pykeops_torch_computes_and_says_so_once():
     out, messages = run_loss("missing")
     assert out == "torch 1\n"
-    assert "pip install 'otkd[keops]'" in messages
+    assert "pip install '.[keops]'" in messages
 
 
 def test_without_a_compiler_torch_computes_and_says_so_once(tmp_path):
@@ -314,4 +314,4 @@ def test_without_a_compiler_torch_computes_and_says_so_once(tmp_path):
     out, messages = run_loss(PATH=str(tmp_path), CXX="", KEOPS_CACHE_FOLDER=str(tmp_path))
     assert out == "torch 1\n"
     assert "no C++ compiler" in messages
-    assert "pip install 'otkd[keops]'" in messages
+    assert "pip install '.[keops]'" in messages

@@ -777,3 +777,21 @@ def test_hard_labels():
     loss = otkd.losses.CrossEntropyLoss(temperature=2)
     close(loss(data.student, labels=data.labels), reference)
     close(loss(data.student, "not read", labels=data.labels), reference)
+
+
+def test_unknown_arguments_are_named_with_the_loss():
+    for make, message in (
+        (
+            lambda: otkd.KLLoss(temprature=2),
+            "KLLoss has no argument 'temprature': did you",
+        ),
+        (
+            lambda: otkd.get_loss("tvd", beta=1),
+            "TVDLoss has no argument 'beta': it takes",
+        ),
+        (lambda: otkd.SinkhornLoss("discrete", epsilonn=1), "did you mean 'epsilon'"),
+        (lambda: otkd.KLLoss(temperature="2"), "temperature must be a number, got '2'"),
+        (lambda: otkd.WeightedLoss([(1, "ce")]), "terms {name: .*}, got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            make()

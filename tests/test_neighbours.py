@@ -375,7 +375,7 @@ def test_what_is_known_is_not_searched_for_again(monkeypatch, own_cache):
         (x + 1e-9, x + 1e-9, 5, "sqeuclidean"),
     ]
     for queries, others, k, metric in different:
-        with pytest.raises(ImportError, match=r"pip install 'otkd\[faiss\]'"):
+        with pytest.raises(ImportError, match=r"pip install '\.\[faiss\]'"):
             nearest(queries, others, k, metric)
 
 
@@ -458,7 +458,7 @@ def test_a_file_is_there_whole_or_not_at_all(monkeypatch, own_cache):
 def test_only_a_constant_embedding_cost():
     logit, support = logits(3, 2, VOCAB), NearestNeighbours(K)
     for cost in (
-        EmbeddingCost(points(1, VOCAB, 3), learnable=True),
+        EmbeddingCost(points(1, VOCAB, 3).requires_grad_(), learnable=True),
         MatrixCost(torch.ones(VOCAB, VOCAB).double().fill_diagonal_(0)),
         EmbeddingCost(points(1, VOCAB, 3)).power(2),
     ):
@@ -475,7 +475,7 @@ def test_only_a_constant_embedding_cost():
 def test_without_faiss_it_says_what_to_install(monkeypatch):
     no_faiss(monkeypatch)
     cost, logit = EmbeddingCost(points(1, VOCAB, 3)), logits(3, 2, VOCAB)
-    with pytest.raises(ImportError, match=r"pip install 'otkd\[faiss\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[faiss\]'"):
         F.sinkhorn_divergence(logit, logit, cost=cost, support=NearestNeighbours(K))
 
 

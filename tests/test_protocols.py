@@ -178,8 +178,9 @@ def test_mistakes_in_a_protocol_are_named(tmp_path, text, message):
 
 
 def test_protocols_and_losses_that_do_not_exist_are_named(teacher, glue, tmp_path):
-    with pytest.raises(CommandError, match="author, fair"):
-        load_protocol("unfair")
+    for name in ("unfair", "published"):
+        with pytest.raises(CommandError, match=r"author, fair, pilot, sensitivity; "):
+            load_protocol(name)
     with pytest.raises(CommandError, match=r"no loss 'klx'; it has kl, rkl"):
         load_protocol("author").objectives(Settings("rte"), (), ["klx"])
     arguments = ["--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path]
@@ -190,10 +191,10 @@ def test_protocols_and_losses_that_do_not_exist_are_named(teacher, glue, tmp_pat
     assert "--workers must lie between 1 and" in said(result)
     result = otkd_command("compare", "rte", "--losses", "kl", "--score", "best", *arguments)
     assert "--score best needs --evaluate-every" in said(result)
-    result = otkd_command(
-        *("train", "rte", "--loss", "kl", "--score", "best", "--evaluate-every", 5, *arguments)
-    )
-    assert "the student saved is the last" in said(result)
+    result = otkd_command("train", "rte", "--loss", "kl", "--epsilon", 2, *arguments)
+    assert "--epsilon has no effect on kl" in said(result)
+    result = otkd_command("train", "rte", "--loss", "kl", "--score", "best", *arguments)
+    assert "No such option" in said(result)  # the student that is saved is the last
 
 
 # From end to end ----------------------------------------------------------------------------------

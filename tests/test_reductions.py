@@ -85,17 +85,28 @@ def test_the_number_of_items_changes_neither_shape_nor_precision(kind, shape):
 def test_counted_positions():
     labels = torch.tensor([[1, IGNORE_INDEX, 0], [IGNORE_INDEX, 2, 5]])
     labelled = torch.tensor([[1, 0, 1], [0, 1, 1]]).bool()
-    mask = torch.tensor([[0, 1, 2], [1, -1, 0]])
+    mask = torch.tensor([[0, 1, 2], [1, 0.5, 0]])
     assert IGNORE_INDEX == -100
     assert counted_positions((2, 3)) is None
     assert torch.equal(counted_positions((2, 3), labels=labels), labelled)
-    for kind in (torch.int64, torch.float16, torch.float64):
+    for kind in (torch.float16, torch.float64):
         assert torch.equal(counted_positions((2, 3), mask.to(kind)), mask != 0)
         both = counted_positions((2, 3), mask.to(kind), labels)
         assert torch.equal(both, (mask != 0) & labelled)
     for name, options in (("mask", {"mask": mask[0]}), ("labels", {"labels": labels.T})):
         with pytest.raises(ValueError, match=f"{name} must have one entry per position"):
             counted_positions((2, 3), **options)
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        counted_positions((2,), [True, False])
+    added = torch.tensor([0.0, torch.finfo(torch.float32).min])  # to attention scores
+    for wrong in (added, torch.tensor([1, torch.nan])):
+        with pytest.raises(ValueError, match="pass mask == 0"):
+            counted_positions((2,), wrong)
+
+
+def test_a_negative_number_of_items_is_refused():
+    with pytest.raises(ValueError, match="num_items_in_batch must be a finite number of at least"):
+        reduce_positions(torch.ones(3), num_items_in_batch=-1)
 
 
 def test_refused_reduction():

@@ -113,6 +113,7 @@ def test_the_discrete_cost_tends_to_total_variation():
 @pytest.mark.parametrize("learnable", [False, True])
 def test_two_vocabularies(learnable):
     source, target = points(1, 5, 3), points(2, 8, 3)
+    source.requires_grad_(learnable)
     cost = EmbeddingCost(source, target, learnable=learnable)
     loss = otkd.SinkhornLoss(cost, epsilon=0.3, reduction="none", **TIGHT)
     assert loss.bridges_vocabularies

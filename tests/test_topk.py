@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 import otkd
 from otkd import functional as F
 from otkd.costs import DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost, PowerCost
-from otkd.supports import Dense, TopK
+from otkd.supports import CoverageWarning, Dense, TopK
 from otkd.supports.heads import top_tokens
 from tests import naive
 from tests.problems import logits, points, seeds, self_costs
@@ -133,7 +133,8 @@ def test_a_cost_that_is_not_symmetric(tail):
     options = {"tail": tail, "debias": False}
     check_against_reference(MatrixCost(matrix), (matrix,) * 3, student, teacher, 2, **options)
     hollow = matrix.clone().fill_diagonal_(0)
-    for cost, message in ((hollow, "symmetric"), (matrix + matrix.mT, "0 on its diagonal")):
+    skewed, thick = (hollow, "square and symmetric"), (matrix + matrix.mT, "0 on its diagonal")
+    for cost, message in (skewed, thick):
         with pytest.raises(ValueError, match=f"a self-cost must be {message}"):
             F.sinkhorn_divergence(student, teacher, cost=cost, support=TopK(2, tail))
 
@@ -474,15 +475,14 @@ def test_tokens_with_one_embedding_are_one_point(metric, learnable):
     student = torch.full((1, VOCAB), -5.0, dtype=F64)
     teacher = student.clone()
     student[0, 0], student[0, 1], teacher[0, 3], teacher[0, 1] = 3, 2, 3, 2
+    embedding.requires_grad_(learnable)
     cost = EmbeddingCost(embedding, metric=metric, learnable=learnable)
     loss = loss_of(cost)
     value, gradient = slopes(lambda z: loss(z, teacher), student)
     close(value, torch.zeros_like(value), atol=1e-6, rtol=0)
     assert gradient.abs().max() < 1e-6
     if learnable:
-        embedding = embedding.requires_grad_()
-        cost = EmbeddingCost(embedding, metric=metric, learnable=True)
-        loss_of(cost)(student, teacher + logits(3, 1, VOCAB)).sum().backward()
+        loss(student, teacher + logits(3, 1, VOCAB)).sum().backward()
         assert embedding.grad.isfinite().all()
 
 
@@ -644,3 +644,35 @@ def test_the_trainers_record_has_the_coverage():
     logged = dict(zip(*record.take(torch.device("cpu")), strict=True))
     assert logged["solver/coverage"] == loss.last_report.coverage
     assert 0 < logged["solver/worst_coverage"] <= logged["solver/coverage"] <= 1
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+def test_clusters_under_autocast_are_those_without(metric):
+    embedding = points(1, VOCAB, 4).float()
+    student, teacher = (logits(seed, 3, VOCAB).float() for seed in (1, 2))
+
+    def make():
+        cost = EmbeddingCost(embedding, metric=metric)
+        return otkd.SinkhornLoss(cost, support=TopK(2, clusters=3), epsilon=0.3)
+
+    expected, loss = make()(student, teacher), make()
+    with torch.autocast("cpu", torch.bfloat16):
+        close(loss(student, teacher), expected, rtol=0, atol=0)
+    close(loss(student, teacher), expected, rtol=0, atol=0)  # with what it has kept
+
+
+def test_too_little_coverage_is_told_once(monkeypatch):
+    monkeypatch.setattr(otkd.supports.coverage, "_warned", False)
+    loss, flat = otkd.SinkhornLoss("discrete", support=TopK(1)), torch.zeros(2, VOCAB)
+    peaked = 9 * torch.eye(VOCAB)[:2]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loss(peaked, peaked)
+        loss.support = TopK(1, tail=False)
+        loss(flat, peaked)
+        assert not told
+        loss.support = TopK(1)
+        loss(flat, peaked)
+        loss(flat, peaked)
+    assert [w.category for w in told] == [CoverageWarning]
+    assert f"hold {2 / VOCAB:.0%} of the mass" in str(told[0].message)  # of both sides' heaviest

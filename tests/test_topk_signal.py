@@ -564,3 +564,36 @@ def test_the_trainer_takes_it_as_a_teacher(tmp_path):
     few = weights(TopKSignal.of(teacher, 2))
     assert torch.isfinite(few).all()
     assert (few - live).abs().max() > 1e-3
+
+
+def test_other_losses_refuse_what_is_no_distribution():
+    student = logits(1, 2, VOCAB)
+    tokens = torch.arange(3).expand(2, 3)
+    for message, changes in (
+        ("add up to", {"log_masses": torch.zeros(2, 3)}),
+        ("twice", {"tokens": torch.zeros(2, 3, dtype=torch.int64)}),
+        ("tokens from", {"tokens": tokens + VOCAB - 2}),
+    ):
+        parts = {"tokens": tokens, "log_masses": torch.zeros(2, 3) - 5, **changes}
+        signal = TopKSignal(**parts, vocab_size=VOCAB)
+        for loss in (otkd.KLLoss(), topk_loss()):
+            with pytest.raises(ValueError, match=message):
+                loss(student, signal)
+
+
+def test_signals_of_batches_become_one():
+    teacher, loss = logits(1, 5, 3, VOCAB), topk_loss()
+    whole = TopKSignal.of(teacher, 4)
+    parts = [TopKSignal.of(teacher[rows], 4) for rows in (slice(0, 2), slice(2, 5))]
+    for make in (lambda s: s, lambda s: s.with_self_term(loss)):
+        joined, expected = TopKSignal.cat([make(part) for part in parts]), make(whole)
+        for name in ("tokens", "log_masses", "self_potential"):
+            left, right = getattr(joined, name), getattr(expected, name)
+            assert right is None if left is None else torch.allclose(left, right)
+        assert repr(joined) == repr(expected)
+    assert repr(whole) == f"TopKSignal((5, 3, {VOCAB}), k=4, temperature=1.0)"
+    with pytest.raises(ValueError, match="got none"):
+        TopKSignal.cat([])
+    for other in (whole.with_length(2), TopKSignal.of(teacher, 3), whole.with_self_term(loss)):
+        with pytest.raises(ValueError, match="number of examples alone"):
+            TopKSignal.cat([whole, other])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -84,9 +85,10 @@ def losses() -> None:
 
 
 @app.command()
-@with_settings
+@partial(with_settings, without=["score"])  # the student that is saved is the last
 def train(
     settings: Settings,
+    context: typer.Context,
     loss: Annotated[str, typer.Option(help="A loss by its registry name: see `otkd losses`.")],
     seed: Annotated[int, typer.Option(help="Seed of head, dropout and data order.")] = 0,
     output_dir: OutputDir = Path("otkd-train"),
@@ -100,7 +102,8 @@ def train(
         require_train_extra()
         from otkd.cli import commands
 
-        commands.train(settings, loss, seed, output_dir, overwrite=overwrite)
+        given = given_options(context)
+        commands.train(settings, loss, seed, output_dir, given=given, overwrite=overwrite)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from otkd.cli.console import CommandError, err, notice, out, quiet_libraries
 from otkd.cli.experiment import Experiment
+from otkd.cli.objectives import check_effect
 from otkd.cli.progress import StepBar
 from otkd.cli.protocols import Objective, Protocol
 from otkd.cli.report import comparison_table, explanation, save_plot
@@ -69,6 +70,7 @@ def compare(
             objectives = protocol.objectives(own, given, losses)
         tuning = protocol.tuning if protocol else None
         experiments.append(Experiment(own, objectives, root / task, tuning))
+        check_effect(given, objectives)
     for experiment in experiments:
         teacher, results = _compare_one(experiment, seeds, count, overwrite=overwrite)
         folder = experiment.folder
@@ -101,8 +103,16 @@ def _compare_one(
     return teacher.result, [done[run] for run in runs]
 
 
-def train(settings: Settings, loss: str, seed: int, output_dir: Path, *, overwrite: bool) -> None:
-    """Distil one student and save it beside its result.
+def train(
+    settings: Settings,
+    loss: str,
+    seed: int,
+    output_dir: Path,
+    *,
+    given: Collection[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Distil one student and save it beside its result; arguments as of :func:`compare`.
 
     Raises:
         CommandError: for options that cannot be meant, before anything is trained.
@@ -111,11 +121,10 @@ def train(settings: Settings, loss: str, seed: int, output_dir: Path, *, overwri
     quiet_libraries()
     if seed < 0:
         raise CommandError(f"--seed must not be negative, got {seed}.")
-    if settings.score == "best":
-        raise CommandError("--score best: the student saved is the last, so its score is the last.")
     check_writable(output_dir)
     objective = Objective(loss, loss, settings)
     experiment = Experiment(settings, [objective], output_dir)
+    check_effect(given, [objective])
     run = Run(
         objective,
         seed,

@@ -43,7 +43,7 @@ def require_train_extra(modules: Sequence[str] = _TRAIN_MODULES) -> None:
     if missing:
         raise CommandError(
             f"This command needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'}"
-            " not installed: pip install 'otkd[train]'"
+            " not installed: pip install '.[train]' in otkd's checkout"
         )
 
 

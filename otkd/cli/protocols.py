@@ -24,6 +24,7 @@ _FOLDERS = (
     Path(__file__).with_name("protocols"),
     Path(__file__).parents[2] / "examples" / "glue",
 )
+_PUBLISHED = "published"  # is no protocol: the figures they are laid beside
 # What one loss may have for itself; all else, data and teacher among it, all losses share.
 _OF_A_LOSS = (
     *("epochs", "batch_size", "learning_rate", "temperature", "anneal", "rescale_t2", "alpha"),
@@ -167,20 +168,24 @@ def load_protocol(name: str) -> Protocol:
 
 def load_published() -> dict[str, Any]:
     """The published figures that come with the protocols: what ``published.toml`` says."""
-    return tomllib.loads(_find("published").read_text(encoding="utf-8"))
+    return tomllib.loads(_shipped()[_PUBLISHED].read_text(encoding="utf-8"))
 
 
 def _find(name: str) -> Path:
     if name.endswith(".toml"):
         return Path(name)
-    for folder in _FOLDERS:
-        if (folder / f"{name}.toml").is_file():
-            return folder / f"{name}.toml"
-    known = sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.toml")})
+    protocols = {stem: path for stem, path in _shipped().items() if stem != _PUBLISHED}
+    if name in protocols:
+        return protocols[name]
     raise CommandError(
-        f"There is no protocol {name!r}. Those that come with otkd are {', '.join(known)}; "
-        "--protocol FILE.toml takes one of your own."
+        f"There is no protocol {name!r}. Those that come with otkd are "
+        f"{', '.join(sorted(protocols))}; --protocol FILE.toml takes one of your own."
     )
+
+
+def _shipped() -> dict[str, Path]:
+    """The files that come with otkd; where a folder is before another, so are its files."""
+    return {path.stem: path for folder in reversed(_FOLDERS) for path in folder.glob("*.toml")}
 
 
 def _parse(name: str, content: Mapping[str, Any]) -> Protocol:

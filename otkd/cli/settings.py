@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -195,7 +195,7 @@ class Settings:
         int | None,
         typer.Option(
             help="Iterations of batch transport: all of them are made with --author (20), at most "
-            "so many otherwise (200).",
+            "so many otherwise (1,000).",
             rich_help_panel=_LOSSES,
         ),
     ] = None
@@ -275,13 +275,15 @@ def given_options(context: typer.Context) -> set[str]:
     }
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+def with_settings(
+    command: Callable[..., None], *, without: Collection[str] = ()
+) -> Callable[..., None]:
     """Give ``command(settings, **own)`` the options of :class:`Settings` besides its own.
 
     Typer builds the command line from a signature, so one is put together here; each option stays
-    written down once however many commands have it.
+    written down once however many commands have it. Those of ``without`` keep their default.
     """
-    names = [item.name for item in fields(Settings)]
+    names = [item.name for item in fields(Settings) if item.name not in without]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
@@ -296,6 +298,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             default=inspect.Parameter.empty if item.default is MISSING else item.default,
         )
         for item in fields(Settings)
+        if item.name in names
     ]
     own_hints = get_type_hints(command, include_extras=True)
     own = [

@@ -20,11 +20,19 @@ def check_self_cost(cost: Tensor) -> None:
             "a debiased divergence needs the cost within each side: a single cost must be square, "
             f"got {tuple(cost.shape)}{advice}"
         )
-    size = cost.abs().max() if cost.numel() else cost.new_zeros(())
-    if cost.diagonal(dim1=-2, dim2=-1).abs().max() > 1e-5 * size:
+    if cost.numel() and cost.diagonal(dim1=-2, dim2=-1).abs().max() > 1e-5 * cost.abs().max():
         raise ValueError(f"a self-cost must be 0 on its diagonal{advice}")
-    if (cost - cost.mT).abs().max() > 1e-5 * size:
-        raise ValueError(f"a self-cost must be symmetric{advice}")
+    check_symmetric(cost, advice)
+
+
+def check_symmetric(cost: Tensor, advice: str = "") -> None:
+    """Raise ``ValueError`` unless the cost within a side is square and symmetric."""
+    cost = cost.detach()
+    square = cost.ndim >= 2 and cost.shape[-1] == cost.shape[-2]
+    if not square or (cost.numel() and (cost - cost.mT).abs().max() > 1e-5 * cost.abs().max()):
+        raise ValueError(
+            f"a self-cost must be square and symmetric, got shape {tuple(cost.shape)}{advice}"
+        )
 
 
 def has_positive_kernel(cost: Tensor, epsilon: float) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from otkd.costs.base import Side
 from otkd.costs.embedding import EmbeddingCost
 from otkd.costs.tails import SAMPLED_TOKENS
+from otkd.precision import without_autocast
 
 _FITTED_TOKENS = 2**14
 _ITERATIONS = 10
@@ -78,7 +79,10 @@ def mean_cost_to_clusters(
     For a constant cost it is computed once for all tokens.
     """
     key = ("cluster means", sides, len(clusters), dtype, tokens.device)
-    table = cost.kept(key, lambda: _mean_cost_table(cost, sides, clusters, dtype, tokens.device))
+    with without_autocast(tokens):
+        table = cost.kept(
+            key, lambda: _mean_cost_table(cost, sides, clusters, dtype, tokens.device)
+        )
     return table[tokens]
 
 
@@ -96,7 +100,8 @@ def soft_mean_cost_of_clusters(
     itself have the weight they have among all its tokens.
     """
     key = ("cluster soft means", sides, len(clusters[0]), len(clusters[1]), epsilon, dtype, device)
-    return cost.kept(key, lambda: _soft_means(cost, sides, clusters, epsilon, device).to(dtype))
+    with without_autocast(clusters[0].assignment):
+        return cost.kept(key, lambda: _soft_means(cost, sides, clusters, epsilon, device).to(dtype))
 
 
 def _assign(points: np.ndarray, number: int) -> np.ndarray:

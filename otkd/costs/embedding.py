@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,12 +33,17 @@ class EmbeddingCost(Cost):
             all pairs where there are no more), so that ε is a fraction of a typical cost. Computed
             once, here; the same number divides the self-costs. ``None`` leaves the units.
         learnable: let gradients flow into the embeddings; otherwise they are constants. The very
-            tensors given are used: a ``Parameter`` becomes a parameter of the loss, so pass a copy
-            of the teacher's, ``nn.Parameter(weight.detach().clone())``.
+            tensors given are used, not a copy: a ``Parameter`` becomes a parameter of the loss,
+            and what is trained elsewhere changes the cost. So pass a copy of the teacher's,
+            ``nn.Parameter(weight.detach().clone())``, or of a student's as a constant.
 
     Raises:
+        TypeError: if an embedding is no tensor.
         ValueError: if shapes do not fit, a row is not finite, a row is zero under ``"cosine"``, or
             all tokens coincide.
+
+    Warns:
+        UserWarning: if it is to be learnable and no tensor given requires a gradient.
     """
 
     source: Tensor
@@ -64,6 +71,13 @@ class EmbeddingCost(Cost):
                     "source and target embeddings must have the same width, got "
                     f"{source.shape[1]} and {target.shape[1]}; map one into the other's space first"
                 )
+        tensors = [source] if target is None else [source, target]
+        if learnable and not any(tensor.requires_grad for tensor in tensors):
+            warnings.warn(
+                "learnable=True, but no embedding given requires a gradient: pass "
+                "nn.Parameter(weight.detach().clone())",
+                stacklevel=2,
+            )
         hold(self, "source", source, learnable)
         hold(self, "target", target, learnable)
         hold(self, "centre", _needed_centre(source), learnable=False)
@@ -167,9 +181,7 @@ class EmbeddingCost(Cost):
     def _placed(self, x: Tensor) -> Tensor:
         if self.metric == "cosine":
             return nn.functional.normalize(x, dim=-1)
-        if self.metric == "sqeuclidean" and self.centre is not None:
-            return x - self.centre.to(x)
-        return x
+        return x if self.centre is None else x - self.centre.to(x)
 
     def _full_precision_distance(self, x: Tensor, y: Tensor) -> Tensor:
         if self.metric == "euclidean":
@@ -223,6 +235,11 @@ def _needed_centre(points: Tensor) -> Tensor | None:
 
 
 def _check_embedding(name: str, embedding: Tensor, metric: str) -> None:
+    if not isinstance(embedding, Tensor):
+        raise TypeError(
+            f"the {name} embedding must be a tensor (tokens, width), got "
+            f"{type(embedding).__name__}: of a module pass its weight"
+        )
     if embedding.ndim != 2 or not embedding.is_floating_point() or embedding.numel() == 0:
         raise ValueError(
             f"the {name} embedding must be a floating-point matrix (tokens, width), got shape "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from otkd.checks import check_cost_shape
 from otkd.costs.base import Cost, CostMatrices
-from otkd.costs.checks import check_self_cost
+from otkd.costs.checks import check_self_cost, check_symmetric
 
 
 def as_cost_matrices(
@@ -22,7 +22,7 @@ def as_cost_matrices(
     Raises:
         TypeError: if ``cost`` is none of the forms.
         ValueError: if it does not fit the sizes, or ``self_terms`` are asked of a single tensor
-            that is no self-cost.
+            that is no self-cost, or one within a side is not symmetric.
     """
     n, m = a.shape[-1], b.shape[-1]
     if isinstance(cost, Cost):
@@ -35,6 +35,9 @@ def as_cost_matrices(
         check_self_cost(cost)
         return CostMatrices(cost, cost, cost)
     if isinstance(cost, tuple) and len(cost) == 3:
+        if self_terms:
+            for within in cost[1:]:
+                check_symmetric(within)
         return CostMatrices(*cost)
     raise TypeError(
         "cost must be a tensor, a cost object of otkd.costs, or (C_ab, C_aa, C_bb), got "

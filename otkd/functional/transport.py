@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from otkd.checks import check_finite_rows, check_logits, check_positions, check_temperatures
+from otkd.checks import check_finite_rows, check_logits, check_mask, check_temperatures
 from otkd.costs import Cost, MatrixCost
 from otkd.ot.divergence import Options, Report
 from otkd.ot.exact import exact_transport
@@ -127,7 +127,7 @@ def transport_positions(
     check_logits(student_logits, teacher_logits, same_vocabulary=False)
     teacher_temperature = check_temperatures(temperature, teacher_temperature)
     batch_shape = student_logits.shape[:-1]
-    check_positions("mask", mask, batch_shape)
+    check_mask(mask, batch_shape)
     n, m = student_logits.shape[-1], teacher_logits.shape[-1]
     if support is None:
         support = choose_support(n, m, options.backend)
@@ -200,7 +200,7 @@ def at_counted_positions(
     """``transport(q, p)`` of the distributions ``(positions, vocab)`` that count; 0 elsewhere."""
     check_logits(student_logits, teacher_logits, same_vocabulary=False)
     batch_shape = student_logits.shape[:-1]
-    check_positions("mask", mask, batch_shape)
+    check_mask(mask, batch_shape)
     student = student_logits.flatten(0, -2) if batch_shape else student_logits.unsqueeze(0)
     teacher = teacher_logits.flatten(0, -2) if batch_shape else teacher_logits.unsqueeze(0)
     counted = None

@@ -150,7 +150,7 @@ def _import_kernel() -> Any:
         from otkd.fused.topk_kernel import topk_sinkhorn_kernel
     except ModuleNotFoundError as error:
         raise ImportError(
-            "backend='triton' needs the package triton: pip install 'otkd[triton]'"
+            "backend='triton' needs the package triton: pip install '.[triton]' in otkd's checkout"
         ) from error
     return topk_sinkhorn_kernel
 

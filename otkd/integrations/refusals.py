@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,22 @@ from otkd.integrations.stored import (
     has_features,
     may_carry_teacher,
 )
+
+_CALL = ("labels", "mask", "num_items_in_batch")
+
+
+def check_loss(loss: Any) -> None:
+    """Raise ``TypeError`` unless ``loss`` is a module that is called as otkd's losses are."""
+    if not isinstance(loss, nn.Module):
+        raise TypeError(f"loss must be an otkd loss module, got {type(loss).__name__}")
+    parameters = inspect.signature(loss.forward).parameters
+    named = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    missing = [name for name in _CALL if name not in parameters and not named]
+    if missing:
+        raise TypeError(
+            f"loss must be an otkd loss, called as loss(student_logits, teacher_logits, "
+            f"{'=, '.join(_CALL)}=), but {type(loss).__name__} takes no {', '.join(missing)}"
+        )
 
 
 def refuse_training(

@@ -17,7 +17,7 @@ from otkd.integrations.models import (
     without_labels,
 )
 from otkd.integrations.records import LossRecord
-from otkd.integrations.refusals import refuse_training
+from otkd.integrations.refusals import check_loss, refuse_training
 from otkd.integrations.stored import (
     TEACHER_KEY,
     TeacherCollator,
@@ -35,7 +35,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "otkd.integrations.transformers needs transformers and accelerate: "
-        f"pip install 'otkd[train]' ({error})"
+        f"pip install '.[train]' in otkd's checkout ({error})"
     ) from error
 
 LOSS_STATE_NAME = "loss.pt"
@@ -96,8 +96,7 @@ class DistillationTrainer(Trainer):
         shift: bool | None = None,
         **kwargs: Any,
     ):
-        if not isinstance(loss, nn.Module):
-            raise TypeError(f"loss must be an otkd loss module, got {type(loss).__name__}")
+        check_loss(loss)
         super().__init__(*args, **kwargs)
         self.loss = loss.to(self.args.device)
         self.teacher = teacher if isinstance(teacher, nn.Module) else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,8 +75,11 @@ class DistillationLoss(nn.Module, ABC):
         rescale_t2: bool | None = None,
         reduction: str = "mean",
         vocab_size: int | tuple[int, int] | None = None,
+        **unknown: object,
     ):
         super().__init__()
+        if unknown:
+            raise TypeError(_unknown_argument(type(self), next(iter(unknown))))
         check_positive(temperature=temperature)
         if teacher_temperature is not None:
             check_positive(teacher_temperature=teacher_temperature)
@@ -216,6 +221,15 @@ class DistillationLoss(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The common settings."""
         return f"temperature={self.temperature}, reduction={self.reduction!r}"
+
+
+def _unknown_argument(loss: type[DistillationLoss], name: str) -> str:
+    signatures = [inspect.signature(each) for each in (loss, DistillationLoss)]
+    known = [p.name for s in signatures for p in s.parameters.values() if p.kind != p.VAR_KEYWORD]
+    known = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+    return f"{loss.__name__} has no argument {name!r}: {hint}"
 
 
 def as_pair(vocab_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -31,12 +31,16 @@ class WeightedLoss(nn.Module):
             one is what makes a device wait, so read them only to log.
 
     Raises:
-        TypeError: if a term is not a pair of a weight and a loss.
+        TypeError: if the terms have no names, or one is not a pair of a weight and a loss.
         ValueError: if there is no term, or a weight is not finite.
     """
 
     def __init__(self, terms: Mapping[str, tuple[float, nn.Module | str]]):
         super().__init__()
+        if not isinstance(terms, Mapping):
+            raise TypeError(
+                f"WeightedLoss needs terms {{name: (weight, loss)}}, got {type(terms).__name__}"
+            )
         if not terms:
             raise ValueError("WeightedLoss needs at least one term {name: (weight, loss)}")
         self.terms = nn.ModuleDict()
@@ -147,6 +151,11 @@ class SoftCrossEntropyLoss(DistillationLoss):
 
 class SinKDLoss(WeightedLoss):
     """α·KL + (1−α)·CE + weight·batch Sinkhorn: the objective of SinKD, on a sound footing.
+
+    The published weight, 0.8, is for the public code, whose transport is smaller: at 32 samples of
+    three classes the gradient of ``BatchSinkhornLoss()`` was 27 times that of :meth:`author`'s. A
+    milder term, and 0 where student and teacher agree:
+    ``SinKDLoss(sinkhorn_weight=0.1, transport=BatchSinkhornLoss(debias=True))``.
 
     Args:
         alpha: weight of the KL term; 1 − α is that of the hard labels.

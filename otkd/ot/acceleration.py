@@ -50,7 +50,9 @@ class Anderson:
         """Where to go from ``point``, given its ``image (B, n)`` and ``error (B,)``."""
         # The error may stay the same for long while the point moves: later is better.
         better = error <= _AS_GOOD * self._best_error
-        failed = ~(error <= _GROWTH * self._best_error)  # NaN is a failure, too
+        # No error is above 2: near that, whatever is no clear fall has failed. So has NaN.
+        best = self._best_error
+        failed = ~(error <= torch.minimum(_GROWTH * best, (1 + best) / 2))
         self._best_error = torch.fmin(self._best_error, error)
         self._best_image = torch.where(better.unsqueeze(-1), image, self._best_image)
         residual = torch.sub(image, point).mul_(self._root)

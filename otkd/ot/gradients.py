@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from otkd.checks import refuse_second_derivative
 from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels import Kernel
 from otkd.ot.problem import Problem
@@ -46,11 +47,7 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_value):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():
-            # What the potentials contribute to a second derivative is not known here.
-            raise RuntimeError(
-                "transport is differentiable once: take its gradient without create_graph=True"
-            )
+        refuse_second_derivative("transport is")
         grad_a, grad_b = ctx.saved_tensors
         weights = grad_value.unsqueeze(-1)
         needs_a, needs_b, *needed = ctx.needs_input_grad[4:]

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from otkd.ot.blocked import PointCost, SharedKernel
 
-_HINT = "pip install 'otkd[keops]'"
+_HINT = "pip install '.[keops]' in otkd's checkout"
 _NO_MASS = -1e30  # log of nothing: a difference of infinities would be NaN
 _warned = False
 

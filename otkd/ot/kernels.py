@@ -173,11 +173,14 @@ class ProductKernel(ScalingKernel):
 
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """See :class:`Kernel`."""
-        left = left * (f / self.epsilon).exp()
-        right = right * (g / self.epsilon).exp()
+        left, right = left * self._scaling(f), right * self._scaling(g)
         if self.cost.ndim == 2:
             return (left.mT @ right).mul_(self.kernel)
         return (self.kernel * left.unsqueeze(-1)).mul_(right.unsqueeze(-2))
+
+    def _scaling(self, f: Tensor) -> Tensor:
+        """exp(f/ε), finite where there is no mass, too."""
+        return (f / self.epsilon).clamp_(max=LARGEST_LOG_DENSITY[f.dtype]).exp_()
 
 
 def centred_weights(log_b: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

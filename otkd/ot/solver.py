@@ -14,23 +14,25 @@ defines the potentials at points without mass, too.
 Both are fixed-point iterations on f, and are accelerated (:mod:`otkd.ot.acceleration`). Problems
 keep what they have when they are solved, and leave the batch whenever they are half of it.
 
-With two targets one number is unknown, t = g_0 − g_1, and the mass that arrives at the first target
-rises with it, so it is found by bisection instead.
+With few targets g is found by Newton's method first (:mod:`otkd.ot.few_targets`), and an iteration
+measures what it has found.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from otkd.ot.acceleration import Anderson
+from otkd.ot.few_targets import FEW, newton_potentials
 from otkd.ot.kernels import Kernel
 from otkd.ot.problem import Problem
 
 _GROWTH = 8  # plain steps at once, as many times those that were made
+_SEEN = 0.1  # of a row's mass missing in the plan
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def solve_potentials(
     at most follow every accelerated one where the kernel makes them cheaply, neither measured nor
     accelerated: more iterations for small problems, whose measuring takes longer than they do.
     """
+    steps = 0
     if problem.symmetric:
         update: _Update = _Averaging(problem, kernel)
         f = kernel.softmin(torch.zeros_like(problem.a), problem.a.log()) / 2
@@ -78,12 +81,22 @@ def solve_potentials(
         update = _Alternation(problem, kernel)
         if start is None:
             start = torch.zeros_like(problem.b)
-        if problem.b.shape[-1] == 2 and problem.balanced and isinstance(problem.cost, Tensor):
-            start = _two_target_potentials(problem.a, problem.b, problem.cost, problem.epsilon)
+        few = problem.b.shape[-1] <= FEW
+        if few and problem.balanced and isinstance(problem.cost, Tensor):
+            start, steps = newton_potentials(
+                problem.a,
+                problem.b,
+                problem.cost,
+                problem.epsilon,
+                start=start,
+                tolerance=tolerance,
+                max_steps=max_iterations - 1,
+            )
         f = problem.damping * kernel.softmin(start, problem.b.log())
     if not (problem.balanced and kernel.scales):
         plain_steps = 0
-    return _iterate(problem, update, f, tolerance, max_iterations, plain_steps)
+    found = _iterate(problem, update, f, tolerance, max_iterations - steps, plain_steps)
+    return replace(found, iterations=found.iterations + steps)
 
 
 class _Update(ABC):
@@ -96,8 +109,8 @@ class _Update(ABC):
         self.log_a = problem.a.log()
 
     @abstractmethod
-    def __call__(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """g, the next f, and ``Σ_j b_j·E_ij − 1`` of the plan of f and g."""
+    def __call__(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """g, the next f, the best f for this g, and ``Σ_j b_j·E_ij − 1`` of the plan of f and g."""
 
     @abstractmethod
     def repeat(self, f: Tensor, count: int) -> Tensor:
@@ -124,9 +137,10 @@ class _Alternation(_Update):
         g = self.transposed.softmin(f, self.log_a)
         if self.gauge is None:
             softmin = self.kernel.softmin(g.mul_(self.damping), self.log_b)
-            return g, self.damping * softmin, self._row_excess(f, softmin)
+            best = self.damping * softmin
+            return g, best, best, self._row_excess(f, softmin)
         softmin = self.kernel.softmin(g, self.log_b)
-        return g, self._in_gauge(softmin), self._row_excess(f, softmin)
+        return g, self._in_gauge(softmin), softmin, self._row_excess(f, softmin)
 
     def repeat(self, f, count):
         return self._in_gauge(self.kernel.alternate(f, self.log_a, self.log_b, count))
@@ -145,7 +159,8 @@ class _Alternation(_Update):
 class _Averaging(_Update):
     def __call__(self, f):
         softmin = self.kernel.softmin(f, self.log_a)
-        return f, (f + self.damping * softmin) / 2, self._row_excess(f, softmin)
+        best = self.damping * softmin
+        return f, (f + best) / 2, best, self._row_excess(f, softmin)
 
     def repeat(self, f, count):
         return self.kernel.average(f, self.log_a, count)
@@ -169,7 +184,7 @@ def _iterate(
         last = iteration == max_iterations
         if last and iteration > 1:
             f = accelerator.best_image
-        g, image, excess = update(f)
+        g, image, best, excess = update(f)
         missing = excess if problem.balanced else excess - problem.optimal_row_excess(f)
         error = torch.linalg.vecdot(a, missing.abs())
         done = unsolved if last else unsolved & (error <= tolerance)
@@ -177,9 +192,8 @@ def _iterate(
         if len(rows):  # kept as it is now, whatever else is in the batch
             at_once = len(rows) == len(problem.a)
             kept = [x if at_once else x[rows] for x in (f, g, excess, error)]
-            if problem.symmetric:
-                sources, images = (a, image) if at_once else (a[rows], image[rows])
-                kept[0], kept[2] = _without_mass(problem, sources, kept[0], images, kept[2])
+            sources, best = (a, best) if at_once else (a[rows], best[rows])
+            kept[0], kept[2] = _settled(problem, sources, kept[0], best, kept[2], tolerance)
             if at_once:
                 found = kept
             else:
@@ -211,32 +225,16 @@ def _iterate(
     return Potentials(f, g, excess, error, iteration, bool((error <= tolerance).all()))
 
 
-def _without_mass(
-    problem: Problem, a: Tensor, f: Tensor, image: Tensor, excess: Tensor
+def _settled(
+    problem: Problem, a: Tensor, f: Tensor, best: Tensor, excess: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Both f and excess of symmetric problems: the error does not see f where there is no mass."""
-    softmin, massive = 2 * image - f, a > 0
-    optimal = problem.optimal_row_excess(softmin)
-    return torch.where(massive, f, softmin), torch.where(massive, excess, optimal)
+    """Potentials f and excess, with the best f where the error does not see how far f is off.
 
-
-def _two_target_potentials(a: Tensor, b: Tensor, cost: Tensor, epsilon: float) -> Tensor:
-    """Potentials (t, 0): Σ_i a_i·σ((t − d_i)/ε + log b_0/b_1) = b_0 with d_i = C_i0 − C_i1."""
-    dtype, device = b.dtype, b.device
-    a, b, cost = a.double(), b.double(), cost.double()
-    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
-    difference = cost[..., 0] - cost[..., 1]
-    odds = (b[:, :1].log() - b[:, 1:].log()).clamp(-1e4, 1e4)
-    # Of σ at all sources one is at most and one at least b_0: t lies between the differences.
-    low = difference.amin(-1, keepdim=True).expand_as(odds)
-    high = difference.amax(-1, keepdim=True).expand_as(odds)
-    # The smaller target is the one whose mass has no digits to lose.
-    sign = torch.where(b[:, :1] <= b[:, 1:], 1.0, -1.0)
-    smaller = b.amin(-1, keepdim=True)
-    for _ in range(64):
-        t = (low + high) / 2
-        arrives = torch.sigmoid(sign * ((t - difference) / epsilon + odds))
-        too_high = sign * ((a * arrives).sum(-1, keepdim=True) - smaller) > 0
-        low, high = torch.where(too_high, low, t), torch.where(too_high, t, high)
-    t = (low + high) / 2
-    return torch.cat([t, torch.zeros_like(t)], -1).to(device, dtype)
+    That is where there is no mass, or so little that an accelerated f may have gone anywhere: its
+    row lacks at most all of its mass. The columns change by what those rows lacked, which stays a
+    part of the error.
+    """
+    missing = (excess - problem.optimal_row_excess(f)).abs()
+    unseen = (a <= 0) | ((a <= tolerance / _SEEN) & (missing > _SEEN))
+    settled = torch.where(unseen, problem.optimal_row_excess(best), excess)
+    return torch.where(unseen, best, f), settled

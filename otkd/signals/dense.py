@@ -11,7 +11,7 @@ from torch import Tensor
 from otkd.signals.files import load_tensors, save_tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DenseSignal:
     """All teacher logits of a data set, example by example.
 
@@ -48,6 +48,10 @@ class DenseSignal:
                 f"features must be on the device of the logits, {self.values.device}, got "
                 f"{features.device}"
             )
+
+    def __repr__(self) -> str:
+        features = "" if self.features is None else f", features={tuple(self.features.shape)}"
+        return f"DenseSignal({tuple(self.values.shape)}, dtype={self.values.dtype}{features})"
 
     def __len__(self) -> int:
         return self.values.shape[0]

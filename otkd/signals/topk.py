@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,19 +14,18 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from otkd.checks import check_one_logits, check_positive
+from otkd.precision import compute_dtype
+from otkd.signals.checks import check_distributions, check_shapes
 from otkd.signals.files import load_tensors, save_tensors
 from otkd.signals.self_term import SelfTermSettings
 
 if TYPE_CHECKING:
     from otkd.losses.transport import SinkhornLoss
 
-MASS_SLACK = 0.05
-"""How far above 1 the stored masses of a position may add up: bfloat16 has such errors."""
-
 _BLOCK_ELEMENTS = 2**24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TopKSignal:
     """The k heaviest tokens of a teacher at each position, and their masses.
 
@@ -57,32 +57,7 @@ class TopKSignal:
     self_settings: SelfTermSettings | None = None
 
     def __post_init__(self):
-        tokens, masses = self.tokens, self.log_masses
-        if tokens.dtype not in (torch.int32, torch.int64) or not masses.is_floating_point():
-            raise ValueError(
-                "TopKSignal needs tokens of int32 or int64 and floating-point log_masses, got "
-                f"{tokens.dtype} and {masses.dtype}"
-            )
-        if tokens.ndim < 1 or tokens.shape != masses.shape:
-            raise ValueError(
-                "TopKSignal needs tokens and log_masses of one shape (examples, *positions, k), "
-                f"got {tuple(tokens.shape)} and {tuple(masses.shape)}"
-            )
-        if not 1 <= tokens.shape[-1] <= self.vocab_size:
-            raise ValueError(
-                f"TopKSignal stores between 1 and vocab_size={self.vocab_size} tokens a position, "
-                f"got {tokens.shape[-1]}"
-            )
-        check_positive(temperature=self.temperature)
-        if (self.self_potential is None) != (self.self_settings is None):
-            raise ValueError("self_potential and self_settings are given together or not at all")
-        if self.self_potential is not None:
-            expected = (*tokens.shape[:-1], tokens.shape[-1] + 1)
-            if tuple(self.self_potential.shape) != expected:
-                raise ValueError(
-                    f"self_potential must have shape {expected}, one for every token and the tail, "
-                    f"got {tuple(self.self_potential.shape)}"
-                )
+        check_shapes(self)
 
     @classmethod
     def of(
@@ -108,7 +83,7 @@ class TopKSignal:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k!r}")
         vocab = teacher_logits.shape[-1]
-        precision = _precision(teacher_logits)
+        precision = compute_dtype(teacher_logits)
         rows = teacher_logits.detach().reshape(-1, vocab)
         tokens = rows.new_empty(len(rows), min(k, vocab), dtype=torch.int32)
         log_masses = torch.empty_like(tokens, dtype=dtype or precision)
@@ -120,6 +95,28 @@ class TopKSignal:
             log_masses[block] = (heaviest - normaliser).to(log_masses.dtype)
         shape = (*teacher_logits.shape[:-1], tokens.shape[-1])
         return cls(tokens.reshape(shape), log_masses.reshape(shape), vocab, temperature)
+
+    @classmethod
+    def cat(cls, signals: Sequence[TopKSignal]) -> TopKSignal:
+        """The examples of several signals, such as those of one batch each, in this order.
+
+        Raises:
+            ValueError: if there is none, or they differ in more than their number of examples.
+        """
+        kinds = {(s.shape[1:], s.k, s.temperature, s.self_settings) for s in signals}
+        if len(kinds) != 1:
+            raise ValueError(
+                "signals that become one must differ in their number of examples alone, got "
+                f"{', '.join(map(repr, signals)) or 'none'}; with_length() makes lengths equal"
+            )
+        first = signals[0]
+        potentials = [s.self_potential for s in signals if s.self_potential is not None]
+        return replace(
+            first,
+            tokens=torch.cat([s.tokens for s in signals]),
+            log_masses=torch.cat([s.log_masses for s in signals]),
+            self_potential=torch.cat(potentials) if potentials else None,
+        )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,6 +132,10 @@ class TopKSignal:
     def tail_mass(self) -> Tensor:
         """What the tokens that are not stored have together, ``(*batch,)``."""
         return self.masses()[..., -1]
+
+    def __repr__(self) -> str:
+        known = "" if self.self_settings is None else ", with self-term"
+        return f"TopKSignal({self.shape}, k={self.k}, temperature={self.temperature}{known})"
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -173,7 +174,7 @@ class TopKSignal:
         In float32 at least. Where rounding lifts the stored masses above 1 they are divided by
         their sum, and so they are where all tokens are stored.
         """
-        stored = self.log_masses.to(dtype or _precision(self.log_masses)).exp()
+        stored = self.log_masses.to(dtype or compute_dtype(self.log_masses)).exp()
         total = stored.sum(-1, keepdim=True)
         if self.k == self.vocab_size:
             return torch.cat([stored / total, torch.zeros_like(total)], -1)
@@ -188,8 +189,11 @@ class TopKSignal:
         of this stand-in. They are free of it in ``SinkhornLoss(support=TopK(k))`` alone, where the
         other tokens are one atom. What is left is taken to be at least the rounding error of 1, so
         that no token is without mass that may have had some.
+
+        Raises:
+            ValueError: see :meth:`validate`.
         """
-        masses = self.masses()
+        masses = self.validate().masses()
         rest = masses[..., -1:].clamp(min=torch.finfo(masses.dtype).eps)
         others = (rest / max(1, self.vocab_size - self.k)).log()
         logits = others.expand(self.shape).clone()
@@ -209,25 +213,7 @@ class TopKSignal:
             ValueError: for a token that is repeated or not in the vocabulary, or masses of a
                 position that add up to more than 1.
         """
-        flat = self.flatten()
-        for start in range(0, len(flat), max(1, _BLOCK_ELEMENTS // self.k)):
-            block = slice(start, start + max(1, _BLOCK_ELEMENTS // self.k))
-            tokens = flat.tokens[block].sort(-1).values
-            low, high = tokens.min().item(), tokens.max().item()
-            if low < 0 or high >= self.vocab_size:
-                raise ValueError(
-                    f"TopKSignal holds tokens from {low} to {high}, but there are "
-                    f"{self.vocab_size} tokens in its vocabulary"
-                )
-            if (tokens[:, 1:] == tokens[:, :-1]).any():
-                raise ValueError("TopKSignal holds a token twice at one position")
-            total = flat.log_masses[block].to(_precision(self.log_masses)).exp().sum(-1)
-            if (total > 1 + MASS_SLACK).any():
-                raise ValueError(
-                    "log_masses must be log-probabilities, but those of a position add up to "
-                    f"{total.nan_to_num().max().item():.4g}: subtract the log-sum-exp of all "
-                    "logits over the temperature"
-                )
+        check_distributions(self)
         return self
 
     def check_temperature(self, temperature: float) -> None:
@@ -321,10 +307,6 @@ def _lengthened(tensor: Tensor, missing: int) -> Tensor:
     else:  # tokens, which are distinct
         filling.copy_(torch.arange(tensor.shape[-1]))
     return torch.cat([tensor, filling], 1)
-
-
-def _precision(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _block_rows(vocab: int) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 
 from otkd.supports.base import Positions, Support
+from otkd.supports.coverage import CoverageWarning
 from otkd.supports.dense import LARGEST_DENSE, Dense
 from otkd.supports.neighbours import NearestNeighbours
 from otkd.supports.topk import TopK
 
 __all__ = [
     "LARGEST_DENSE",
+    "CoverageWarning",
     "Dense",
     "NearestNeighbours",
     "Positions",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otkd.precision import without_autocast
 from otkd.supports.base import Positions, check_softmax, over_temperature
 
 _BLOCK_ELEMENTS_ON_CPU = 2**19  # about what a core's cache holds
@@ -134,7 +135,8 @@ class HeadMasses(torch.autograd.Function):
         else:
             membership = clusters.membership(dtype)
             blocks = _blocks_of(logits, counted, temperature, dtype)
-            rest = torch.cat([q @ membership for _, _, q in blocks])
+            with without_autocast(logits):
+                rest = torch.cat([q @ membership for _, _, q in blocks])
             rest.scatter_add_(-1, clusters.assignment[heads.tokens], -masses)
         rest.clamp_(min=0).masked_fill_((heads.counts == logits.shape[-1]).unsqueeze(-1), 0)
         ctx.save_for_backward(logits, counted, heads.tokens, masses, rest)

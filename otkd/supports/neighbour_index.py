@@ -61,7 +61,7 @@ def _search(queries: Tensor, points: Tensor, k: int, metric: str) -> Tensor:
     except ImportError as error:
         raise ImportError(
             "NearestNeighbours finds neighbours with faiss, which is not installed: "
-            "pip install 'otkd[faiss]'"
+            "pip install '.[faiss]' in otkd's checkout"
         ) from error
     queries, points = queries.detach().double().cpu(), points.detach().double().cpu()
     if metric == "cosine":
@@ -135,6 +135,6 @@ def _safetensors():
     except ImportError as error:
         raise ImportError(
             "NearestNeighbours keeps neighbours in safetensors files, and safetensors is not "
-            "installed: pip install 'otkd[faiss]'"
+            "installed: pip install '.[faiss]' in otkd's checkout"
         ) from error
     return safetensors

@@ -21,6 +21,7 @@ from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
 from otkd.ot.divergence import Options, Report, solve_divergence
 from otkd.ot.problem import check_costs
 from otkd.supports.base import Atoms, Positions, Support
+from otkd.supports.coverage import warn_of_coverage
 from otkd.supports.heads import HeadMasses, Heads, select_heads
 from otkd.supports.on_chip import check_on_chip, solve_on_chip
 from otkd.supports.stored import stored_masses, stored_self_values
@@ -87,6 +88,8 @@ class TopK(Support):
         heads = student.tokens.shape[-1], teacher.tokens.shape[-1]
         rests = (s.detach()[:, k:].sum(-1) for s, k in zip((a, b), heads, strict=True))
         coverage = 1 - torch.maximum(*rests)
+        if self.tail:
+            warn_of_coverage(coverage, self.k)
         a, b = (self._marginal(s, k, options) for s, k in zip((a, b), heads, strict=True))
         self_values = self._stored_self_values(positions, cost, options)
         settings = {

@@ -222,7 +222,8 @@ def curve_table(study: Study, results: TaskResults, name: str) -> str:
     for title, points in curve(study, results, name).items():
         for point in points:
             gap = apart(point.difference, point.seeds)
-            seeds = f"{point.seeds} of {study.protocol.seeds}"
+            wanted = study.protocol.seeds
+            seeds = f"{point.seeds} of {wanted}" if point.seeds < wanted else str(point.seeds)
             rows.append([title, setting_value(point.value), mean(point.score), gap, seeds])
     if not rows:
         return ""
