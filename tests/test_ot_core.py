@@ -676,3 +676,15 @@ def test_costs_within_a_side_must_be_symmetric():
 def test_no_problem_with_a_cost_of_its_own():
     value = ot.sinkhorn_divergence(torch.ones(0, 4), torch.ones(0, 4), torch.zeros(0, 4, 4))
     assert value.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masses_of_half_precision_are_solved(dtype):
+    a, b, cost = problem("shared", n=12)
+    half_a, half_b = a.to(dtype).requires_grad_(), b.to(dtype)
+    solution = ot.sinkhorn(half_a, half_b, cost.float(), epsilon=0.1)
+    assert solution.converged
+    expected = ot.sinkhorn(a, b, cost, epsilon=0.1)
+    close(solution.value.double(), expected.value, atol=5e-3, rtol=0)
+    (gradient,) = torch.autograd.grad(solution.value.sum(), half_a)
+    assert (gradient.double() - expected.f).abs().max() < 0.05

@@ -144,7 +144,16 @@ def flatten_problem(
         flat_cost = cost.to(dtype)
         if cost.ndim > 2:
             flat_cost = flat_cost.expand(*batch, n, m).reshape(size, n, m)
-    return a.to(dtype).reshape(size, n), b.to(dtype).reshape(size, m), flat_cost, batch
+    a, b = _masses_in(dtype, a).reshape(size, n), _masses_in(dtype, b).reshape(size, m)
+    return a, b, flat_cost, batch
+
+
+def _masses_in(dtype: torch.dtype, masses: Tensor) -> Tensor:
+    converted = masses.to(dtype)
+    if masses.element_size() < 4:
+        # Rounded, the two sides add up to different numbers, and no plan has both as marginals.
+        converted = converted / converted.detach().sum(-1, keepdim=True)
+    return converted
 
 
 def _common_shape(a: Tensor, b: Tensor, cost: Tensor | LazyCost) -> tuple[int, ...]:
