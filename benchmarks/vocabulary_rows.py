@@ -94,6 +94,29 @@ def _search_tolerance(spec: Spec, reference) -> tuple[list[dict], dict]:
     return search, min(search, key=lambda found: found["gradient_error"])
 
 
+def classes(settings: Settings) -> dict:
+    """The classes of a classifier, 512 samples: every one of 3, 10 and 100."""
+    cases = []
+    for vocab in settings.pick((3, 10, 100), (3,)):
+        spec = Spec(vocab, settings.pick(512, 4), 64, "zipf", "iid", settings.seed)
+        reference = reference_of(spec, Dense())
+        pot = {"threshold": 1e-4, "max_iterations": 1000}
+        peers = [
+            Peer("otkd", "otkd_sinkhorn"),
+            Peer("pot", "pot", pot, settings.pick(16, 1)),
+            Peer("unrolled, 20 iterations", "unrolled", {"iterations": 20}),
+            Peer("unrolled, 200 iterations", "unrolled", {"iterations": 200}),
+            Peer("otkd.KLLoss", "otkd", {"loss": "KLLoss"}),
+        ]
+        others = [peer.name for peer in peers[1:]]
+        compared = [peer.name for peer in peers[:-1]]
+        case = compare(
+            spec, peers, reference, settings, compared=compared, skip_memory=("otkd", *others)
+        )
+        cases.append({**case, "name": f"{vocab} classes"})
+    return {"cases": cases, "targets": []}
+
+
 def topk(settings: Settings, vocab: int = 32_000) -> dict:
     """The 64 heaviest tokens of each side, against the cheapest losses there are."""
     sizes = settings.pick((vocab, 512, 256), (3000, 16, 16))
@@ -179,6 +202,7 @@ def accuracy(settings: Settings) -> dict:
 
 ROWS: dict[str, Callable[[Settings], dict]] = {
     "dense": dense,
+    "classes": classes,
     "topk": topk,
     "topk_large": topk_large,
     "accuracy": accuracy,
