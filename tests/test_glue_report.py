@@ -515,6 +515,17 @@ def test_few_losses_above_are_left_to_chance(tree, page, better):
     assert ("- JSD: above on RTE, below on none, of 1 task." in advice) == (better == 3)
 
 
+def test_a_loss_that_has_learnt_nothing_is_not_recommended(tree, page):
+    noise = [0.0, 0.01, 0.02, 0.01, 0.0]
+    tree.runs("fair/rte/kl", [0.49 + x for x in noise])
+    tree.runs("fair/rte/jsd", [0.52 + x for x in noise])
+    tree.teacher("fair/rte", 0.58, {"accuracy": 0.527})
+    advice = section(page(), "### What to use")
+    assert "0 of 1 comparison of a loss with KL are above 0" in advice
+    assert "most frequent in training: JSD on RTE." in advice
+    assert "**No loss is apart above KL on any task: use KL.**" in advice
+
+
 @pytest.mark.parametrize("labels", [0.55, 0.60])
 def test_without_a_better_loss_the_advice_is_the_baseline(tree, page, labels):
     noise = [0.0, 0.01, 0.02, 0.01, 0.0]

@@ -170,7 +170,9 @@ def _advice(fair: Study, comparisons: Sequence[Comparison]) -> list[str]:
     if not losses:
         return ["There are too few runs under the fair protocol to say."]
     tasks = list(dict.fromkeys(each.task.title for each in losses))
-    above = [each for each in losses if each.outcome == ABOVE]
+    higher = [each for each in losses if each.outcome == ABOVE]
+    # A loss whose students have learnt nothing may answer the larger class more often than others.
+    above = [each for each in higher if _learnt(fair, each)]
     below = [each for each in losses if each.outcome == BELOW]
     expected = len(losses) * _FALSE / 2
     least = max(1, len(above))
@@ -181,6 +183,12 @@ def _advice(fair: Study, comparisons: Sequence[Comparison]) -> list[str]:
         f"{baseline} are above 0 and {len(below):,} below. By chance about {expected:.1f} of each "
         f"kind would be, and {least:,} or more above with probability {by_chance:.2f}.",
     ]
+    if nothing := [each for each in higher if each not in above]:
+        named = listed([f"{fair.title(each.loss)} on {each.task.title}" for each in nothing])
+        lines.append(
+            f"Not counted as above, for it is not apart above always answering the class most "
+            f"frequent in training: {named}."
+        )
     if not above:
         lines.append(f"**No loss is apart above {baseline} on any task: use {baseline}.**")
     elif by_chance > _FALSE:
@@ -194,6 +202,12 @@ def _advice(fair: Study, comparisons: Sequence[Comparison]) -> list[str]:
         worse = [f"{fair.title(loss)} on {listed(names)}" for loss, names in by_loss.items()]
         lines.append(f"Apart below {baseline}: {'; '.join(worse)}.")
     return [*lines, *_labels_or_baseline(fair, known)]
+
+
+def _learnt(fair: Study, each: Comparison) -> bool:
+    results = fair.tasks[each.task.name]
+    gap = None if results is None else above_majority(results, each.loss)
+    return gap is None or outcome(gap) == ABOVE
 
 
 def _winners(
