@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -195,7 +196,8 @@ class Experiment:
             batch = self.student_tokenizer.pad(rows.select_columns(columns)[:], return_tensors="pt")
             precision = measure_precision(self.build_student(0), dict(batch), device())
             write_precision(path, precision)
-        notice(f"Precision {precision.name}: {precision.reason}.")
+        if multiprocessing.parent_process() is None:  # its workers know it, too
+            notice(f"Precision {precision.name}: {precision.reason}.")
         return precision
 
     def teacher_schedule(self) -> Schedule:
