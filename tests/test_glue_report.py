@@ -464,6 +464,9 @@ def test_curves_run_over_their_setting(tree, page):
     assert row(sizes, title, "32")[1] == "**+1.0 ± 0.0**"
     assert row(sizes, "KL", "8")[:2] == ["65.0 ± 2.5", "–"]
     assert "Not run." in section(text, "### Iterations")
+    tree.runs("sensitivity/rte/sinkd", [0.62, 0.63, 0.64])
+    made = section(page(), "### Iterations")  # by the public code, where nothing else is said
+    assert row(made, "SinKD, public code", "20")[1] == "**+2.0 ± 0.0**"
 
 
 def test_the_teacher_is_laid_against_hard_labels(tree, page):

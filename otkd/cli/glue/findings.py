@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from otkd.cli.catalogue import loss_parameters
 from otkd.cli.glue.collect import BASELINE, SUBJECT, Study, TaskResults
 from otkd.cli.glue.published import Published
 from otkd.cli.results import Result
 from otkd.cli.stats import Estimate, PairedDifference, estimate, paired_difference
 from otkd.data.tasks import Task
+from otkd.losses.batch import UnrolledBatchSinkhornLoss
 
 # The outcomes of a comparison.
 ABOVE, BELOW, TOGETHER, UNKNOWN = "above", "below", "not apart", "unknown"
@@ -203,4 +205,8 @@ def is_baseline(study: Study, loss: str) -> bool:
 
 
 def _setting(run: Result, name: str) -> Any:
-    return run.settings.get(f"loss.{name}", run.settings.get(name))
+    value = run.settings.get(f"loss.{name}", run.settings.get(name))
+    if value is None and name == "iterations" and run.settings.get("loss.author"):
+        # Unsaid, it is as many as the public code makes.
+        return loss_parameters(UnrolledBatchSinkhornLoss)["iterations"].default
+    return value
