@@ -45,12 +45,12 @@ def is_finished(path: Path, settings: Settings) -> bool:
         result = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return False
-    if not isinstance(result, dict):
+    expected = {"schema": SCHEMA, "row": path.stem}
+    if not isinstance(result, dict) or any(result.get(k) != v for k, v in expected.items()):
         return False
-    expected = {"schema": SCHEMA, "row": path.stem, "settings": asdict(settings)}
-    if not settings.keops:  # a row with KeOps has everything that one without it has
-        result["settings"] = {**(result.get("settings") or {}), "keops": False}
-    if any(result.get(k) != v for k, v in expected.items()):
+    # A row with KeOps has everything that one without it has.
+    wanted = asdict(settings)
+    if result.get("settings") not in (wanted, {**wanted, "keops": True}):
         return False
     return result.get("measured", False) or not torch.cuda.is_available()
 

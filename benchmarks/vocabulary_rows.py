@@ -108,11 +108,8 @@ def classes(settings: Settings) -> dict:
             Peer("unrolled, 200 iterations", "unrolled", {"iterations": 200}),
             Peer("otkd.KLLoss", "otkd", {"loss": "KLLoss"}),
         ]
-        others = [peer.name for peer in peers[1:]]
-        compared = [peer.name for peer in peers[:-1]]
-        case = compare(
-            spec, peers, reference, settings, compared=compared, skip_memory=("otkd", *others)
-        )
+        names = [peer.name for peer in peers]
+        case = compare(spec, peers, reference, settings, compared=names[:-1], skip_memory=names)
         cases.append({**case, "name": f"{vocab} classes"})
     return {"cases": cases, "targets": []}
 

@@ -581,6 +581,16 @@ def test_other_losses_refuse_what_is_no_distribution():
                 loss(student, signal)
 
 
+def test_stored_positions_that_do_not_count_may_hold_anything():
+    student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
+    sound, mask = TopKSignal.of(teacher, 3), torch.tensor([1, 0, 1])
+    tokens, masses = sound.tokens.clone(), sound.log_masses.clone()
+    tokens[1], masses[1] = 0, 0  # one token three times, with a mass of 3
+    padded = TopKSignal(tokens, masses, VOCAB)
+    for loss in (otkd.KLLoss(), topk_loss()):
+        close(loss(student, padded, mask=mask), loss(student, sound, mask=mask))
+
+
 def test_signals_of_batches_become_one():
     teacher, loss = logits(1, 5, 3, VOCAB), topk_loss()
     whole = TopKSignal.of(teacher, 4)

@@ -169,21 +169,24 @@ class DistillationLoss(nn.Module, ABC):
             teacher_features = teacher_features_of(teacher_logits, student_logits.device)
         if self.needs_features and (student_features is None or teacher_features is None):
             raise ValueError(f"{name} needs student_features= and teacher_features=")
-        teacher = stored = None
+        counted = counted_positions(tuple(student_logits.shape[:-1]), mask, labels)
+        teacher = stored = signal = None
         if self.needs_teacher:
             if teacher_logits is None:
                 raise ValueError(f"{name} needs teacher_logits: a tensor or a stored TeacherSignal")
             if isinstance(teacher_logits, TopKSignal):
                 teacher_logits.check_temperature(self.teacher_temperature or self.temperature)
-                if self.reads_stored:
-                    stored = teacher_logits.to(student_logits.device)
-            if stored is None:
-                teacher = teacher_logits_of(teacher_logits, student_logits.device)
+                signal = teacher_logits.to(student_logits.device)
+                teacher = signal.without_logits()
             else:
-                teacher = stored.without_logits()
+                teacher = teacher_logits_of(teacher_logits, student_logits.device)
             sliced = self.vocab_size is not None
             same_vocabulary = not (sliced or self.bridges_vocabularies)
             check_logits(student_logits, teacher, same_vocabulary=same_vocabulary)
+            if signal is not None and self.reads_stored:
+                stored = signal
+            elif signal is not None:
+                teacher = signal.logits(counted).detach()
             teacher = self._slice(teacher, 1)
         student = self._slice(student_logits, 0)
         if teacher is not None and not self.bridges_vocabularies:
@@ -191,7 +194,7 @@ class DistillationLoss(nn.Module, ABC):
         return Batch(
             student,
             teacher,  # pyright: ignore[reportArgumentType]  (checked above where needed)
-            counted_positions(tuple(student.shape[:-1]), mask, labels),
+            counted,
             labels,  # pyright: ignore[reportArgumentType]
             student_features,
             teacher_features,

@@ -40,31 +40,25 @@ def newton_potentials(
     ``a (B, n)``, ``b (B, m)`` and ``cost (n, m)`` or ``(B, n, m)``. In time O(B·n·m²), and the
     memory of a block of problems.
     """
-    found, steps = torch.empty_like(start), [0]
+    found, most = torch.empty_like(start), 0
     size = max(1, _BLOCK_ELEMENTS // cost.shape[-2:].numel())
     for block in torch.arange(len(b), device=b.device).split(size):
-        own = cost if cost.ndim == 2 else cost[block]
-        limits = {"tolerance": tolerance, "max_steps": max_steps}
-        found[block], taken = _solve(a[block], b[block], own, epsilon, start[block], **limits)
-        steps.append(taken)
-    return found, max(steps)
+        x, y = (masses[block].double() for masses in (a, b))
+        x, y = x / x.sum(-1, keepdim=True), y / y.sum(-1, keepdim=True)
+        own = (cost if cost.ndim == 2 else cost[block]).double() / epsilon
+        g = start[block].double() / epsilon
+        g, steps = _ascend(x, y, own, g, _MARGIN * tolerance, max_steps)
+        found[block] = (g * epsilon).to(found.dtype)
+        most = max(most, steps)
+    return found, most
 
 
-def _solve(
-    a: Tensor,
-    b: Tensor,
-    cost: Tensor,
-    epsilon: float,
-    start: Tensor,
-    *,
-    tolerance: float,
-    max_steps: int,
+def _ascend(
+    a: Tensor, b: Tensor, cost: Tensor, g: Tensor, limit: float, max_steps: int
 ) -> tuple[Tensor, int]:
-    dtype = b.dtype
-    a, b, cost = a.double(), b.double(), cost.double() / epsilon
-    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
-    found = start.double() / epsilon
-    unsolved, g, steps = torch.arange(len(b), device=b.device), found, 0
+    """The potentials g of a block, and the steps it took; g and the cost are in units of ε."""
+    found, steps = g, 0
+    unsolved = torch.arange(len(b), device=b.device)
     while len(unsolved) and steps < max_steps:
         steps += 1
         f = -torch.logsumexp((g + b.log()).unsqueeze(-2) - cost, -1)
@@ -73,7 +67,7 @@ def _solve(
         columns = (a.unsqueeze(-2) @ rows).squeeze(-2)
         missing = b - columns
         found[unsolved] = g
-        go_on = (missing.abs().sum(-1) > _MARGIN * tolerance).nonzero().squeeze(-1)
+        go_on = (missing.abs().sum(-1) > limit).nonzero().squeeze(-1)
         if len(go_on) < len(unsolved):
             unsolved, g, a, b, rows, columns, missing = (
                 x[go_on] for x in (unsolved, g, a, b, rows, columns, missing)
@@ -82,7 +76,7 @@ def _solve(
         step = _newton_step(a, rows, columns, missing)
         reach = (step.amax(-1, keepdim=True) - step.amin(-1, keepdim=True)).clamp(min=1e-30)
         g = g + step * (reach.log1p() / reach)
-    return (found * epsilon).to(dtype), steps
+    return found, steps
 
 
 def _newton_step(a: Tensor, rows: Tensor, columns: Tensor, missing: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class TopKSignal:
         # NaN, where there is no teacher, stays NaN.
         return torch.cat([stored / total.clamp(min=1), (1 - total).clamp(min=0)], -1)
 
-    def logits(self) -> Tensor:
+    def logits(self, counted: Tensor | None = None) -> Tensor:
         """Dense logits of a teacher whose other tokens share the mass left to them evenly.
 
         ``(*batch, vocab)``, with ``softmax(logits / temperature)`` of the stored masses at the
@@ -190,10 +190,14 @@ class TopKSignal:
         other tokens are one atom. What is left is taken to be at least the rounding error of 1, so
         that no token is without mass that may have had some.
 
+        Args:
+            counted: boolean ``(*batch,)``: the positions that are checked; all by default.
+
         Raises:
             ValueError: see :meth:`validate`.
         """
-        masses = self.validate().masses()
+        (self if counted is None else self[counted]).validate()
+        masses = self.masses()
         rest = masses[..., -1:].clamp(min=torch.finfo(masses.dtype).eps)
         others = (rest / max(1, self.vocab_size - self.k)).log()
         logits = others.expand(self.shape).clone()

@@ -17,9 +17,9 @@ class CoverageWarning(UserWarning):
 
 
 def warn_of_coverage(coverage: Tensor, k: int) -> None:
-    """Say once a process that most of the mass is in the tail, ``coverage (positions,)``."""
+    """Say once a process that most of the mass is in the tail; ``coverage`` is a scalar tensor."""
     global _warned
-    if _warned or not (mean := coverage.mean().item()) < LEAST_COVERAGE:
+    if _warned or not (mean := coverage.item()) < LEAST_COVERAGE:
         return
     _warned = True
     warnings.warn(

@@ -88,8 +88,6 @@ class TopK(Support):
         heads = student.tokens.shape[-1], teacher.tokens.shape[-1]
         rests = (s.detach()[:, k:].sum(-1) for s, k in zip((a, b), heads, strict=True))
         coverage = 1 - torch.maximum(*rests)
-        if self.tail:
-            warn_of_coverage(coverage, self.k)
         a, b = (self._marginal(s, k, options) for s, k in zip((a, b), heads, strict=True))
         self_values = self._stored_self_values(positions, cost, options)
         settings = {
@@ -97,6 +95,8 @@ class TopK(Support):
             "coverage": coverage.mean(),
             "worst_coverage": coverage.min(),
         }
+        if self.tail:
+            warn_of_coverage(settings["coverage"], self.k)
         if options.backend == "triton":
             value, report = solve_on_chip(
                 a, b, student, cast(EmbeddingCost, cost), options, sizes[0]
