@@ -30,5 +30,5 @@ def seeded():
 
 @pytest.fixture
 def iterations_alone(monkeypatch):
-    """Small problems stand for large ones: no Newton steps for few targets."""
-    monkeypatch.setattr(otkd.ot.solver, "FEW", 0)
+    """Small problems stand for large ones: no steps of Newton's method."""
+    monkeypatch.setattr(otkd.ot.solver, "_MOST_TARGETS", 0)

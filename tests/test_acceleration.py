@@ -151,7 +151,7 @@ def test_the_last_iteration_is_as_good_as_the_best(seed, kind, epsilon, steps):
         return image, (naive.plan(f, g, a, b, cost, epsilon).sum(-1) - a).abs().sum(-1)
 
     f = naive.soft_minimum(torch.zeros_like(b), b, cost, epsilon)
-    accelerator, best = Anderson(a), torch.full((2,), torch.inf, dtype=F64)
+    accelerator, best = Anderson(a, f), torch.full((2,), torch.inf, dtype=F64)
     for _ in range(steps):
         image, error = step(f)
         best = torch.minimum(best, error)
@@ -352,8 +352,8 @@ def test_beyond_the_precision_of_float32_it_stops_at_what_can_be_had():
 
 def test_nan_does_not_spread_in_the_batch():
     """A problem that breaks is given up; the others are solved as if it were not there."""
-    accelerator = Anderson(torch.full((2, 3), 1 / 3, dtype=F64))
     target, f = torch.tensor([1.0, -2, 1], dtype=F64), torch.zeros(2, 3, dtype=F64)
+    accelerator = Anderson(torch.full((2, 3), 1 / 3, dtype=F64), f)
     slope = torch.tensor([0.9, 0.5, 0.7], dtype=F64)
     for step in range(25):
         image = target + slope * (f - target)

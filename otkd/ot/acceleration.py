@@ -27,23 +27,24 @@ class Anderson:
 
     Args:
         weights: ``(B, n)``, of the squared residual.
+        start: the first points, ``(B, n)``.
     """
 
-    def __init__(self, weights: Tensor):
+    def __init__(self, weights: Tensor, start: Tensor):
         problems, size = weights.shape
         self._root = weights.sqrt()
         self._images = weights.new_zeros(problems, DEPTH, size)  # differences of images
         self._residuals = weights.new_zeros(problems, DEPTH, size)  # and of weighted residuals
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # image, residual, failed
         self._best_error = weights.new_full((problems,), torch.inf)
-        self._best_image = torch.zeros_like(weights)
+        self._best_image = start
         self._wait = weights.new_zeros(problems)
         self._failures = weights.new_zeros(problems)
         self._steps = 0
 
     @property
     def best_image(self) -> Tensor:
-        """The image of the point with the smallest error so far, ``(B, n)``."""
+        """The image of the point with the smallest error so far, ``(B, n)``; at first the start."""
         return self._best_image
 
     def next_point(self, point: Tensor, image: Tensor, error: Tensor) -> Tensor:

@@ -131,9 +131,10 @@ def _solve_adjoint(
     rounding = _ROUNDING * torch.finfo(a.dtype).eps * float(problem.largest_cost)
     limit = max(tolerance * problem.epsilon, rounding)
     row_sums = kernel.mean(f, g, b, torch.ones_like(b)).clamp(min=torch.finfo(b.dtype).tiny)
-    accelerator, change = Anderson(a), a.new_full((len(a),), torch.inf)
+    change = a.new_full((len(a),), torch.inf)
     if problem.symmetric:
         x = next_x = row_cost / row_sums / 2
+        accelerator = Anderson(a, x)
         for _ in range(max_iterations):
             next_x = (row_cost - kernel.mean(f, g, a, x)) / row_sums
             change = (a * (x - next_x).abs()).sum(-1)
@@ -146,6 +147,7 @@ def _solve_adjoint(
     backward = kernel.transposed
     column_cost = backward.mean_cost(g, f, a)
     x = next_x = row_cost / row_sums
+    accelerator = Anderson(a, x)
     for _ in range(max_iterations):
         y = column_cost - backward.mean(g, f, a, x)
         next_x = (row_cost - kernel.mean(f, g, b, y)) / row_sums

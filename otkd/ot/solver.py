@@ -14,25 +14,29 @@ defines the potentials at points without mass, too.
 Both are fixed-point iterations on f, and are accelerated (:mod:`otkd.ot.acceleration`). Problems
 keep what they have when they are solved, and leave the batch whenever they are half of it.
 
-With few targets g is found by Newton's method first (:mod:`otkd.ot.few_targets`), and an iteration
-measures what it has found.
+Where iterations converge slowly Newton's method (:mod:`otkd.ot.newton`) goes on from them, and
+another one measures what it has found; with few targets it comes first.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from otkd.ot.acceleration import Anderson
-from otkd.ot.few_targets import FEW, newton_potentials
 from otkd.ot.kernels import Kernel
+from otkd.ot.newton import newton_potentials
 from otkd.ot.problem import Problem
 
+_CHEAP = 2  # times as many iterations before Newton's method where plain ones are among them
 _GROWTH = 8  # plain steps at once, as many times those that were made
 _SEEN = 0.1  # of a row's mass missing in the plan
+_FEW_TARGETS = 10  # where a step of Newton's costs as much as the iterations of an easy problem
+_MOST_TARGETS = 256  # from where it would cost seconds
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,6 @@ def solve_potentials(
     at most follow every accelerated one where the kernel makes them cheaply, neither measured nor
     accelerated: more iterations for small problems, whose measuring takes longer than they do.
     """
-    steps = 0
     if problem.symmetric:
         update: _Update = _Averaging(problem, kernel)
         f = kernel.softmin(torch.zeros_like(problem.a), problem.a.log()) / 2
@@ -81,26 +84,18 @@ def solve_potentials(
         update = _Alternation(problem, kernel)
         if start is None:
             start = torch.zeros_like(problem.b)
-        few = problem.b.shape[-1] <= FEW
-        if few and problem.balanced and isinstance(problem.cost, Tensor):
-            start, steps = newton_potentials(
-                problem.a,
-                problem.b,
-                problem.cost,
-                problem.epsilon,
-                start=start,
-                tolerance=tolerance,
-                max_steps=max_iterations - 1,
-            )
         f = problem.damping * kernel.softmin(start, problem.b.log())
     if not (problem.balanced and kernel.scales):
         plain_steps = 0
-    found = _iterate(problem, update, f, tolerance, max_iterations - steps, plain_steps)
-    return replace(found, iterations=found.iterations + steps)
+    if plain_steps:
+        update.patience *= _CHEAP
+    return _iterate(problem, update, f, tolerance, max_iterations, plain_steps)
 
 
 class _Update(ABC):
     """One step of the fixed-point iteration on f."""
+
+    patience = math.inf  # how many to make before :meth:`leap`
 
     def __init__(self, problem: Problem, kernel: Kernel):
         self.epsilon = problem.epsilon
@@ -115,6 +110,10 @@ class _Update(ABC):
     @abstractmethod
     def repeat(self, f: Tensor, count: int) -> Tensor:
         """Potentials f after ``count`` more steps, with a kernel that scales."""
+
+    def leap(self, f: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, int]:
+        """The optimal f by Newton's method from f, and the steps it took."""
+        raise NotImplementedError
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the problems ``rows`` alone."""
@@ -131,6 +130,10 @@ class _Alternation(_Update):
         self.transposed = kernel.transposed
         self.log_b = problem.b.log()
         self.gauge = problem.a if problem.balanced else None
+        targets = problem.b.shape[-1]
+        if problem.balanced and isinstance(problem.cost, Tensor) and targets <= _MOST_TARGETS:
+            # A step of Newton's takes about as much longer as there are targets.
+            self.patience = 0 if targets <= _FEW_TARGETS else targets
 
     def __call__(self, f):
         # The columns are updated last and are exact: the test is on the rows, or it always passes.
@@ -144,6 +147,18 @@ class _Alternation(_Update):
 
     def repeat(self, f, count):
         return self._in_gauge(self.kernel.alternate(f, self.log_a, self.log_b, count))
+
+    def leap(self, f, tolerance, max_steps):
+        g, steps = newton_potentials(
+            self.gauge,
+            self.log_b.exp(),
+            self.kernel.cost,
+            self.epsilon,
+            start=self.transposed.softmin(f, self.log_a),
+            tolerance=tolerance,
+            max_steps=max_steps,
+        )
+        return self._in_gauge(self.kernel.softmin(g, self.log_b)), steps
 
     def _in_gauge(self, f: Tensor) -> Tensor:
         # f + constant is as good; extrapolated, it might run away.
@@ -175,14 +190,18 @@ def _iterate(
     plain_steps: int,
 ) -> Potentials:
     a = problem.a
-    accelerator = Anderson(a)
+    accelerator = Anderson(a, f)
     members, unsolved = torch.arange(len(a), device=a.device), torch.ones_like(a[:, 0]) > 0
     found = [torch.zeros_like(x) for x in (a, problem.b, a, a[:, 0])]
-    left, iteration = len(a), 0
+    left, iteration, patience = len(a), 0, update.patience
     while True:
+        if patience <= iteration < max_iterations - 1:
+            f, steps = update.leap(f, tolerance, max_iterations - 1 - iteration)
+            accelerator, patience = Anderson(a, f), math.inf
+            iteration += steps
         iteration += 1
         last = iteration == max_iterations
-        if last and iteration > 1:
+        if last:
             f = accelerator.best_image
         g, image, best, excess = update(f)
         missing = excess if problem.balanced else excess - problem.optimal_row_excess(f)
@@ -210,7 +229,7 @@ def _iterate(
             image = update.repeat(image, more)
             iteration += more
         f = accelerator.next_point(f, image, error)
-        if 2 * left <= len(members):
+        if 2 * left <= len(members) or (left < len(members) and iteration >= patience):
             rows = unsolved.nonzero().squeeze(-1)
             members, unsolved, a, f = members[rows], unsolved[rows], a[rows], f[rows]
             accelerator.keep(rows)

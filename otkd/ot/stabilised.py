@@ -26,6 +26,9 @@ from otkd.ot.kernels import (
 )
 
 
+_ROUNDING = 3e-5  # of a density, by the digits that the way from the held potentials takes
+
+
 @dataclass
 class _Centre:
     """What a kernel and its transposed are held at: potentials, and the density between them."""
@@ -50,6 +53,7 @@ class StabilisedKernel(Kernel):
         self._held = [] if held is None else held  # one list for both directions
         self._flipped = flipped
         self._limit = LARGEST_LOG_DENSITY[cost.dtype]
+        self._furthest = _ROUNDING / torch.finfo(cost.dtype).eps
 
     @property
     def transposed(self) -> StabilisedKernel:
@@ -94,8 +98,10 @@ class StabilisedKernel(Kernel):
             near = self._centre()
             weights, shift = centred_weights(log_b, g - near.g, self.epsilon)
             log_sums = self._products(near.density).apply(weights).log_()
-            # What a density leaves out is far less than such a sum, or more. NaN is neither.
-            if bool(log_sums.abs().amax() < self._limit / 2):
+            # What a density leaves out is far less than such a sum, or more. NaN is neither. Nor are
+            # potentials that near the held ones where those have gone so far that they are coarse.
+            sound = log_sums.abs().amax() < self._limit / 2
+            if bool(sound & (shift.abs().amax() < self._furthest)):
                 return near.f - self.epsilon * log_sums.add_(shift)
         return self._hold(g, log_b)
 

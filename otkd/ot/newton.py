@@ -18,7 +18,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FEW = 10  # where a step costs as much as the iterations of an easy problem
 _BLOCK_ELEMENTS = 2**17
 _MARGIN = 1e-3  # of the tolerance: one more step, and rounding to float32 is what is left
 _LEAST_EIGENVALUE = 1e-13
