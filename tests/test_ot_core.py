@@ -178,7 +178,7 @@ def test_a_held_kernel_is_that_of_the_log_domain_wherever_it_is_held(kind, epsil
 @pytest.mark.parametrize("way", [1e3, 1e5])
 def test_a_kernel_held_far_off_is_not_read_from_there(way):
     """Acceleration may try potentials so large that in float32 a density about them is coarse."""
-    a, b, cost = (x.float() for x in problem("per_item"))
+    _, b, cost = (x.float() for x in problem("per_item"))
     held, log = StabilisedKernel(cost, 0.01), LogKernel(cost, 0.01)
     far = torch.zeros_like(b)
     held.softmin(far + way, b.log())

@@ -58,11 +58,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(fmean(values), quantile * stdev(values) / math.sqrt(len(values)))
 
 
-def probability_of(found: int, trials: int, chance: float) -> float:
-    """The probability of ``found`` ≥ 1 successes or more in independent trials of one chance."""
+def binomial_tail(found: int, trials: int, chance: float) -> float:
+    """The probability of ``found`` successes or more in independent trials of one chance."""
     from scipy.special import bdtrc
 
-    return float(bdtrc(found - 1, trials, chance))
+    return float(bdtrc(found - 1, trials, chance)) if found > 0 else 1.0
 
 
 def paired_difference(

@@ -25,7 +25,6 @@ from otkd.ot.kernels import (
     log_density,
 )
 
-
 _ROUNDING = 3e-5  # of a density, by the digits that the way from the held potentials takes
 
 
@@ -98,8 +97,8 @@ class StabilisedKernel(Kernel):
             near = self._centre()
             weights, shift = centred_weights(log_b, g - near.g, self.epsilon)
             log_sums = self._products(near.density).apply(weights).log_()
-            # What a density leaves out is far less than such a sum, or more. NaN is neither. Nor are
-            # potentials that near the held ones where those have gone so far that they are coarse.
+            # What a density leaves out is far less than such a sum, or more. NaN is neither. And a
+            # potential far from the held one has lost as many of its digits.
             sound = log_sums.abs().amax() < self._limit / 2
             if bool(sound & (shift.abs().amax() < self._furthest)):
                 return near.f - self.epsilon * log_sums.add_(shift)

@@ -90,7 +90,8 @@ class Collection:
         studies: by protocol, those of ``PROTOCOLS`` with every task of the report, then others
             that have results.
         problems: what was left out, and why.
-        reasons: why a task was not run, by protocol and task.
+        reasons: why a task was not run, or not as often as asked, by protocol and task.
+        commands: what made the results, by protocol.
         diagnosis: sections to be shown as they are.
         files: number of result files read.
         digest: SHA-256 over the files read.
@@ -99,6 +100,7 @@ class Collection:
     studies: dict[str, Study]
     problems: list[str]
     reasons: dict[tuple[str, str], str]
+    commands: dict[str, list[str]]
     diagnosis: list[dict[str, Any]]
     files: int
     digest: str
@@ -135,11 +137,17 @@ def collect(root: Path, tasks: tuple[str, ...]) -> Collection:
             f"{{{','.join(PROTOCOLS)}}}/TASK/LOSS/SEED.json; `otkd compare TASK --protocol fair "
             f"--output-dir {root}` makes them.{found}"
         )
+    notes, diagnosis = root / "notes.toml", root / "diagnosis.json"
+    reasons, commands = _read_notes(notes)
+    found = _read_diagnosis(diagnosis)
+    for path in filter(Path.is_file, (notes, diagnosis)):
+        reader.digest.update(path.read_bytes())
     return Collection(
         studies,
         reader.problems,
-        _read_reasons(root / "notes.toml"),
-        _read_diagnosis(root / "diagnosis.json"),
+        reasons,
+        commands,
+        found,
         reader.files,
         reader.digest.hexdigest(),
     )
@@ -232,21 +240,22 @@ class _Reader:
         self.problems.append(f"{path.relative_to(self.root).as_posix()}: {why}")
 
 
-def _read_reasons(path: Path) -> dict[tuple[str, str], str]:
-    """``[protocol.task] reason = "…"`` of the notes, if there are any."""
+def _read_notes(path: Path) -> tuple[dict[tuple[str, str], str], dict[str, list[str]]]:
+    """``[protocol.task] reason = "…"`` and ``[protocol] commands = ["…"]``, if there are any."""
+    reasons, commands = {}, {}
     if not path.is_file():
-        return {}
+        return reasons, commands
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        return {
-            (protocol, get_task(task).name): str(values["reason"])
-            for protocol, tasks in content.items()
-            for task, values in tasks.items()
-        }
+        for protocol, values in tomllib.loads(path.read_text(encoding="utf-8")).items():
+            commands[protocol] = [str(command) for command in values.pop("commands", ())]
+            for task, note in values.items():
+                reasons[protocol, get_task(task).name] = str(note["reason"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(
-            f'{path} is not made of [PROTOCOL.TASK] with reason = "…": {error}'
+            f'{path} is not made of [PROTOCOL.TASK] with reason = "…" and [PROTOCOL] with '
+            f'commands = ["…"]: {error}'
         ) from error
+    return reasons, commands
 
 
 def _read_diagnosis(path: Path) -> list[dict[str, Any]]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from otkd.cli.catalogue import loss_parameters
 from otkd.cli.glue.collect import BASELINE, SUBJECT, Study, TaskResults
 from otkd.cli.glue.published import Published
 from otkd.cli.results import Result
-from otkd.cli.stats import Estimate, PairedDifference, estimate, paired_difference
+from otkd.cli.stats import (
+    Estimate,
+    PairedDifference,
+    binomial_tail,
+    estimate,
+    paired_difference,
+)
 from otkd.data.tasks import Task
 from otkd.losses.batch import UnrolledBatchSinkhornLoss
 
@@ -52,14 +57,19 @@ class Comparison:
         return outcome(self.ours)
 
     @property
-    def reproduced(self) -> bool:
+    def same_side(self) -> bool:
         """Whether the interval lies on the side of 0 that was published."""
         return self.outcome == (ABOVE if (self.published or 0.0) > 0 else BELOW)
 
     @property
+    def reproduced(self) -> bool:
+        """Whether it does and has what was published within it."""
+        return self.same_side and self.covers_published
+
+    @property
     def reversed(self) -> bool:
         """Whether it lies on the other side."""
-        return self.outcome in (ABOVE, BELOW) and not self.reproduced
+        return self.outcome in (ABOVE, BELOW) and not self.same_side
 
     @property
     def covers_published(self) -> bool:
@@ -124,6 +134,25 @@ def above_majority(results: TaskResults, loss: str) -> PairedDifference | None:
     return paired_difference(scores, dict.fromkeys(scores, answered))
 
 
+def teacher_by_chance(results: TaskResults) -> float | None:
+    """How likely a guess as good as the teacher is on so many rows; None if it is not known.
+
+    Of the rows that it has right, if a row were right with the probability of the majority class;
+    of a correlation φ over n rows, n·φ² is χ² of one degree.
+    """
+    teacher, rows = results.teacher, results.teacher.rows.get("dev") if results.teacher else None
+    if teacher is None or rows is None or len(results.task.dev_splits) > 1:
+        return None
+    if results.task.headline == "mcc":
+        from scipy.special import chdtrc
+
+        return float(chdtrc(1, rows * teacher.score**2))
+    if "accuracy" not in teacher.metrics or "accuracy" not in results.majority:
+        return None
+    right = round(teacher.metrics["accuracy"] * rows)
+    return binomial_tail(right, rows, results.majority["accuracy"])
+
+
 def inflation(results: TaskResults, loss: str) -> Estimate | None:
     """Best − last evaluation of a training, over its runs with more than one evaluation."""
     gains = []
@@ -140,9 +169,10 @@ def evaluation_scores(run: Result) -> list[float]:
 
 
 def seconds_per_step(results: TaskResults, loss: str) -> float | None:
-    """Mean over the runs of a loss."""
-    runs = [run for run in results.runs[loss].values() if run.steps]
-    return fmean(run.seconds_per_step for run in runs) if runs else None
+    """Of the fastest run of a loss: what else the machine did adds to the others."""
+    return min(
+        (run.seconds_per_step for run in results.runs[loss].values() if run.steps), default=None
+    )
 
 
 @dataclass(frozen=True)

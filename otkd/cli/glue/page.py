@@ -11,7 +11,7 @@ from otkd.cli.console import CommandError, notice
 from otkd.cli.glue.collect import BASELINE, PROTOCOLS, Collection, Study, collect
 from otkd.cli.glue.departures import setting_name
 from otkd.cli.glue.findings import curve_names
-from otkd.cli.glue.markdown import count, table
+from otkd.cli.glue.markdown import count, listed, table
 from otkd.cli.glue.plots import curve_plot, difference_plot, inflation_plot
 from otkd.cli.glue.published import Published, read_published
 from otkd.cli.glue.tables import (
@@ -106,7 +106,11 @@ def _runs(collection: Collection, published: Published) -> list[str]:
     versions = Counter(", ".join(f"{k} {v}" for k, v in run.versions.items()) for run in everything)
     parts = ["## What was run", runs_table(collection)]
     missing = not_run_list(collection)
-    parts.append(f"Without a student:\n\n{missing}" if missing else "")
+    parts.append(
+        f"Without a student, or with fewer than asked for:\n\n{missing}" if missing else ""
+    )
+    made = [f"    {command}" for commands in collection.commands.values() for command in commands]
+    parts.append("\n".join(["Made by:", "", *made]) if made else "")
     for title, found in (("Machines", machines), ("Versions", versions)):
         listing = "; ".join(f"{what} ({count(n, 'run')})" for what, n in sorted(found.items()))
         parts.append(f"{title}: {listing}.")
@@ -146,8 +150,9 @@ def _fair(collection: Collection, images: dict[str, bytes]) -> list[str]:
     study = collection.studies["fair"]
     parts = [
         "## The same budget for every loss",
-        f"The protocol `fair`: {study.protocol.title}. Under each task fold out the held-out "
-        "scores that chose the settings, on training rows that no candidate was trained on.",
+        f"The protocol `fair`: {study.protocol.title}. {_budget(study)}Under each task fold out "
+        "the held-out scores that chose the settings, on training rows that no candidate was "
+        "trained on.",
     ]
     image = difference_plot(study)
     if image is not None:
@@ -163,6 +168,28 @@ def _fair(collection: Collection, images: dict[str, bytes]) -> list[str]:
             head = f"<summary>Held-out scores of all candidates, {title}</summary>"
             parts.append(f"<details>\n{head}\n\n{tuned}\n\n</details>")
     return parts
+
+
+def _budget(study: Study) -> str:
+    """What the tuning of each loss had to spend."""
+    tuning, losses = study.protocol.tuning, study.protocol.losses
+    if tuning is None:
+        return ""
+    numbers = sorted({len(values.get("candidates", ())) for values in losses.values()} - {0})
+    without = [study.title(name) for name, values in losses.items() if not values.get("candidates")]
+    rate = tuning.settings.get("learning_rate")
+    text = f"Every loss chooses among {' or '.join(map(str, numbers))} settings"
+    text += f" (but {listed(without)}, which has none)" if without else ""
+    text += (
+        f", each trained once, on {tuning.train_rows:,} rows of train" if tuning.train_rows else ""
+    )
+    text += f" at a learning rate of {rate:g}" if rate else ""
+    return (
+        f"{text}, and scored on a held-out {tuning.held_out:.0%} of train. Learning rate "
+        f"({study.protocol.settings['learning_rate']:g}) and epochs of the students are the same "
+        "for all, found with hard labels alone (the protocol `pilot`). Batches are drawn by "
+        "length, so that they are no uniform sample: transport sees the batch. "
+    )
 
 
 def _inflation(study: Study, images: dict[str, bytes]) -> list[str]:
@@ -181,8 +208,9 @@ def _inflation(study: Study, images: dict[str, bytes]) -> list[str]:
 def _cost(collection: Collection) -> list[str]:
     parts = [
         "## Cost",
-        "Seconds of a training step as multiples of KL's on the same task. Students were trained "
-        "side by side on a shared machine, so this is rough.",
+        "Seconds of a training step as multiples of KL's on the same task, of the fastest run of "
+        "each: what else the machines did is in them, so below some tenths this says nothing. "
+        "Measured side by side it stands in [Benchmarks](benchmarks.md#whole-training-steps).",
     ]
     for name in ("author", "fair"):
         found = cost_table(collection.studies[name])
@@ -195,8 +223,14 @@ def _sensitivity(collection: Collection, images: dict[str, bytes]) -> list[str]:
     parts = ["## Sensitivity"]
     if not any(study.tasks.values()):
         return [*parts, "Not run (protocol `sensitivity`)."]
+    fair, runs = (
+        [(run.finished, run.seconds) for results in each.tasks.values() for run in results.all()]
+        for each in (collection.studies["fair"], study)
+    )
+    copied = sum(run in fair for run in runs)
     parts.append(
         f"The protocol `sensitivity`: {study.protocol.title}; one setting at a time around a base. "
+        f"{count(copied, 'result')} of {len(runs):,} are those of `fair`, of the same settings. "
         f"Dashed: {study.title(BASELINE)}, with the band of its interval. Differences are to "
         f"{study.title(BASELINE)} with the same value of the setting, where it was run with it."
     )

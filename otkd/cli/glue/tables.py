@@ -46,6 +46,13 @@ def not_run(collection: Collection, study: Study, task: str, seeds: int = 0) -> 
     return f"{said}: {reason.rstrip('.')}" if reason else said
 
 
+def students(study: Study, results: TaskResults) -> tuple[int, int]:
+    """How many of the students that the protocol asks for there are; more are not counted."""
+    seeds = study.protocol.seeds
+    done = sum(min(len(runs), seeds) for runs in results.runs.values())
+    return done, seeds * len(results.runs)
+
+
 def runs_table(collection: Collection) -> str:
     """What was trained, on what, by protocol and task; tasks that were not run are left out."""
     rows = []
@@ -55,7 +62,7 @@ def runs_table(collection: Collection) -> str:
                 continue
             made = [run for runs in results.runs.values() for run in runs.values()]
             tried = sum(map(len, results.tuning.values()))
-            wanted = len(results.runs) * study.protocol.seeds
+            done, wanted = students(study, results)
             rows.append(
                 [
                     study.protocol.name,
@@ -65,7 +72,7 @@ def runs_table(collection: Collection) -> str:
                     _distinct(f"{run.rows['train']:,} / {run.rows['dev']:,}" for run in made),
                     _distinct(run.precision for run in made),
                     f"{tried:,}" if tried else NONE,
-                    f"{len(made):,} of {wanted:,}",
+                    f"{done:,} of {wanted:,}",
                 ]
             )
     header = ["protocol", "task", "teacher", "student", "rows, train / dev", "precision"]
@@ -73,13 +80,18 @@ def runs_table(collection: Collection) -> str:
 
 
 def not_run_list(collection: Collection) -> str:
-    """The tasks without a student, by protocol and reason."""
+    """The tasks without a student, and those with fewer than asked for, by protocol and reason."""
     lines = []
     for study in collection.studies.values():
         tasks: dict[str, list[str]] = {}
         for name, results in study.tasks.items():
+            done, wanted = students(study, results)
             if not results:
                 tasks.setdefault(not_run(collection, study, name), []).append(results.task.title)
+            elif done < wanted:
+                reason = collection.reasons.get((study.protocol.name, name), "").rstrip(".")
+                said = f"{done:,} of {wanted:,} students{': ' if reason else ''}{reason}"
+                tasks.setdefault(said, []).append(results.task.title)
         lines += [f"- {study.protocol.name}, {listed(t)}: {why}." for why, t in tasks.items()]
     return "\n".join(lines)
 
