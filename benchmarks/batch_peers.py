@@ -154,7 +154,7 @@ def _pot(spec: BatchSpec, *, iterations: int, threshold: float = 0.0) -> Functio
     return function
 
 
-def _pot_batch(spec: BatchSpec, *, iterations: int) -> Function:
+def _pot_batch(spec: BatchSpec, *, iterations: int, method: str = "sinkhorn") -> Function:
     """``ot.batch.solve_batch`` on a batch of one problem; the gradient is its plan."""
     import ot
 
@@ -165,7 +165,7 @@ def _pot_batch(spec: BatchSpec, *, iterations: int) -> Function:
         with torch.no_grad():
             plan = ot.batch.solve_batch(
                 distances[None], spec.epsilon, uniform, uniform,
-                max_iter=iterations, tol=0.0, method="log_sinkhorn", reg_type="kl",
+                max_iter=iterations, tol=0.0, method=method, reg_type="kl",
             ).plan[0]  # fmt: skip
         return (plan * distances).sum()
 

@@ -38,7 +38,7 @@ def exponent(case: dict) -> str | None:
         return None
     fit = case["exponent"]
     text = f"time ∝ size^({fit['exponent']:.2f} ± {fit['interval']:.2f})"
-    if "half_at" in fit:
+    if fit.get("half_at") is not None:
         text += f"; what grows is half of it at {number(fit['half_at'])}"
     return text
 

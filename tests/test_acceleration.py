@@ -192,7 +192,23 @@ def test_plain_steps_are_sinkhorns_own(seed, kind, epsilon, count):
     for _ in range(count):
         g = naive.soft_minimum(expected, a, cost.mT, epsilon)
         expected = naive.soft_minimum(g, b, cost, epsilon)
-    close(kernel.alternate(f, a.log(), b.log(), count), expected, rtol=1e-9, atol=1e-11)
+    close(kernel.alternate(f, a.log(), b.log(), count)[0], expected, rtol=1e-9, atol=1e-11)
+
+
+@given(seeds, st.sampled_from(KINDS), st.floats(0.1, 1.0), st.sampled_from([1e-1, 1e-3, 1e-6]))
+def test_plain_steps_end_where_all_problems_are_solved(seed, kind, epsilon, tolerance):
+    a, b, cost = problem(kind, seed, batch=3, n=5)
+    kernel, f = Problem(a, b, cost, epsilon).kernel(), torch.zeros_like(a)
+    found, made = kernel.alternate(f, a.log(), b.log(), 400, tolerance)
+    close(found, kernel.alternate(f, a.log(), b.log(), made)[0], rtol=1e-12, atol=1e-12)
+
+    def error(steps):
+        before = kernel.alternate(f, a.log(), b.log(), steps)[0]
+        g = naive.soft_minimum(before, a, cost.mT, epsilon)
+        return (naive.plan(before, g, a, b, cost, epsilon).sum(-1) - a).abs().sum(-1).max()
+
+    assert made == 400 or (made % 8 == 0 and error(made - 1) <= 1.001 * tolerance + 1e-12)
+    assert made <= 8 or error(made - 9) > 0.999 * tolerance
 
 
 @given(seeds, st.floats(0.1, 1.0), st.integers(1, 7))
@@ -223,7 +239,7 @@ def test_plain_steps_from_a_point_led_astray_are_finite(dtype):
     kernel = Problem(a, b, cost, epsilon).kernel()
     assert kernel.scales
     astray = 1e4 * points(2, 4, a.shape[-1]).to(dtype)
-    assert kernel.alternate(astray, a.log(), b.log(), 3).isfinite().all()
+    assert kernel.alternate(astray, a.log(), b.log(), 3)[0].isfinite().all()
     square = Problem(a, a, cost, epsilon, symmetric=True).kernel()
     assert square.average(astray, a.log(), 3).isfinite().all()
 

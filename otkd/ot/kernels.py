@@ -25,6 +25,7 @@ LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
 # A weight this far below the largest may count where the kernel is larger by as much as above; what
 # is lost is the difference of the two, exp(−20) of a sum.
 _SMALLEST_WEIGHT = {torch.float32: math.exp(-80), torch.float64: math.exp(-350)}
+_LOOK_EVERY = 8  # plain steps: as long as they take eight, looking takes less than two
 _FURTHEST = 80.0  # of f/ε below its largest entry, where exp is to stay above 0
 _LOG_DOMAIN_BLOCK = 2**22
 # A density is at most 1/mass, but without bound between two points that have none: 0·inf is NaN.
@@ -43,8 +44,14 @@ class Kernel(ABC):
         """Whether it can :meth:`alternate` and :meth:`average`, on exp(f/ε) in place of f."""
         return False
 
-    def alternate(self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int) -> Tensor:
-        """Potentials f after ``count`` updates of both."""
+    def alternate(
+        self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int, tolerance: float = 0.0
+    ) -> tuple[Tensor, int]:
+        """Potentials f after ``count`` updates of both, and their number.
+
+        It is smaller where the L1 marginal error, which is looked at now and then, is at most
+        ``tolerance`` for every problem.
+        """
         raise NotImplementedError
 
     def average(self, f: Tensor, log_a: Tensor, count: int) -> Tensor:
@@ -113,15 +120,23 @@ class ScalingKernel(Kernel):
         weights, shift = centred_weights(log_b, g, self.epsilon)
         return self.apply(weights).log_().add_(shift).mul_(-self.epsilon)
 
-    def alternate(self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int) -> Tensor:
+    def alternate(
+        self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int, tolerance: float = 0.0
+    ) -> tuple[Tensor, int]:
         """See :class:`Kernel`."""
         left, shift = centred_weights(log_a, f, self.epsilon)
         a, b, backward = log_a.exp(), log_b.exp(), self.transposed
         right, sums = torch.empty_like(b), torch.empty_like(a)
-        for _ in range(count):  # with the masses in the scalings, one division each is left
+        made, solved = 0, False
+        while made < count and not solved:
+            made += 1  # with the masses in the scalings, one division each is left
             torch.div(b, backward.apply(left, out=right), out=right)
-            torch.div(a, self.apply(right, out=sums), out=left)
-        return sums.log_().neg_().add_(shift).mul_(self.epsilon)
+            self.apply(right, out=sums)
+            if made % _LOOK_EVERY == 0 and made < count:
+                error = torch.addcmul(a, left, sums, value=-1).abs_().sum(-1)
+                solved = bool(error.amax() <= tolerance)
+            torch.div(a, sums, out=left)
+        return sums.log_().neg_().add_(shift).mul_(self.epsilon), made
 
     def average(self, f: Tensor, log_a: Tensor, count: int) -> Tensor:
         """See :class:`Kernel`."""

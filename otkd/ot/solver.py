@@ -33,6 +33,7 @@ from otkd.ot.newton import newton_potentials
 from otkd.ot.problem import Problem
 
 _CHEAP = 2  # times as many iterations before Newton's method where plain ones are among them
+_FIRST = 4  # times as many plain steps at first
 _GROWTH = 8  # plain steps at once, as many times those that were made
 _SEEN = 0.1  # of a row's mass missing in the plan
 _FEW_TARGETS = 10  # where a step of Newton's costs as much as the iterations of an easy problem
@@ -108,8 +109,8 @@ class _Update(ABC):
         """g, the next f, the best f for this g, and ``Σ_j b_j·E_ij − 1`` of the plan of f and g."""
 
     @abstractmethod
-    def repeat(self, f: Tensor, count: int) -> Tensor:
-        """Potentials f after ``count`` more steps, with a kernel that scales."""
+    def repeat(self, f: Tensor, count: int, tolerance: float) -> tuple[Tensor, int]:
+        """Potentials f after ``count`` more steps, or as many as do, by a kernel that scales."""
 
     def leap(self, f: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, int]:
         """The optimal f by Newton's method from f, and the steps it took."""
@@ -145,8 +146,9 @@ class _Alternation(_Update):
         softmin = self.kernel.softmin(g, self.log_b)
         return g, self._in_gauge(softmin), softmin, self._row_excess(f, softmin)
 
-    def repeat(self, f, count):
-        return self._in_gauge(self.kernel.alternate(f, self.log_a, self.log_b, count))
+    def repeat(self, f, count, tolerance):
+        f, made = self.kernel.alternate(f, self.log_a, self.log_b, count, tolerance)
+        return self._in_gauge(f), made
 
     def leap(self, f, tolerance, max_steps):
         g, steps = newton_potentials(
@@ -177,8 +179,8 @@ class _Averaging(_Update):
         best = self.damping * softmin
         return f, (f + best) / 2, best, self._row_excess(f, softmin)
 
-    def repeat(self, f, count):
-        return self.kernel.average(f, self.log_a, count)
+    def repeat(self, f, count, tolerance):
+        return self.kernel.average(f, self.log_a, count), count
 
 
 def _iterate(
@@ -190,10 +192,14 @@ def _iterate(
     plain_steps: int,
 ) -> Potentials:
     a = problem.a
-    accelerator = Anderson(a, f)
     members, unsolved = torch.arange(len(a), device=a.device), torch.ones_like(a[:, 0]) > 0
     found = [torch.zeros_like(x) for x in (a, problem.b, a, a[:, 0])]
     left, iteration, patience = len(a), 0, update.patience
+    # An easy problem is solved by plain steps before acceleration would be worth its time.
+    first = min(_FIRST * plain_steps, max_iterations - 1, patience)
+    if first > 0 and not problem.symmetric:
+        f, iteration = update.repeat(f, int(first), tolerance)
+    accelerator = Anderson(a, f)
     while True:
         if patience <= iteration < max_iterations - 1:
             f, steps = update.leap(f, tolerance, max_iterations - 1 - iteration)
@@ -226,8 +232,8 @@ def _iterate(
         # Few at first, when there may be few to go.
         more = min(plain_steps, _GROWTH * iteration, max_iterations - iteration - 1)
         if more > 0:
-            image = update.repeat(image, more)
-            iteration += more
+            image, made = update.repeat(image, more, tolerance)
+            iteration += made
         f = accelerator.next_point(f, image, error)
         if 2 * left <= len(members) or (left < len(members) and iteration >= patience):
             rows = unsolved.nonzero().squeeze(-1)

@@ -71,19 +71,22 @@ class StabilisedKernel(Kernel):
         """See :class:`~otkd.ot.kernels.Kernel`."""
         return True
 
-    def alternate(self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int) -> Tensor:
+    def alternate(
+        self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int, tolerance: float = 0.0
+    ) -> tuple[Tensor, int]:
         """See :class:`~otkd.ot.kernels.Kernel`."""
         following = self.softmin(self.transposed.softmin(f, log_a), log_b)
         # No step is longer than the one before it: from here they need not be looked at.
         if count > 1 and self._is_near(following - f):
             near = self._centre()
             start = following - near.f
-            moved = self._products(near.density).alternate(start, log_a, log_b, count - 1)
+            products = self._products(near.density)
+            moved, made = products.alternate(start, log_a, log_b, count - 1, tolerance)
             if self._is_near(moved):
-                return near.f + moved
+                return near.f + moved, made + 1
         for _ in range(count - 1):
             following = self.softmin(self.transposed.softmin(following, log_a), log_b)
-        return following
+        return following, count
 
     def average(self, f: Tensor, log_a: Tensor, count: int) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""
