@@ -145,7 +145,8 @@ def diagnose(task: str, data_dir: Path | None, results: Path) -> dict:
             f"random batches of {SIZE}, ε = {EPSILON:g}, seed 0. Ratio and cosine: the "
             "gradient of the term against that of this objective, in all trained weights. Own "
             f"mass: the share of the plan on the diagonal, where 1/{SIZE} = {1 / SIZE:.3f} means "
-            "that the plan does not know which sample is which.",
+            "that the plan does not know which sample is which. The teacher, whose weights the "
+            f"states need, scores {teacher.result.score * 100:.1f}.",
             _meaning(list(stages.values())),
         ],
         "table": {
@@ -175,13 +176,12 @@ def _meaning(stages: list[dict[str, float]]) -> str:
         )
     own = max(span("own mass, L1")[1], span("own mass, states")[1])
     return (
-        f"From the first epoch on: {'; '.join(said)}. A term of a few percent changes little; one "
-        "that is as large and near a right angle pulls elsewhere than the labels of the teacher. "
-        f"The plans leave at most {own:.0%} of the mass with its own sample: they match the "
-        "batches as a whole, not sample by sample, so that what they teach is what the batch "
-        "looks like. That is what `batch Sinkhorn, L1 and sample` changes, by a cost of leaving "
-        "one's sample, and `states`, by a ground cost that tells samples apart; neither is above "
-        "KL in the tables."
+        f"From the first epoch on: {'; '.join(said)}. A term of a few percent changes little; of a "
+        "larger one, as these cosines say, most pulls elsewhere than KL does. The plans leave at "
+        f"most {own:.0%} of the mass with its own sample: they match the batches as a whole, not "
+        "sample by sample, so that what they teach is what the batch looks like. That is what "
+        "`batch Sinkhorn, L1 and sample` changes, by a cost of leaving one's sample, and `states`, "
+        "by a ground cost that tells samples apart: their rows stand in the tables above."
     )
 
 
