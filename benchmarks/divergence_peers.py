@@ -28,9 +28,10 @@ def _plain(problem: Problem, *, divergence: str) -> Function:
     """The formula as it is usually written, through autograd."""
 
     def function(student: Tensor, teacher: Tensor) -> Tensor:
+        if divergence in _OF_PROBABILITIES:
+            return _OF_PROBABILITIES[divergence](student.softmax(-1), teacher.softmax(-1))
         log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-        q, p = log_q.exp(), log_p.exp()
-        return PLAIN[divergence](q, p, log_q, log_p)
+        return _OF_LOGARITHMS[divergence](log_q.exp(), log_p.exp(), log_q, log_p)
 
     return function
 
@@ -40,13 +41,34 @@ def _middle_kl(q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
     return ((p * (log_p - log_m)).sum(-1) + (q * (log_q - log_m)).sum(-1)) / 2
 
 
-PLAIN: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+def _adaptive_kl(q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
+    sorted_p, order = p.sort(-1, descending=True)
+    gap = (sorted_p - q.detach().gather(-1, order)).abs()
+    in_head = sorted_p.cumsum(-1) - sorted_p <= 0.5
+    head = (gap * in_head).sum(-1) / gap.sum(-1)
+    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    return head * forward + (1 - head) * reverse
+
+
+_OF_LOGARITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "KLLoss": lambda q, p, log_q, log_p: (p * (log_p - log_q)).sum(-1),
     "ReverseKLLoss": lambda q, p, log_q, log_p: (q * (log_q - log_p)).sum(-1),
     "JSDLoss": _middle_kl,
-    "TVDLoss": lambda q, p, log_q, log_p: (q - p).abs().sum(-1) / 2,
     "SkewKLLoss": lambda q, p, log_q, log_p: (p * (log_p - (0.1 * p + 0.9 * q).log())).sum(-1),
+    "SkewReverseKLLoss": lambda q, p, log_q, log_p: (
+        (q * (log_q - (0.1 * q + 0.9 * p).log())).sum(-1)
+    ),
+    "AdaptiveKLLoss": _adaptive_kl,
 }
+_OF_PROBABILITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "TVDLoss": lambda q, p: (q - p).abs().sum(-1) / 2,
+    # α = β = ½.
+    "AlphaBetaLoss": lambda q, p: 4 * ((p + q) / 2 - p.sqrt() * q.sqrt()).sum(-1),
+    "UniversalLogitLoss": lambda q, p: (
+        (q.sort(-1, descending=True).values - p.sort(-1, descending=True).values).abs().sum(-1)
+    ),
+}
+PLAIN = (*_OF_LOGARITHMS, *_OF_PROBABILITIES)
 
 
 def _trl_jsd(problem: Problem) -> Function:
