@@ -41,6 +41,10 @@ def _middle_kl(q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
     return ((p * (log_p - log_m)).sum(-1) + (q * (log_q - log_m)).sum(-1)) / 2
 
 
+def _skewed(a: Tensor, b: Tensor, log_a: Tensor) -> Tensor:
+    return (a * (log_a - (0.1 * a + 0.9 * b).log())).sum(-1)
+
+
 def _adaptive_kl(q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
     sorted_p, order = p.sort(-1, descending=True)
     gap = (sorted_p - q.detach().gather(-1, order)).abs()
@@ -54,10 +58,8 @@ _OF_LOGARITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = 
     "KLLoss": lambda q, p, log_q, log_p: (p * (log_p - log_q)).sum(-1),
     "ReverseKLLoss": lambda q, p, log_q, log_p: (q * (log_q - log_p)).sum(-1),
     "JSDLoss": _middle_kl,
-    "SkewKLLoss": lambda q, p, log_q, log_p: (p * (log_p - (0.1 * p + 0.9 * q).log())).sum(-1),
-    "SkewReverseKLLoss": lambda q, p, log_q, log_p: (
-        (q * (log_q - (0.1 * q + 0.9 * p).log())).sum(-1)
-    ),
+    "SkewKLLoss": lambda q, p, log_q, log_p: _skewed(p, q, log_p),
+    "SkewReverseKLLoss": lambda q, p, log_q, log_p: _skewed(q, p, log_q),
     "AdaptiveKLLoss": _adaptive_kl,
 }
 _OF_PROBABILITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
