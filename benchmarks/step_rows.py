@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import measure
 from compare import Settings, peak_of_job, target
@@ -16,6 +17,7 @@ _NEEDS = {
     "TRL generalized JSD": "trl_jsd",
     "TRL chunked JSD": "trl_chunked",
     "TRL GKDTrainer": "trl_jsd",
+    "TRL DistillationTrainer, completions given": "trl_chunked",
 }
 
 
@@ -61,6 +63,23 @@ def language_model(settings: Settings) -> dict:
     return {"cases": [case], "targets": targets}
 
 
+def large_vocabulary(settings: Settings) -> dict:
+    """The same step at 8×128 positions of 131,072 tokens: four tiles of TRL's chunked JSD."""
+    quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
+    spec = settings.pick(StepSpec(131_072, sequences=8, seed=settings.seed), quick)
+    names = ("kl", "jsd", "TRL generalized JSD", "TRL chunked JSD")
+    case = compare_steps(spec, {name: LANGUAGE_LOSSES[name] for name in names}, settings)
+    targets = []
+    if (times := case["times"].get("TRL chunked JSD")) is not None:
+        slower = times["median"] / case["times"]["jsd"]["median"]
+        targets.append(target("time of a step, TRL chunked JSD / JSDLoss", slower, "≥", 1.0))
+        peaks = [case["peers"][name].get("peak_bytes") for name in ("jsd", "TRL chunked JSD")]
+        memory = peaks[0] / peaks[1] if all(peaks) else None
+        label = "peak memory of a step, JSDLoss / TRL chunked JSD"
+        targets.append(target(label, memory, "≤", 1.0))
+    return {"cases": [case], "targets": targets}
+
+
 def classification(settings: Settings) -> dict:
     """A step of BERT, 6 layers of width 384 to 3, 32 sequences of 64 tokens, 2 classes."""
     full = StepSpec(sequences=32, length=64, classes=2, seed=settings.seed)
@@ -74,7 +93,13 @@ def trainers(settings: Settings) -> dict:
     quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
     spec = settings.pick(StepSpec(seed=settings.seed), quick)
     here = [name for name in TRAINERS if installed(_NEEDS.get(name))]
-    calls = {name: TRAINERS[name](spec).train for name in here}
+    made = {name: TRAINERS[name](spec) for name in here}
+    losses = {}
+
+    def call(name: str) -> None:
+        losses[name] = made[name].train().training_loss
+
+    calls = {name: partial(call, name) for name in here}
     runs = measure.alternate(calls, dict.fromkeys(calls, settings.repeats))
     seconds = {name: [time / STEPS for time in times] for name, times in runs.items()}
     ours, *others = here
@@ -82,7 +107,10 @@ def trainers(settings: Settings) -> dict:
     case = {
         "name": "GPT-2",
         "problem": spec.as_dict(),
-        "peers": {name: {"seconds": measure.spread(found)} for name, found in seconds.items()},
+        "peers": {
+            name: {"seconds": measure.spread(found), "loss": losses[name]}
+            for name, found in seconds.items()
+        },
         "times": times,
         "not_installed": sorted(set(TRAINERS) - set(here)),
     }
@@ -95,6 +123,7 @@ def trainers(settings: Settings) -> dict:
 
 ROWS: dict[str, Callable[[Settings], dict]] = {
     "language_model": language_model,
+    "large_vocabulary": large_vocabulary,
     "classification": classification,
     "trainers": trainers,
 }

@@ -14,6 +14,7 @@ _COLUMNS = {
     "finite_without_mass": "finite at −inf",
     "least_value": "least value",
     "right": "right",
+    "loss": "loss",
 }
 _MARKS = {True: "met", False: "missed", None: "not measured"}
 

@@ -24,6 +24,14 @@ _COMMON = {
     "remove_unused_columns": False,
     "use_cpu": not torch.cuda.is_available(),
 }
+# The same objective, and what TRL's configurations have beside those of transformers switched off.
+_TRL = {
+    "beta": 0.5,
+    "temperature": 1.0,
+    "gradient_checkpointing": False,
+    "bf16": False,
+    "disable_dropout": False,
+}
 
 
 def _otkd(spec: StepSpec) -> Trainer:
@@ -38,22 +46,44 @@ def _otkd(spec: StepSpec) -> Trainer:
     )
 
 
-def _trl(spec: StepSpec) -> Trainer:
+def _trl_gkd(spec: StepSpec) -> Trainer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of being experimental
         from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     student, teacher = models(spec)
-    # No generation, and what its configuration has beside that of transformers switched off.
-    off = {"lmbda": 0.0, "gradient_checkpointing": False, "bf16": False, "disable_dropout": False}
+    no_generation = {"lmbda": 0.0}
     return GKDTrainer(
         student,
         teacher,
-        GKDConfig(**_arguments(spec), **off, beta=0.5, temperature=1.0),
+        GKDConfig(**_arguments(spec), **_TRL, **no_generation),
         train_dataset=_examples(spec),
         data_collator=_collate,
         processing_class=_tokenizer(spec),
     )
+
+
+def _trl_distillation(spec: StepSpec) -> Trainer:
+    """It generates, in every step, what it trains on: here it is given the rest of the examples.
+
+    So it does what the others do; generation would be nearly all of its time.
+    """
+    import trl
+
+    def given(examples: list[list[int]]) -> tuple:
+        """Prompts and completions, neither tools nor images."""
+        return [x[:1] for x in examples], [x[1:] for x in examples], None, None, []
+
+    student, teacher = models(spec)
+    trainer = trl.DistillationTrainer(
+        student,
+        teacher,
+        trl.DistillationConfig(**_arguments(spec), **_TRL),
+        train_dataset=_examples(spec).rename_column("input_ids", "prompt"),
+        processing_class=_tokenizer(spec),
+    )
+    trainer._generate = given
+    return trainer
 
 
 def _arguments(spec: StepSpec) -> dict:
@@ -88,5 +118,6 @@ def _tokenizer(spec: StepSpec) -> PreTrainedTokenizerFast:
 
 TRAINERS: dict[str, Callable[[StepSpec], Trainer]] = {
     "otkd DistillationTrainer": _otkd,
-    "TRL GKDTrainer": _trl,
+    "TRL GKDTrainer": _trl_gkd,
+    "TRL DistillationTrainer, completions given": _trl_distillation,
 }
