@@ -11,12 +11,14 @@ import measure
 import torch
 from batch_peers import BatchCall, BatchPeer, BatchSpec
 from compare import Settings
-from peers import Call, Peer, prepare
+from peers import Peer, prepare
 from problems import Spec, build
+from steps import Step, StepSpec
 
 import otkd
 from otkd.functional.l1_distances import l1_distances
 
+_BYTES, _OPERATIONS = ("copied", "fresh", "cached"), ("products", "simple", "exponentials")
 _SHARE = 0.3  # below it a row wants an improvement or a reason
 
 
@@ -43,6 +45,10 @@ class Work:
     products: float = 0
     simple: float = 0
     exponentials: float = 0
+
+    def amounts(self, kinds: tuple[str, ...]) -> dict[str, float]:
+        """What there is of these fields."""
+        return {kind: amount for kind in kinds if (amount := float(getattr(self, kind)))}
 
 
 def rates(settings: Settings) -> dict[str, float]:
@@ -74,19 +80,42 @@ def _fastest(call: Callable[[], object], settings: Settings) -> float:
 
 def _logits(settings: Settings) -> list[Work]:
     spec = Spec(*settings.pick((32_000, 512, 256), (3000, 16, 16)), seed=settings.seed)
-    entries = spec.positions * spec.vocab
-    least = {"copied": 3 * 4 * entries, "fresh": 4 * entries, "exponentials": 2 * entries}
-    sizes = f"{spec.positions:,} positions of {spec.vocab:,} tokens"
+    large = Spec(*settings.pick((152_000, 512, 256), (4000, 16, 16)), seed=settings.seed)
+    top = Peer("SinkhornLoss, top 64", "otkd_sinkhorn", {"k": 64})
     return [
-        Work(f"KLLoss, {sizes}", prepare(Peer("", "otkd", {"loss": "KLLoss"}), spec), **least),
-        Work(f"TVDLoss, {sizes}", prepare(Peer("", "otkd", {"loss": "TVDLoss"}), spec), **least),
-        Work(f"F.kl_div, {sizes}", prepare(Peer("", "kl_div"), spec), **least),
-        Work(f"SinkhornLoss, top 64, {sizes}", _top_k(spec), **least),
+        _of_logits(Peer("KLLoss", "otkd", {"loss": "KLLoss"}), spec),
+        _of_logits(Peer("TVDLoss", "otkd", {"loss": "TVDLoss"}), spec),
+        # The logarithm of the mixture is one more.
+        _of_logits(Peer("JSDLoss", "otkd", {"loss": "JSDLoss"}), spec, exponentials=3),
+        _of_logits(Peer("F.kl_div", "kl_div"), spec),
+        _of_logits(top, spec),
+        _of_logits(top, large),
     ]
 
 
-def _top_k(spec: Spec) -> Call:
-    return prepare(Peer("", "otkd_sinkhorn", {"k": 64}), spec)
+def _of_logits(peer: Peer, spec: Spec, exponentials: int = 2) -> Work:
+    """Logits of both sides read and a gradient, which is new, written; exponentials an entry."""
+    entries = spec.positions * spec.vocab
+    return Work(
+        f"{peer.name}, {spec.positions:,} positions of {spec.vocab:,} tokens",
+        prepare(peer, spec),
+        copied=3 * 4 * entries,
+        fresh=4 * entries,
+        exponentials=exponentials * entries,
+    )
+
+
+def _step(settings: Settings) -> Work:
+    """The products with weights: one a weight and position forward, two backward in the student."""
+    quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
+    spec = settings.pick(StepSpec(seed=settings.seed), quick)
+    step = Step(spec, "kl")
+    embeddings = step.student.get_input_embeddings().weight, step.student.transformer.wpe.weight
+    weights = sum(w.numel() for w in step.student.parameters() if w.ndim > 1)
+    weights -= sum(w.numel() for w in embeddings)
+    positions = spec.sequences * spec.length
+    name = f"training step with KLLoss, GPT-2, {positions:,} positions of {spec.vocab:,} tokens"
+    return Work(name, step, products=(1 + 1 + 2) * 2 * weights * positions)
 
 
 def _dense(settings: Settings) -> Work:
@@ -147,7 +176,7 @@ def headline(settings: Settings) -> dict:
     """Least bytes and operations over the measured rates of the machine, beside the time taken."""
     speed = rates(settings)
     points = []
-    for work in (*_logits(settings), _dense(settings), *_samples(settings)):
+    for work in (*_logits(settings), _dense(settings), *_samples(settings), _step(settings)):
         needed = {name: getattr(work, name) / rate for name, rate in speed.items()}
         bound = max(needed, key=lambda name: needed[name])
         with warnings.catch_warnings():
@@ -155,8 +184,10 @@ def headline(settings: Settings) -> dict:
             seconds = measure.repeat(work.call, settings.repeats)
         spread = measure.spread(seconds)
         points.append(
-            {"what": work.name, "bound by": bound, "limit, seconds": needed[bound],
-             "share": needed[bound] / spread["median"], "seconds": spread}
+            {"what": work.name, "bytes": work.amounts(_BYTES),
+             "operations": work.amounts(_OPERATIONS), "bound by": bound,
+             "limit, seconds": needed[bound], "share": needed[bound] / spread["median"],
+             "seconds": spread}
         )  # fmt: skip
     low = [point["what"] for point in points if point["share"] < _SHARE]
     case = {"name": "share of the limit", "points": points, "below_a_third": low}

@@ -77,10 +77,12 @@ def _points(points: list[dict]) -> Table:
     return Table(header, rows)
 
 
-def number(value: float | bool | str | None) -> str:
-    """Three digits; text as it is."""
-    if value is None:
+def number(value: float | bool | str | dict[str, float] | None) -> str:
+    """Three digits; text as it is; of several kinds each with its name."""
+    if value is None or value == {}:
         return _NONE
+    if isinstance(value, dict):
+        return ", ".join(f"{number(amount)} {kind}" for kind, amount in value.items())
     if isinstance(value, str):
         return value
     if isinstance(value, bool):

@@ -218,11 +218,19 @@ def test_accuracy_stands_against_time(tmp_path):
 
 def test_shares_of_the_limit_are_of_what_was_measured(tmp_path):
     result = run_group(tmp_path, "limits")["headline"]
-    assert all(rate > 0 for rate in result["rates_a_second"].values())
+    rates = result["rates_a_second"]
+    assert all(rate > 0 for rate in rates.values())
     for point in result["cases"][0]["points"]:
         assert point["share"] > 0
         expected = point["limit, seconds"] / point["seconds"]["median"]
         assert point["share"] == pytest.approx(expected)
+        least = {**point["bytes"], **point["operations"]}
+        needed = {kind: amount / rates[kind] for kind, amount in least.items()}
+        assert point["limit, seconds"] == pytest.approx(max(needed.values()))
+        assert needed[point["bound by"]] == max(needed.values())
+    step = result["cases"][0]["points"][-1]
+    # A layer of width 16 has 12 · 16² weights and the output layer 2,100 · 16, at 2 · 8 positions.
+    assert step["operations"] == {"products": 8 * (12 * 16**2 + 2100 * 16) * 16}
 
 
 @pytest.fixture
