@@ -157,6 +157,22 @@ def test_the_command_line_comes_before_the_protocol():
     assert not objective.settings.author
 
 
+def test_the_command_line_comes_before_candidates_and_tuning():
+    protocol = load_protocol("fair")
+    given = {"temperature", "learning_rate"}
+    settings = protocol.resolve(Settings("rte", temperature=3, learning_rate=1e-3), given)
+    (kl,) = protocol.objectives(settings, given, ["kl"])
+    assert kl.candidates == ({"alpha": 0.9}, {"alpha": 0.5})
+    tried = kl.tried(**protocol.tuning.without(given).settings)
+    assert {(t.settings.temperature, t.settings.learning_rate) for t in tried} == {(3, 1e-3)}
+    # Nothing is left to choose where all of it was given.
+    assert not protocol.objectives(settings, {*given, "alpha"}, ["kl"])[0].candidates
+    # And nothing changes where nothing of it was.
+    (kl,) = protocol.objectives(settings, {"epochs"}, ["kl"])
+    assert kl.candidates == protocol.losses["kl"]["candidates"]
+    assert protocol.tuning.without({"epochs"}) == protocol.tuning
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -287,6 +303,19 @@ def test_the_best_candidate_is_chosen_and_the_first_of_equals(tmp_path, scores, 
     assert best_candidate(objective, done) == objective.tried()[best]
     other = Objective("jsd", "jsd", Settings("rte"))
     assert best_candidate(other, done) is other
+
+
+def test_options_hold_in_tuning_and_students(teacher, glue, tmp_path):
+    (tmp_path / "mine.toml").write_text(f"{TUNED}learning_rate = 5e-3\n")
+    command = ["compare", "rte", "--protocol", tmp_path / "mine.toml", "--losses", "kl"]
+    command += ["--seeds", 1, "--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path]
+    result = otkd_command(*command, "--learning-rate", 1e-3, "--workers", 1)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "mine" / "rte" / "kl"
+    tried = [read_result(path).settings for path in sorted(folder.glob("tuning/*.json"))]
+    assert [each["epochs"] for each in tried] == [1, 8]
+    settings = [*tried, read_result(folder / "0.json").settings]
+    assert {each["learning_rate"] for each in settings} == {1e-3}
 
 
 def test_held_out_rows_are_not_trained_on(teacher, glue, tmp_path):

@@ -60,6 +60,7 @@ def compare(
     root = output_dir / protocol.name if protocol else output_dir
     losses = list(dict.fromkeys(losses))
     tasks = [get_task(name).name for name in settings.task.split(",")]
+    tuning = protocol.tuning.without(given) if protocol and protocol.tuning else None
     experiments = []
     for task in dict.fromkeys(tasks):
         own = dataclasses.replace(settings, task=task)
@@ -68,7 +69,6 @@ def compare(
         else:
             own = protocol.resolve(own, given)
             objectives = protocol.objectives(own, given, losses)
-        tuning = protocol.tuning if protocol else None
         experiments.append(Experiment(own, objectives, root / task, tuning))
         check_effect(given, objectives)
     for experiment in experiments:

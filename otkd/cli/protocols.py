@@ -86,6 +86,10 @@ class Tuning:
         if self.train_rows < 1 or not 0 < self.held_out < 1:
             raise ValueError("train_rows must be at least 1 and held_out between 0 and 1")
 
+    def without(self, given: Collection[str]) -> Tuning:
+        """The same tuning where the user gave some settings, which come before its own."""
+        return dataclasses.replace(self, settings=_without(self.settings, given))
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -119,8 +123,7 @@ class Protocol:
         """
         task = get_task(settings.task).name
         values = {**self.settings, **self.tasks.get(task, {})}
-        own = {name: value for name, value in values.items() if name not in given}
-        return dataclasses.replace(settings, **own)
+        return dataclasses.replace(settings, **_without(values, given))
 
     def objectives(
         self, settings: Settings, given: Collection[str], names: Iterable[str] = ()
@@ -144,12 +147,27 @@ class Protocol:
             )
         objectives = []
         for name in chosen:
-            values = {key: value for key, value in self.losses[name].items() if key not in given}
+            values = _without(self.losses[name], (*given, *_FOR_REPORTS))
             loss, candidates = values.pop("loss", name), values.pop("candidates", ())
-            own = {k: v for k, v in values.items() if k not in _FOR_REPORTS}
-            own = dataclasses.replace(settings, **own)
-            objectives.append(Objective(name, loss, own, tuple(candidates)))
+            own = dataclasses.replace(settings, **values)
+            objectives.append(Objective(name, loss, own, _left(candidates, given)))
         return objectives
+
+
+def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _left(
+    candidates: Iterable[Mapping[str, Any]], given: Collection[str]
+) -> tuple[Mapping[str, Any], ...]:
+    """What is left to choose from where the user gave some settings: each of the rest once."""
+    left: list[Mapping[str, Any]] = []
+    for candidate in candidates:
+        rest = _without(candidate, given)
+        if rest not in left:
+            left.append(rest)
+    return tuple(left) if any(left) else ()
 
 
 def load_protocol(name: str) -> Protocol:
