@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -223,6 +224,33 @@ def test_other_settings_are_refused_until_overwritten(arguments, tmp_path):
     assert path.read_bytes() == before
     assert otkd_command(*changed, "--overwrite").exit_code == 0
     assert read_result(path).settings["epochs"] == 1
+
+
+def test_another_precision_is_refused_whoever_chose_it(arguments, tmp_path):
+    compare = ["compare", "rte", "--losses", "ce", "--seeds", 1, *arguments]
+    folder = tmp_path / "out" / "rte"
+    student, choice = folder / "ce" / "0.json", folder / "precision.json"
+    assert otkd_command(*compare).exit_code == 0
+    # The machine's choice is the same as one that is asked for; where it is another, it is refused.
+    choice.write_text('{"name": "fp32", "reason": "this machine"}')
+    assert "kept: 1 of 1" in said(otkd_command(*compare, "--precision", "auto"))
+    choice.write_text('{"name": "bf16", "reason": "another machine"}')
+    result = otkd_command(*compare, "--precision", "auto")
+    assert result.exit_code == 1
+    assert "precision: fp32 there, bf16 now" in said(result)
+    assert otkd_command(*compare, "--precision", "auto", "--overwrite").exit_code == 0
+    done = read_result(student)
+    assert (done.settings["precision"], done.precision) == ("auto", "bf16")
+    # Students have their own, finished or not.
+    write_result(student, dataclasses.replace(done, precision="fp32"))
+    result = otkd_command(*compare, "--precision", "auto")
+    assert f"{student} was made with other settings: precision: fp32" in said(result)
+    student.unlink()
+    (student.parent / "0.partial").mkdir()
+    begun = student.parent / "0.partial" / "settings.json"
+    begun.write_text(json.dumps(done.settings | {"precision": "fp32"}))
+    result = otkd_command(*compare, "--precision", "auto")
+    assert f"{begun.parent} was made with other settings: precision: fp32" in said(result)
 
 
 @pytest.mark.parametrize("damage", ["cut", "edited", "other"])

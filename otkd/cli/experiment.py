@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,6 +181,10 @@ class Experiment:
             values["held_out"] = self.tuning.held_out
         options = objective_options(objective.loss, chosen)
         return values | {f"loss.{name}": value for name, value in options.items()}
+
+    def as_run(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """``settings`` with the precision that is used where they leave it to the machine."""
+        return {**settings, "precision": self.precision.name}
 
     @cached_property
     def precision(self) -> Precision:

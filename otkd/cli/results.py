@@ -154,6 +154,12 @@ def find_result(
     A corrupt file is reported through ``notice`` and counts as absent. So does, with
     ``overwrite``, one made with other settings.
 
+    Args:
+        path: of the result file.
+        settings: with the precision as used, which `auto` does not tell.
+        overwrite: see above.
+        notice: see above.
+
     Raises:
         CommandError: if the file was made with other settings; the message names them.
     """
@@ -164,12 +170,13 @@ def find_result(
     except CorruptResultError as error:
         notice(f"{error}; the run is done again.")
         return None
-    if settings_hash(result.settings) == settings_hash(settings):
+    made = {**result.settings, "precision": result.precision}
+    if settings_hash(made) == settings_hash(settings):
         return result
     if overwrite:
         notice(f"{path} was made with other settings; the run is done again.")
         return None
-    raise CommandError(mismatch_message(path, result.settings, settings))
+    raise CommandError(mismatch_message(path, made, settings))
 
 
 def mismatch_message(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

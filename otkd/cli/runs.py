@@ -74,7 +74,7 @@ def find_student(experiment: Experiment, run: Run, *, overwrite: bool) -> Result
     Raises:
         CommandError: if it, or a run begun and not finished, has other settings.
     """
-    settings = run.settings(experiment)
+    settings = experiment.as_run(run.settings(experiment))
     result = find_result(run.result, settings, overwrite=overwrite, notice=notice)
     if result is None:
         check_work(run.work, settings, overwrite=overwrite)
@@ -106,7 +106,7 @@ def run_student(
         rows.train,
         experiment.student_tokenizer,
         experiment.student_schedule(run.objective, run.seed),
-        claim(run.work, settings),
+        claim(run.work, experiment.as_run(settings)),
         loss=objective,
         teacher=signal,
         callbacks=callbacks,

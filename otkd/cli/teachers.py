@@ -76,7 +76,7 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
         CommandError: if it was made with other settings.
     """
     path = folder / "result.json"
-    settings = experiment.teacher_settings
+    settings = experiment.as_run(experiment.teacher_settings)
     result = find_result(path, settings, overwrite=overwrite, notice=notice)
     if result is None:
         check_work(folder / _UNFINISHED, settings, overwrite=overwrite)
@@ -109,7 +109,7 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
             rows.train,
             tokenizer,
             experiment.teacher_schedule(),
-            claim(folder / _UNFINISHED, experiment.teacher_settings),
+            claim(folder / _UNFINISHED, experiment.as_run(experiment.teacher_settings)),
             on_steps=on_steps,
         )
         save_model(folder / "model", model, tokenizer)
