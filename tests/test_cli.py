@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from otkd.cli.report import comparison_table, explanation, metric_title
 from otkd.cli.results import Result, read_result, write_result
 from otkd.cli.settings import Settings
 from otkd.cli.stats import estimate, summarise
+from otkd.cli.traces import check_work, claim
 from otkd.data import encode, get_task, load_task
 from otkd.signals import DenseSignal
 
@@ -283,6 +285,41 @@ def test_a_damaged_teacher_is_redone_and_its_students_kept(arguments, tmp_path):
     assert logits.read_bytes() == before
     # The same seed gives the same teacher, so what it taught before still stands.
     assert student.stat().st_mtime_ns == written
+
+
+def test_students_of_another_teacher_are_refused(arguments, tmp_path, monkeypatch):
+    compare = ["compare", "rte", "--losses", "kl", "--seeds", 1, *arguments]
+    assert otkd_command(*compare).exit_code == 0
+    folder = tmp_path / "out" / "rte"
+    student = folder / "kl" / "0.json"
+    ours = read_result(student)
+    write_result(student, dataclasses.replace(ours, teacher_logits="another"))
+    theirs = student.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "fit", lambda *a, **k: pytest.fail("trained"))
+        result = otkd_command(*compare)
+        assert result.exit_code == 1
+        assert f"{student} was made with another teacher: teacher_logits: another" in said(result)
+        # A teacher that is not there may come out the same, which shows when it is trained.
+        shutil.rmtree(folder / "teacher")
+        result = otkd_command(*compare)
+        assert result.exit_code == 1
+        assert "The teacher of 1 finished runs is not there and is trained again" in said(result)
+        assert "made with another teacher" in said(result)
+    assert student.read_bytes() == theirs
+    assert otkd_command(*compare, "--overwrite").exit_code == 0
+    done = read_result(student)
+    assert (done.teacher_logits, done.metrics) == (ours.teacher_logits, ours.metrics)
+
+
+def test_unfinished_students_of_another_teacher_begin_anew(tmp_path):
+    settings = {"epochs": 2, "teacher_logits": "one"}
+    (claim(tmp_path / "work", settings) / "checkpoint-1").mkdir()
+    # Before there is a teacher none is asked for.
+    check_work(tmp_path / "work", {"epochs": 2}, overwrite=False)
+    assert (claim(tmp_path / "work", settings) / "checkpoint-1").is_dir()
+    work = claim(tmp_path / "work", {**settings, "teacher_logits": "another"})
+    assert not (work / "checkpoint-1").exists()
 
 
 def test_interrupted_comparison_goes_on_where_it_stopped(arguments, tmp_path):

@@ -28,7 +28,7 @@ app.add_typer(report_app, name="report")
 
 OutputDir = Annotated[Path, typer.Option(help="Where results are written and looked for.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Redo runs that were made with other settings.")
+    bool, typer.Option("--overwrite", help="Redo runs of other settings or another teacher.")
 ]
 
 

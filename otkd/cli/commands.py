@@ -44,7 +44,7 @@ def compare(
         protocol: fixes settings, losses and tuning.
         given: the settings that the user gave and the protocol does not replace.
         workers: processes to train in.
-        overwrite: redo runs that were made with other settings.
+        overwrite: redo runs that were made with other settings or another teacher.
 
     Raises:
         CommandError: for options that cannot be meant, before anything is trained.
@@ -199,30 +199,31 @@ def _prepare(
     """The teacher and the runs that are done; every mismatch shows before the first training."""
     folder = experiment.folder / "teacher"
     teacher = find_teacher(experiment, folder, overwrite=overwrite)
-    for run in runs:
-        find_student(experiment, run, overwrite=overwrite)
+    done = _find(experiment, teacher, runs, overwrite=overwrite)
     if teacher is None:
+        if done:
+            notice(
+                f"The teacher of {len(done)} finished runs is not there and is trained again. "
+                "Should another come of it, these runs are "
+                f"{'done again' if overwrite else 'not kept: they need --overwrite'}."
+            )
         if experiment.settings.finetune_teacher:
             bar.plan(experiment.teacher_schedule().steps(experiment.train_rows()))
         teacher = train_teacher(experiment, folder, bar.start("teacher"))
-    return teacher, _find(experiment, teacher, runs, overwrite=overwrite)
+        done = _find(experiment, teacher, runs, overwrite=overwrite)
+    return teacher, done
 
 
 def _find(
-    experiment: Experiment, teacher: Teacher, runs: Sequence[Run], *, overwrite: bool
+    experiment: Experiment, teacher: Teacher | None, runs: Sequence[Run], *, overwrite: bool
 ) -> dict[Run, Result]:
-    """The outcomes of the runs that are done and had this teacher."""
+    """The outcomes of the runs that are done; those of another teacher are refused."""
     found: dict[Run, Result] = {}
-    others = 0
     for run in runs:
-        result = find_student(experiment, run, overwrite=overwrite)
-        if result is not None and result.teacher_logits == teacher.digest:
+        result = find_student(experiment, teacher, run, overwrite=overwrite)
+        if result is not None:
             found[run] = result
-        elif result is not None:
-            others += 1
-    if others:
-        notice(f"Finished runs that had another teacher, done again: {others}.")
-    if found:
+    if found and teacher is not None:
         notice(f"Finished runs that are kept: {len(found)} of {len(runs)}.")
     return found
 

@@ -14,6 +14,9 @@ from typing import Any
 from otkd.cli.console import CommandError
 
 SCHEMA = 1
+# Is no setting, yet a student of another teacher is of another experiment.
+TEACHER = "teacher_logits"
+_ABSENT = "not set"
 
 
 class CorruptResultError(ValueError):
@@ -156,7 +159,8 @@ def find_result(
 
     Args:
         path: of the result file.
-        settings: with the precision as used, which `auto` does not tell.
+        settings: with the precision as used, which `auto` does not tell; and ``teacher_logits``,
+            where it is known which teacher a student is to have.
         overwrite: see above.
         notice: see above.
 
@@ -171,29 +175,37 @@ def find_result(
         notice(f"{error}; the run is done again.")
         return None
     made = {**result.settings, "precision": result.precision}
+    if TEACHER in settings:
+        made[TEACHER] = result.teacher_logits
     if settings_hash(made) == settings_hash(settings):
         return result
     if overwrite:
-        notice(f"{path} was made with other settings; the run is done again.")
+        notice(f"{path} was made with {_other(made, settings)}; the run is done again.")
         return None
     raise CommandError(mismatch_message(path, made, settings))
 
 
 def mismatch_message(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Say which settings differ between a file and this command, and the ways out."""
-    absent = "not set"
-    differing = [
-        f"  {name}: {found.get(name, absent)} there, {wanted.get(name, absent)} now"
-        for name in sorted({*found, *wanted})
-        if found.get(name, absent) != wanted.get(name, absent)
-    ]
     return "\n".join(
         (
-            f"{path} was made with other settings:",
-            *differing,
+            f"{path} was made with {_other(found, wanted)}:",
+            *(
+                f"  {name}: {found.get(name, _ABSENT)} there, {wanted.get(name, _ABSENT)} now"
+                for name in _differing(found, wanted)
+            ),
             "Choose another --output-dir, or redo such runs with --overwrite.",
         )
     )
+
+
+def _other(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    return "another teacher" if _differing(found, wanted) == [TEACHER] else "other settings"
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    names = sorted({*found, *wanted})
+    return [name for name in names if found.get(name, _ABSENT) != wanted.get(name, _ABSENT)]
 
 
 def file_digest(path: Path) -> str:

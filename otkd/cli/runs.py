@@ -17,7 +17,7 @@ from otkd.cli.objectives import (
     needs_features,
     objective_options,
 )
-from otkd.cli.results import Result, find_result, write_result
+from otkd.cli.results import TEACHER, Result, find_result, write_result
 from otkd.cli.teachers import Teacher
 from otkd.cli.traces import check_work, claim, common_fields, save_model
 from otkd.cli.training import fit
@@ -68,14 +68,24 @@ class Run:
         return schedule.steps(experiment.train_rows(tuning=self.tuning))
 
 
-def find_student(experiment: Experiment, run: Run, *, overwrite: bool) -> Result | None:
+def find_student(
+    experiment: Experiment, teacher: Teacher | None, run: Run, *, overwrite: bool
+) -> Result | None:
     """The outcome of a run that is finished, or None if it is to be done.
 
+    Args:
+        experiment: what it shares with others.
+        teacher: whose students count; None while it is not known.
+        run: what to look for.
+        overwrite: whether a run with other settings, or of another teacher, is to be done again.
+
     Raises:
-        CommandError: if it, or a run begun and not finished, has other settings.
+        CommandError: if it has other settings or another teacher, or a run begun and not finished
+            has other settings.
     """
     settings = experiment.as_run(run.settings(experiment))
-    result = find_result(run.result, settings, overwrite=overwrite, notice=notice)
+    wanted = settings if teacher is None else {**settings, TEACHER: teacher.digest}
+    result = find_result(run.result, wanted, overwrite=overwrite, notice=notice)
     if result is None:
         check_work(run.work, settings, overwrite=overwrite)
     elif run.model is not None and not (run.model / "config.json").is_file():
@@ -106,7 +116,7 @@ def run_student(
         rows.train,
         experiment.student_tokenizer,
         experiment.student_schedule(run.objective, run.seed),
-        claim(run.work, experiment.as_run(settings)),
+        claim(run.work, {**experiment.as_run(settings), TEACHER: teacher.digest}),
         loss=objective,
         teacher=signal,
         callbacks=callbacks,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from otkd.cli.console import CommandError
 from otkd.cli.machine import machine, versions
-from otkd.cli.results import mismatch_message, write_json
+from otkd.cli.results import TEACHER, mismatch_message, write_json
 from otkd.cli.training import Fit
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
 def check_work(work: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
     """Check that checkpoints in ``work``, if any, are of a run with these settings.
 
-    With ``overwrite`` those of another are removed.
+    With ``overwrite`` those of another are removed. Which teacher they had counts where
+    ``settings`` name one.
 
     Raises:
         CommandError: if they are of another run.
@@ -43,6 +44,8 @@ def check_work(work: Path, settings: Mapping[str, Any], *, overwrite: bool) -> N
         # Nothing there, or stopped before its first step.
         shutil.rmtree(work, ignore_errors=True)
         return
+    if TEACHER not in settings:
+        found.pop(TEACHER, None)
     if found == settings:
         return
     if not overwrite:
