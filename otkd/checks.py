@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 def check_positive(**values: float) -> None:
@@ -52,6 +53,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses ``name``: a question with the known name nearest to it."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def check_one_logits(name: str, logits: Tensor) -> None:

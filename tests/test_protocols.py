@@ -197,8 +197,10 @@ def test_protocols_and_losses_that_do_not_exist_are_named(teacher, glue, tmp_pat
     for name in ("unfair", "published"):
         with pytest.raises(CommandError, match=r"author, fair, pilot, sensitivity; "):
             load_protocol(name)
-    with pytest.raises(CommandError, match=r"no loss 'klx'; it has kl, rkl"):
-        load_protocol("author").objectives(Settings("rte"), (), ["klx"])
+    with pytest.raises(CommandError, match=r"no protocol 'fiar'; did you mean 'fair'\?"):
+        load_protocol("fiar")
+    with pytest.raises(CommandError, match=r"no loss 'skl'; did you mean 'kl'\? It has kl, rkl"):
+        load_protocol("author").objectives(Settings("rte"), (), ["skl"])
     arguments = ["--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path]
     result = otkd_command("compare", "rte", *arguments)
     assert result.exit_code == 1

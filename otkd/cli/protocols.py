@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from otkd.checks import did_you_mean
 from otkd.cli.console import CommandError
 from otkd.cli.settings import Settings
 from otkd.data.tasks import DataError, get_task
@@ -142,8 +142,8 @@ class Protocol:
         unknown = [name for name in chosen if name not in self.losses]
         if unknown:
             raise CommandError(
-                f"The protocol {self.name!r} has no loss {unknown[0]!r}; it has "
-                f"{', '.join(self.losses)}."
+                f"The protocol {self.name!r} has no loss {unknown[0]!r}"
+                f"{did_you_mean(unknown[0], self.losses)} It has {', '.join(self.losses)}."
             )
         objectives = []
         for name in chosen:
@@ -196,8 +196,8 @@ def _find(name: str) -> Path:
     if name in protocols:
         return protocols[name]
     raise CommandError(
-        f"There is no protocol {name!r}. Those that come with otkd are "
-        f"{', '.join(sorted(protocols))}; --protocol FILE.toml takes one of your own."
+        f"There is no protocol {name!r}{did_you_mean(name, protocols)} Those that come with otkd "
+        f"are {', '.join(sorted(protocols))}; --protocol FILE.toml takes one of your own."
     )
 
 
@@ -252,6 +252,7 @@ def _checked(where: str, values: Mapping[str, Any], allowed: Collection[str]) ->
 def _refuse_unknown(where: str, values: Mapping[str, Any], allowed: Collection[str]) -> None:
     for name in values:
         if name not in allowed:
-            near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(allowed)}"
-            raise ValueError(f"{where} has an unknown entry {name!r}{hint}")
+            hint = did_you_mean(name, allowed)
+            raise ValueError(
+                f"{where} has an unknown entry {name!r}{hint} Known are {', '.join(allowed)}"
+            )

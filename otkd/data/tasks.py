@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+
+from otkd.checks import did_you_mean
 
 
 class DataError(ValueError):
@@ -95,8 +96,7 @@ def get_task(name: str) -> Task:
     wanted = _plain(name)
     if wanted in plain:
         return _TASKS[plain[wanted]]
-    near = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.4)
-    hint = f"; did you mean '{plain[near[0]]}'?" if near else "."
+    hint = did_you_mean(wanted, _TASKS)
     raise DataError(f"There is no task '{name}'{hint} The tasks are {', '.join(_TASKS)}.")
 
 

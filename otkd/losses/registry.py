@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-
 from torch import nn
 
+from otkd.checks import did_you_mean
 from otkd.losses.batch import BatchSinkhornLoss
 from otkd.losses.composite import SinKDLoss
 from otkd.losses.divergences import (
@@ -53,9 +52,8 @@ def loss_class(name: str) -> type[nn.Module]:
     """
     if name in LOSSES:
         return LOSSES[name]
-    nearest = difflib.get_close_matches(str(name).lower(), LOSSES, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise ValueError(f"unknown loss {name!r}; {hint}The losses are {', '.join(LOSSES)}")
+    hint = did_you_mean(str(name), LOSSES)
+    raise ValueError(f"unknown loss {name!r}{hint} The losses are {', '.join(LOSSES)}")
 
 
 def get_loss(name: str, **options) -> nn.Module:
