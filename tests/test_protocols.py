@@ -183,6 +183,23 @@ def test_the_command_line_comes_before_candidates_and_tuning():
         ("[losses.kl]\n[tuning]\ntrain_rows = 0\nheld_out = 0.1", "at least 1"),
         ("[losses.kl]\nmax_length = 3", "unknown entry 'max_length'"),
         ("losses = ", "Invalid value"),
+        ("losses = 1", r"losses must be a table, not 1"),
+        ('seeds = "x"\n[losses.kl]', r"mine.toml: the file: seeds must be a whole number, not 'x'"),
+        ("title = 1\n[losses.kl]", "title must be a string, not 1"),
+        ('[settings]\nepochs = "3"\n[losses.kl]', r"\[settings\]: epochs must be a whole number"),
+        ("[settings]\nepochs = true\n[losses.kl]", "epochs must be a whole number, not True"),
+        ("[settings]\nmax_train_rows = 3.5\n[losses.kl]", "max_train_rows must be a whole number"),
+        ("[tasks.rte]\nepochs = 3.5\n[losses.kl]", r"\[tasks.rte\]: epochs must be .*, not 3.5"),
+        ('[tasks.rte]\nfreeze_embeddings = "no"\n[losses.kl]', "must be true or false, not 'no'"),
+        ('[losses.kl]\nalpha = "1"', r"\[losses.kl\]: alpha must be a number, not '1'"),
+        ("[losses.kl]\nrescale_t2 = 1", "rescale_t2 must be true or false, not 1"),
+        ("[losses.kl]\nloss = 3", "loss must be a string, not 3"),
+        ("[losses]\nkl = 3", r"\[losses.kl\] must be a table, not 3"),
+        ("[losses.kl]\ncandidates = 3", "candidates must be a list, not 3"),
+        ("[losses.kl]\ncandidates = [3]", r"\[losses.kl\] candidates must be a table, not 3"),
+        ("[losses.kl]\ncandidates = [{ batch_cost = 1 }]", "batch_cost must be a string, not 1"),
+        ('[losses.kl]\n[tuning]\ntrain_rows = "9"', r"train_rows must be a whole number, not '9'"),
+        ("[losses.kl]\n[tuning]\ntrain_rows = 9", r"\[tuning\] has no 'held_out'"),
         ("[loses.kl]", "did you mean 'losses'"),
     ],
 )
@@ -191,6 +208,13 @@ def test_mistakes_in_a_protocol_are_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(CommandError, match=message):
         load_protocol(str(path))
+
+
+def test_a_whole_number_is_a_number(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[settings]\nlearning_rate = 1\n[losses.kl]")
+    rate = load_protocol(str(path)).settings["learning_rate"]
+    assert (rate, type(rate)) == (1.0, float)
 
 
 def test_protocols_and_losses_that_do_not_exist_are_named(teacher, glue, tmp_path):

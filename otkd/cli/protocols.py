@@ -7,12 +7,12 @@ import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from otkd.checks import did_you_mean
 from otkd.cli.console import CommandError
 from otkd.cli.settings import Settings
-from otkd.data.tasks import DataError, get_task
+from otkd.data.tasks import get_task
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,16 +25,32 @@ _FOLDERS = (
     Path(__file__).parents[2] / "examples" / "glue",
 )
 _PUBLISHED = "published"  # is no protocol: the figures they are laid beside
-# What one loss may have for itself; all else, data and teacher among it, all losses share.
-_OF_A_LOSS = (
-    *("epochs", "batch_size", "learning_rate", "temperature", "anneal", "rescale_t2", "alpha"),
-    *("sinkhorn_weight", "epsilon", "author", "batch_cost", "batch_temperature", "debias"),
-    *("iterations", "sample_cost"),
-)
 _FOR_REPORTS = ("title", "curves")
-_SHARED = tuple(
-    field.name for field in dataclasses.fields(Settings) if field.name not in ("task", "data_dir")
+# What the tables of a file may have, and of which kind.
+_SETTINGS = get_type_hints(Settings)
+_SHARED = {name: kind for name, kind in _SETTINGS.items() if name not in ("task", "data_dir")}
+# What one loss may have for itself; all else, data and teacher among it, all losses share.
+_TUNED = {
+    name: _SETTINGS[name]
+    for name in (
+        *("epochs", "batch_size", "learning_rate", "temperature", "anneal", "rescale_t2", "alpha"),
+        *("sinkhorn_weight", "epsilon", "author", "batch_cost", "batch_temperature", "debias"),
+        *("iterations", "sample_cost"),
+    )
+}
+_OF_A_LOSS = {"loss": str, "title": str, "curves": list, "candidates": list, **_TUNED}
+_OF_TUNING = {"train_rows": int, "held_out": float, **_TUNED}
+_OF_THE_FILE = {"title": str, "seeds": int} | dict.fromkeys(
+    ("settings", "tasks", "losses", "tuning"), dict
 )
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    list: "a list",
+    dict: "a table",
+}
 
 
 @dataclass(frozen=True)
@@ -180,7 +196,7 @@ def load_protocol(name: str) -> Protocol:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         return _parse(path.stem, content)
-    except (OSError, ValueError, TypeError, KeyError, DataError) as error:
+    except (OSError, ValueError) as error:
         raise CommandError(f"The protocol {path}: {error}") from error
 
 
@@ -206,21 +222,17 @@ def _shipped() -> dict[str, Path]:
     return {path.stem: path for folder in reversed(_FOLDERS) for path in folder.glob("*.toml")}
 
 
-def _parse(name: str, content: Mapping[str, Any]) -> Protocol:
-    content = dict(content)
-    known = {field.name for field in dataclasses.fields(Protocol)} - {"name"}
-    _refuse_unknown("the file", content, known)
+def _parse(name: str, content: Any) -> Protocol:
+    content = _checked("the file", content, _OF_THE_FILE)
     if "losses" not in content:
         raise ValueError("it has no [losses.NAME]")
     losses = {}
     for key, values in content["losses"].items():
         where = f"[losses.{key}]"
-        named = ("loss", *_FOR_REPORTS)
-        own = {name: values[name] for name in named if name in values}
-        rest = {k: v for k, v in values.items() if k not in (*named, "candidates")}
-        own |= _checked(where, rest, _OF_A_LOSS)
-        candidates = [_checked(where, table, _OF_A_LOSS) for table in values.get("candidates", ())]
-        losses[key] = own | {"candidates": tuple(candidates)}
+        values = _checked(where, values, _OF_A_LOSS)
+        candidates = values.get("candidates", ())
+        candidates = [_checked(f"{where} candidates", each, _TUNED) for each in candidates]
+        losses[key] = values | {"candidates": tuple(candidates)}
     tuning = content.get("tuning")
     if tuning is None and any(loss["candidates"] for loss in losses.values()):
         raise ValueError("its losses have candidates, but there is no [tuning] to choose by")
@@ -234,25 +246,35 @@ def _parse(name: str, content: Mapping[str, Any]) -> Protocol:
             for task, values in content.get("tasks", {}).items()
         },
         losses,
-        None if tuning is None else _tuning(**tuning),
+        None if tuning is None else _tuning(tuning),
     )
 
 
-def _tuning(train_rows: int, held_out: float, **settings: Any) -> Tuning:
-    return Tuning(train_rows, held_out, _checked("[tuning]", settings, _OF_A_LOSS))
+def _tuning(values: Any) -> Tuning:
+    values = _checked("[tuning]", values, _OF_TUNING)
+    try:
+        return Tuning(values.pop("train_rows"), values.pop("held_out"), values)
+    except KeyError as missing:
+        raise ValueError(f"[tuning] has no {missing}") from missing
 
 
-def _checked(where: str, values: Mapping[str, Any], allowed: Collection[str]) -> dict[str, Any]:
-    """Values by field, with whole numbers as floats where the field is one."""
-    _refuse_unknown(where, values, allowed)
-    hints = get_type_hints(Settings)
-    return {name: float(value) if hints[name] is float else value for name, value in values.items()}
+def _checked(where: str, values: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's values, of the kinds these names have, and whole numbers as floats where wanted."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a table, not {values!r}")
+    return {name: _entry(where, name, value, kinds) for name, value in values.items()}
 
 
-def _refuse_unknown(where: str, values: Mapping[str, Any], allowed: Collection[str]) -> None:
-    for name in values:
-        if name not in allowed:
-            hint = did_you_mean(name, allowed)
-            raise ValueError(
-                f"{where} has an unknown entry {name!r}{hint} Known are {', '.join(allowed)}"
-            )
+def _entry(where: str, name: str, value: Any, kinds: Mapping[str, Any]) -> Any:
+    if name not in kinds:
+        hint = did_you_mean(name, kinds)
+        raise ValueError(
+            f"{where} has an unknown entry {name!r}{hint} Known are {', '.join(kinds)}"
+        )
+    allowed = get_args(kinds[name]) or (kinds[name],)
+    if type(value) is int and float in allowed:
+        return float(value)
+    # Not isinstance: true and false are no numbers.
+    if type(value) not in allowed:
+        raise ValueError(f"{where}: {name} must be {_KINDS[allowed[0]]}, not {value!r}")
+    return value
