@@ -96,7 +96,7 @@ def solve_potentials(
 class _Update(ABC):
     """One step of the fixed-point iteration on f."""
 
-    patience = math.inf  # how many to make before :meth:`leap`
+    patience: float = math.inf  # how many to make before :meth:`leap`
 
     def __init__(self, problem: Problem, kernel: Kernel):
         self.epsilon = problem.epsilon
@@ -134,7 +134,7 @@ class _Alternation(_Update):
         targets = problem.b.shape[-1]
         if problem.balanced and isinstance(problem.cost, Tensor) and targets <= _MOST_TARGETS:
             # A step of Newton's takes about as much longer as there are targets.
-            self.patience = 0 if targets <= _FEW_TARGETS else targets
+            self.patience = 0.0 if targets <= _FEW_TARGETS else float(targets)
 
     def __call__(self, f):
         # The columns are updated last and are exact: the test is on the rows, or it always passes.
@@ -152,7 +152,7 @@ class _Alternation(_Update):
 
     def leap(self, f, tolerance, max_steps):
         g, steps = newton_potentials(
-            self.gauge,
+            self.log_a.exp(),
             self.log_b.exp(),
             self.kernel.cost,
             self.epsilon,
