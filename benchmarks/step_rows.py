@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import measure
-from compare import Settings, peak_of_job, target
+import torch
+from compare import Settings, peak_here, peak_of_job, target
 from peers import installed
 from steps import CLASS_LOSSES, LANGUAGE_LOSSES, Step, StepSpec
 from trainers import STEPS, TRAINERS
@@ -27,13 +29,13 @@ def compare_steps(spec: StepSpec, losses: Mapping[str, Callable], settings: Sett
     calls = {name: Step(spec, name) for name in here}
     seconds = measure.alternate(calls, dict.fromkeys(calls, settings.repeats))
     peers = {name: {"seconds": measure.spread(times)} for name, times in seconds.items()}
+    reports = {name: call.report for name, call in calls.items() if call.report is not None}
+    calls.clear()  # of each an optimiser's state
     if not spec.classes:  # of classifiers the loss is no part of the memory worth a name
         for name in here:
             if settings.quick and name not in ("kl", "sinkhorn"):
                 continue
-            job = {"runner": "steps", "arguments": {"spec": spec.as_dict(), "loss": name}}
-            peers[name] |= peak_of_job(job, spec.logits_bytes)
-    reports = {name: call.report for name, call in calls.items() if call.report is not None}
+            peers[name] |= _peak(spec, name)
     return {
         "name": f"BERT, {spec.classes} classes" if spec.classes else "GPT-2",
         "problem": spec.as_dict(),
@@ -43,6 +45,17 @@ def compare_steps(spec: StepSpec, losses: Mapping[str, Callable], settings: Sett
         "times_against": "kl",
         "not_installed": sorted(set(losses) - set(here)),
     }
+
+
+def _peak(spec: StepSpec, loss: str) -> dict:
+    """Peak memory of a first step beyond models and tokens."""
+    if spec.device == "cpu":
+        job = {"runner": "steps", "arguments": {"spec": spec.as_dict(), "loss": loss}}
+        return peak_of_job(job, spec.logits_bytes)
+    # In this process: what its allocator holds, freed or not, another could not have.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return peak_here(Step(spec, loss), spec)
 
 
 def language_model(settings: Settings) -> dict:
