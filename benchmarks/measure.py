@@ -74,8 +74,12 @@ def repeat(call: Call, rounds: int) -> list[float]:
     return alternate({"": call}, {"": rounds})[""]
 
 
-def spread(numbers: list[float]) -> dict[str, float]:
-    """Median, and the least and the greatest."""
+def spread(seconds: list[float]) -> dict:
+    """Median, least and greatest, and those of every round, so that ratios can be computed."""
+    return {**_spread(seconds), "rounds": [float(f"{x:.4g}") for x in seconds]}
+
+
+def _spread(numbers: list[float]) -> dict[str, float]:
     return {
         "median": statistics.median(numbers),
         "low": min(numbers),
@@ -86,13 +90,13 @@ def spread(numbers: list[float]) -> dict[str, float]:
 
 def ratio(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """Ours over theirs, round by round: what slows the machine down slows both."""
-    return spread([a / b for a, b in zip(ours, theirs, strict=False)])
+    return _spread([a / b for a, b in zip(ours, theirs, strict=False)])
 
 
 def relative_error(values: Tensor, reference: Tensor) -> float:
-    """‖x − reference‖ / ‖reference‖ over all elements."""
+    """‖x − reference‖ / ‖reference‖ over all elements, where the reference is."""
     reference = reference.double()
-    return ((values.double() - reference).norm() / reference.norm()).item()
+    return ((values.to(reference) - reference).norm() / reference.norm()).item()
 
 
 # Parameters of glibc's mallopt and what they are by default.
@@ -121,7 +125,7 @@ def peak_memory(job: Mapping) -> dict:
     libraries), gives what is free back to the system, resets the kernel's high-water mark of its
     resident memory (``/proc/self/clear_refs``), and then calls: the mark less the memory before.
     Blocks above 64 KiB come from the system and return to it, so that memory that is free but held
-    is not counted. On a GPU it is torch's count of allocated memory.
+    is not counted. What a GPU holds is counted elsewhere, in the process itself.
 
     Args:
         job: ``{"runner": module, "arguments": …}``; ``module.prepare_job(arguments, tiny=…)``
@@ -150,12 +154,6 @@ def _measure_peak(job: Mapping) -> dict:
     call = runner.prepare_job(job["arguments"], tiny=False)
     runner.prepare_job(job["arguments"], tiny=True)()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        peak = torch.cuda.max_memory_allocated()
-        return {"bytes": peak - before, "method": "torch.cuda.max_memory_allocated"}
     if platform.system() == "Linux":
         ctypes.CDLL(None).malloc_trim(0)
     was_reset = _reset_high_water()
@@ -205,10 +203,25 @@ def machine() -> dict:
     }
 
 
+# By the names of their distributions.
+_COMPARED = (
+    "pot",
+    "geomloss",
+    "pykeops",
+    "triton",
+    "liger_kernel",
+    "trl",
+    "torchdistill",
+    "transformers",
+    "otkd",
+)
+
+
 def versions() -> dict[str, str | None]:
-    """Versions of everything that is compared."""
+    """Versions of everything that is compared; None of what is not there."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("pot", "geomloss", "pykeops", "transformers", "otkd"):
+    found["cuda"] = torch.version.cuda
+    for package in _COMPARED:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
