@@ -58,14 +58,24 @@ def ratios(repeats: int) -> dict[str, float]:
     return found
 
 
+def read(file: Path) -> dict[str, float]:
+    """The ratios on file; none where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        return {name: float(x) for name, x in json.loads(file.read_text("utf-8"))["ratios"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise typer.BadParameter(f"{file} holds no ratios: {error!r}; delete it") from error
+
+
 def main(
     repeats: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 7,
     keep: Annotated[bool, typer.Option(help="Put what was measured on file.")] = False,
     file: Annotated[Path, typer.Option(help="The ratios on file.")] = _FILE,
 ) -> None:
     """Measure, print, and with --keep write."""
+    on_file = read(file)
     found = ratios(repeats)
-    on_file = json.loads(file.read_text("utf-8"))["ratios"] if file.is_file() else {}
     table = Table(title="time of otkd over that of the other")
     for column in ("", "on file", "now"):
         table.add_column(column, justify="left" if not column else "right")
