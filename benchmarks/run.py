@@ -26,6 +26,8 @@ from compare import Settings
 from rich.console import Console
 from rich.table import Table
 
+from otkd.ot.keops import obstacle_to_keops
+
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 GROUPS = {
@@ -39,20 +41,64 @@ GROUPS = {
 }
 
 
-def is_finished(path: Path, settings: Settings) -> bool:
-    """Whether a file holds this row, measured with these settings, and no GPU could add to it."""
+# Options of gpu.py, too.
+Quick = Annotated[bool, typer.Option(help="Tiny sizes: whether it runs. Wants --output.")]
+Seed = Annotated[int, typer.Option(help="Of logits, embeddings and models.")]
+Repeats = Annotated[
+    int | None,
+    typer.Option(
+        help=f"How often each peer is timed, {Settings.repeats} by default. Only where it is given "
+        "is a row measured again that has fewer.",
+        min=1,
+        show_default=False,
+    ),
+]
+
+
+def folder_of(group: str, output: Path | None, *, quick: bool) -> Path:
+    """Where results go: those of tiny sizes never over the others by default."""
+    if quick and output is None:
+        raise typer.BadParameter("what --quick measures wants a folder of its own: --output FOLDER")
+    return output or RESULTS / group
+
+
+def is_finished(
+    path: Path, settings: Settings, *, repeats: int | None = None, keops: bool | None = None
+) -> bool:
+    """Whether a file holds this row, and no GPU could add to it.
+
+    It is this row if its sizes and its seed are those of ``settings``. ``repeats`` and ``keops``
+    are what was asked for expressly: it has at least that.
+    """
+    result = _read(path)
+    held = result.get("settings", {})
+    found = [result.get("schema"), result.get("row"), held.get("quick"), held.get("seed")]
+    if found != [SCHEMA, path.stem, settings.quick, settings.seed]:
+        return False
+    if held.get("repeats", 0) < (repeats or 0) or (keops and not held.get("keops")):
+        return False
+    return result.get("measured", False) or not torch.cuda.is_available()
+
+
+def _read(path: Path) -> dict:
+    """What a file holds; nothing where it is missing or broken."""
     try:
         result = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
-        return False
-    expected = {"schema": SCHEMA, "row": path.stem}
-    if not isinstance(result, dict) or any(result.get(k) != v for k, v in expected.items()):
-        return False
-    # A row with KeOps has everything that one without it has.
-    wanted = asdict(settings)
-    if result.get("settings") not in (wanted, {**wanted, "keops": True}):
-        return False
-    return result.get("measured", False) or not torch.cuda.is_available()
+        return {}
+    return result if isinstance(result, dict) else {}
+
+
+def run_into(
+    path: Path, measure_row: Callable[[Settings], dict], settings: Settings, console: Console
+) -> None:
+    """Measure a row and write it, but never what was not measured over what was."""
+    result = run_row(measure_row, path.stem, settings)
+    if _read(path).get("measured") and not result["measured"]:
+        said = f"{path.stem}: not measured ({result['reason']}); what was measured before is kept"
+        console.print(said, markup=False)
+    else:
+        measure.write_whole(path, result)
 
 
 def run_row(measure_row: Callable[[Settings], dict], name: str, settings: Settings) -> dict:
@@ -79,9 +125,11 @@ def run_row(measure_row: Callable[[Settings], dict], name: str, settings: Settin
 def show(console: Console, result: dict) -> None:
     """Print the figures of a row and its targets."""
     if not result["measured"]:
-        console.print(f"[bold]{result['row']}[/bold]: not measured ({result['reason']})")
+        console.print(f"{result['row']}: not measured ({result['reason']})", markup=False)
         return
     for case in result["cases"]:
+        for peer, why in case.get("refused", {}).items():
+            console.print(f"{case['name']}: {peer} cannot be measured: {why}", markup=False)
         if fit := tables.exponent(case):
             console.print(f"{case['name']}: {fit}")
         elif found := tables.case_table(case):
@@ -105,12 +153,19 @@ def main(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results; by default results/GROUP.")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="Tiny sizes: whether it runs.")] = False,
+    quick: Quick = False,
     force: Annotated[bool, typer.Option(help="Measure finished rows again.")] = False,
-    keops: Annotated[bool, typer.Option(help="GeomLoss with KeOps, too: needs pykeops.")] = False,
-    seed: Annotated[int, typer.Option(help="Of logits, embeddings and models.")] = 0,
-    repeats: Annotated[int, typer.Option(help="How often each peer is timed.", min=1)] = 5,
-    threads: Annotated[int, typer.Option(help="Threads of torch; 0 leaves its choice.")] = 0,
+    keops: Annotated[
+        bool | None,
+        typer.Option(
+            help="GeomLoss with KeOps, too, by default where KeOps works. Only where it is asked "
+            "for is a row measured again that was without.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Seed = 0,
+    repeats: Repeats = None,
+    threads: Annotated[int, typer.Option(help="Of torch; 0 leaves its choice.", min=0)] = 0,
 ) -> None:
     """Measure the rows that are not finished, and print all that were asked for."""
     if group not in GROUPS:
@@ -121,19 +176,24 @@ def main(
         raise typer.BadParameter(
             f"no row {', '.join(unknown)}; there are {', '.join(known)}", param_hint="--rows"
         )
+    output = folder_of(group, output, quick=quick)
     if threads:
         torch.set_num_threads(threads)
     logging.getLogger("otkd").setLevel(logging.WARNING)
-    settings = Settings(quick=quick, seed=seed, repeats=repeats, keops=keops)
-    output = output or RESULTS / group
+    settings = Settings(
+        quick=quick,
+        seed=seed,
+        repeats=repeats or Settings.repeats,
+        keops=obstacle_to_keops(torch.device("cpu")) is None if keops is None else keops,
+    )
     console = Console()
     if not console.is_terminal:
         console.width = 120
     for name in names:
         path = output / f"{name}.json"
-        if force or not is_finished(path, settings):
+        if force or not is_finished(path, settings, repeats=repeats, keops=keops):
             console.print(f"measuring {name} …")
-            measure.write_whole(path, run_row(known[name], name, settings))
+            run_into(path, known[name], settings, console)
         else:
             console.print(f"{name} is finished")
     for name in names:

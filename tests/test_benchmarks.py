@@ -5,7 +5,9 @@ The figures themselves are of no meaning at these sizes, but for errors, which h
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,7 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from filelock import FileLock
+from typer.testing import CliRunner
 
 from otkd.losses.divergences import DivergenceLoss
 
@@ -31,7 +35,7 @@ def run(script: str, *arguments: str) -> str:
 
 def run_rows(output: Path, *rows: str, extra: tuple[str, ...] = ()) -> str:
     where = ("--output", str(output))
-    options = ("--quick", "--repeats", "2", "--threads", "1", *extra)
+    options = ("--quick", "--repeats", "2", "--threads", "1", "--no-keops", *extra)
     return run("run.py", "vocabulary", "--rows", ",".join(rows), *where, *options)
 
 
@@ -47,6 +51,24 @@ def folder(tmp_path_factory) -> Path:
         if not (output / f"{ROWS[-1]}.json").is_file():
             run_rows(output, *ROWS)
     return output
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Calls a script in this process, which saves the imports: its output and its exit status."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    logger = logging.getLogger("otkd")
+    level = logger.level
+
+    def call(script: str, *arguments: str) -> tuple[str, int]:
+        app = typer.Typer()
+        app.command()(importlib.import_module(script).main)
+        done = CliRunner().invoke(app, arguments)
+        return done.output, done.exit_code
+
+    yield call
+    logger.setLevel(level)
 
 
 def load(folder: Path, row: str) -> dict:
@@ -88,7 +110,8 @@ def test_time_spread_and_memory_are_recorded(folder, row):
     for name in ("otkd", "F.kl_div"):
         seconds = case["peers"][name]["seconds"]
         assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
-        assert seconds["repeats"] == 2
+        assert seconds["repeats"] == len(seconds["rounds"]) == 2
+        assert max(seconds["rounds"]) == pytest.approx(seconds["high"], rel=1e-3)
     assert case["times"]["F.kl_div"]["repeats"] == 2
     assert case["peers"]["otkd"]["peak_bytes"] > 0
     assert case["coverage_of_64"] > 0.5
@@ -114,10 +137,100 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path):
             assert result["reason"] == "no GPU"
 
 
-def test_when_the_time_is_up_no_further_gpu_row_is_begun(tmp_path):
-    said = run("gpu.py", "--quick", "--minutes", "0", "--output", str(tmp_path))
-    assert said.count("left for another call") == 5
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("minutes", "begun"), [("0", set()), ("1.1", {"correctness.json"})])
+def test_no_gpu_row_is_begun_that_might_not_be_done_in_time(here, tmp_path, minutes, begun):
+    said, _ = here("gpu", "--quick", "--minutes", minutes, "--output", str(tmp_path))
+    assert said.count("left for another call") == 5 - len(begun)
+    assert {path.name for path in tmp_path.iterdir()} == begun
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU is nothing measured")
+def test_what_a_gpu_measured_outlives_a_run_without_one(here, tmp_path):
+    settings = {"quick": True, "seed": 0, "repeats": 10, "keops": False}
+    empty = {"schema": 1, "settings": settings, "measured": True, "cases": [], "targets": []}
+    rows = ("correctness", "transport", "batch", "divergences", "language_model")
+    for row in rows:
+        (tmp_path / f"{row}.json").write_text(json.dumps({**empty, "row": row}), "utf-8")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    where = ("--quick", "--output", str(tmp_path))
+    assert here("run", "gpu", "--no-keops", *where)[0].count("is finished") == len(rows)
+    assert "not measured" not in here("gpu", *where)[0]
+    for again in (("run", "gpu", "--no-keops", "--force"), ("gpu", "--seed", "1")):
+        said, status = here(*again, *where)
+        assert status == 0
+        assert said.count("what was measured before is kept") == len(rows)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.fixture
+def gpu_rows(monkeypatch):
+    """The rows of a GPU on a CPU, by a name that is not just its own; no counters, no KeOps."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_rows
+
+    monkeypatch.setattr(gpu_rows, "DEVICE", "cpu:0")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3000)
+    monkeypatch.setitem(sys.modules, "pykeops", None)  # which would compile for long
+    return gpu_rows
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "row", ["correctness", "transport", "batch", "divergences", "language_model"]
+)
+def test_every_gpu_row_does_what_it_can(gpu_rows, row):
+    from compare import Settings
+
+    cases = gpu_rows.ROWS[row].__wrapped__(Settings(quick=True, repeats=1))["cases"]
+    assert cases
+    for case in cases:
+        if row == "correctness":
+            assert all(found["right"] for found in case["peers"].values())
+        elif row == "transport":  # no Triton on a CPU, and torch is not passed off as KeOps
+            (name,) = case["refused"]
+            assert name == ("otkd, triton" if "top 64" in case["name"] else "otkd, keops")
+            assert name not in case["peers"]
+        else:
+            ours, *_ = case["peers"].values()
+            assert ours["peak_bytes"] == 2000
+
+
+def test_a_gpu_row_that_fails_says_why(gpu_rows, monkeypatch, capsys):
+    class CompilationError(Exception):
+        pass
+
+    def fails(settings):
+        raise CompilationError("of a kernel")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = gpu_rows.on_gpu(fails)(None)
+    assert not result["measured"]
+    assert result["reason"] == "CompilationError: of a kernel"
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("run", "divergences", "--rows", "extremes"), ("gpu", "--minutes", "0")]
+)
+def test_tiny_sizes_want_a_folder_of_their_own(here, arguments):
+    said, status = here(*arguments, "--quick")
+    assert status == 2
+    assert "--output" in said
+
+
+def test_what_cannot_be_is_refused_in_words(here, tmp_path):
+    said, status = here("run", "vocabulary", "--threads", "-1")
+    assert status == 2
+    assert "--threads" in said
+    file = tmp_path / "quick.json"
+    for text in ("{", "[]", '{"ratios": [1]}'):
+        file.write_text(text, "utf-8")
+        said, status = here("quick", "--file", str(file))
+        assert status == 2
+        assert "holds no ratios" in said.replace("\n", " ")
 
 
 def test_a_finished_row_is_kept_and_a_broken_one_made_anew(folder, tmp_path):
@@ -133,11 +246,22 @@ def test_a_finished_row_is_kept_and_a_broken_one_made_anew(folder, tmp_path):
     assert "measuring sizes" in run_rows(tmp_path, "sizes", extra=("--seed", "1"))  # other settings
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_more_is_measured_only_where_it_is_asked_for(here, folder, tmp_path):
+    (tmp_path / "accuracy.json").write_bytes((folder / "accuracy.json").read_bytes())
+    options = ("run", "vocabulary", "--rows", "accuracy", "--quick", "--output", str(tmp_path))
+    for extra in ((), ("--repeats", "1"), ("--no-keops",)):
+        assert "accuracy is finished" in here(*options, *extra)[0]
+    for extra in (("--no-keops", "--repeats", "3"), ("--keops",)):
+        assert "measuring accuracy" in here(*options, *extra)[0]
+
+
 # Between samples, and divergences -----------------------------------------------------------------
 
 
 def run_group(output: Path, group: str) -> dict[str, dict]:
-    run("run.py", group, "--quick", "--repeats", "2", "--threads", "1", "--output", str(output))
+    options = ("--quick", "--repeats", "2", "--threads", "1", "--no-keops")
+    run("run.py", group, *options, "--output", str(output))
     return {path.stem: json.loads(path.read_text("utf-8")) for path in output.glob("*.json")}
 
 
