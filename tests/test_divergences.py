@@ -474,3 +474,17 @@ def test_a_scaled_loss_of_half_logits_loses_nothing_to_underflow():
     assert student.grad.dtype == torch.float16
     assert ((student.grad == 0) & (single.grad.abs() > 1e-7)).sum() == 0
     torch.testing.assert_close(student.grad.float(), single.grad, atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 8.0])
+@pytest.mark.parametrize("head_mass", [0.0, 0.3, 0.5, 0.95])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_head_is_that_of_all_tokens_sorted(scale, head_mass, rounded):
+    """Of hundreds of tokens, in few of which it is looked for first; rounded, many are alike."""
+    student, teacher = (scale * logits(k, 40, 300, scale=1.0) for k in (1, 2))
+    if rounded:
+        student, teacher = student.round(), teacher.round()
+    value = F.adaptive_kl_divergence(student, teacher, head_mass=head_mass)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    expected = naive.adaptive_kl(log_q, log_p, head_mass)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)

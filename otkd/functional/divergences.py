@@ -28,6 +28,8 @@ from torch.nn.functional import pad
 
 from otkd.functional.rowwise import Formula, divergence
 
+_HEAD = 64  # tokens among which to look first for half of the mass
+
 
 @divergence()
 def kl_divergence() -> Formula:
@@ -165,9 +167,7 @@ def adaptive_kl_divergence(head_mass: float = 0.5) -> Formula:
     def formula(pair):
         p, q = pair.p, pair.q
         gap = (p - q).abs()
-        sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
-        in_head = sorted_p.cumsum(-1) - sorted_p <= head_mass
-        head_gap = (gap.gather(-1, order) * in_head).sum(-1, keepdim=True)
+        head_gap = _sum_over_head(gap, p, head_mass)
         total_gap = gap.sum(-1, keepdim=True)
         head_weight = torch.where(total_gap > 0, head_gap / total_gap, 0.5).clamp(max=1)
         log_ratio = pair.log_q - pair.log_p
@@ -176,6 +176,30 @@ def adaptive_kl_divergence(head_mass: float = 0.5) -> Formula:
         return value.sum(-1), head_weight * (q - p) + (1 - head_weight) * reverse
 
     return formula
+
+
+def _sum_over_head(values: Tensor, p: Tensor, mass: float, most: int = _HEAD) -> Tensor:
+    """Sums ``(positions, 1)`` of values over the heaviest tokens until their mass exceeds ``mass``.
+
+    Of tokens of one mass the first come first. A head is short where there is a teacher worth its
+    name, so it is looked for among the ``most`` heaviest; only where it goes on, or where it ends
+    among tokens of one mass, all are sorted.
+    """
+    everything = most >= p.shape[-1]
+    if everything:
+        heaviest, order = p.sort(dim=-1, descending=True, stable=True)
+    else:
+        heaviest, order = p.topk(most, dim=-1)
+    in_head = heaviest.cumsum(-1) - heaviest <= mass
+    sums = (values.gather(-1, order) * in_head).sum(-1, keepdim=True)
+    if everything:
+        return sums
+    count = in_head.sum(-1, keepdim=True)
+    unsure = (p >= heaviest.gather(-1, count - 1)).sum(-1, keepdim=True) != count
+    rows = (unsure | (count == most)).squeeze(-1).nonzero().squeeze(-1)
+    if len(rows):
+        sums[rows] = _sum_over_head(values[rows], p[rows], mass, p.shape[-1])
+    return sums
 
 
 @divergence()
