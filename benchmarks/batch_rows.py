@@ -121,9 +121,9 @@ def _targets(case: dict, unrolled: float | None) -> list[dict]:
             for own in ours.values()
             if own["gradient_error"] <= max(each["gradient_error"], _ROUNDING)
         ]
-        label = f"{case['name']}: time of {name} / the fastest otkd of no greater error"
-        times = each["seconds"]["median"] / min(as_good) if as_good else 0.0
-        targets.append(target(label, times, "≥", 1))
+        if as_good:  # else none was measured
+            label = f"{case['name']}: time of {name} / the fastest otkd of no greater error"
+            targets.append(target(label, each["seconds"]["median"] / min(as_good), "≥", 1))
     if unrolled is not None and _UNROLLED.name in found:
         same = found[f"otkd, {ITERATIONS} iterations"]["seconds"]["median"]
         times = found[_UNROLLED.name]["seconds"]["median"] / same
