@@ -282,10 +282,27 @@ def test_batch_transport_is_compared_at_known_errors(tmp_path):
     assert largest["peers"]["unrolled"]["peak_bytes"] > 0
     axes = {case["name"] for case in found["scaling"]["cases"]}
     general = {f"{kind} over {axis}" for kind in ("otkd", "unrolled") for axis in "bdT"}
-    assert axes == {*general, "otkd, two classes over b"}
+    assert axes == {*general, "otkd, two classes over b", "kl_div over b", "kl_div over d"}
     for case in found["scaling"]["cases"]:
         assert case["exponent"]["interval"] > 0
         assert ("half_at" in case["exponent"]) == (not case["name"].endswith("over b"))
+
+
+def test_a_peer_is_laid_beside_the_fastest_of_ours_with_no_greater_error(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import batch_rows
+
+    seconds = {"otkd": 4.0, "otkd, tolerance 0.1": 2.0, "rough": 1.0, "good": 6.0, "best": 9.0}
+    errors = {"otkd": 1e-3, "otkd, tolerance 0.1": 0.2, "rough": 0.3, "good": 0.01, "best": 5e-4}
+    peers = {
+        name: {"seconds": {"median": seconds[name]}, "gradient_error": errors[name]}
+        for name in seconds
+    }
+    case = {"name": "some", "problem": {"samples": 64}, "peers": peers}
+    found = {each["name"].split(" of ")[1]: each for each in batch_rows._targets(case, None)}
+    assert found["rough / the fastest otkd"]["measured"] == 0.5
+    assert found["good / the fastest otkd"]["measured"] == 1.5
+    assert len(found) == 2  # none of ours was measured with so small an error
 
 
 def test_divergences_are_compared_with_the_plain_formulas(tmp_path):
