@@ -19,7 +19,7 @@ from measure import relative_error
 from peers import Peer, prepare
 from problems import Spec, build
 from step_rows import compare_steps
-from steps import LANGUAGE_LOSSES, StepSpec, models
+from steps import LANGUAGE_LOSSES, TINY, StepSpec, models
 
 import otkd
 
@@ -164,7 +164,6 @@ def batch(settings: Settings) -> dict:
     17 GB of 2,048.
     """
     peers = [peer for peer in PEERS if peer.kind in ("otkd", "unrolled", "pot_batch", "kl_div")]
-    peers = [dataclasses.replace(peer, largest=4096) for peer in peers]
     peers.append(BatchPeer("geomloss .9", "geomloss", {}, 1024))
     cases = []
     for classes, largest in ((2, 4096), (1000, 2048)):
@@ -195,10 +194,8 @@ def language_model(settings: Settings) -> dict:
     some 10 GB of activations: with both models, and of every loss the state of an AdamW, 55 GB.
     """
     settings = dataclasses.replace(settings, repeats=min(3, settings.repeats))
-    large = {"layers": 12, "width": 768, "heads": 12, "sequences": 16, "length": 512}
-    small = {"layers": 1, "width": 16, "heads": 2, "sequences": 2, "length": 8}
-    vocab = settings.pick(50_257, 2100)
-    spec = StepSpec(vocab, **settings.pick(large, small), seed=settings.seed, device=DEVICE)
+    large = StepSpec(50_257, layers=12, width=768, heads=12, sequences=16, length=512)
+    spec = dataclasses.replace(settings.pick(large, TINY), seed=settings.seed, device=DEVICE)
     return {"cases": [compare_steps(spec, LANGUAGE_LOSSES, settings)], "targets": []}
 
 

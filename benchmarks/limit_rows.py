@@ -13,7 +13,7 @@ from batch_peers import BatchCall, BatchPeer, BatchSpec
 from compare import Settings
 from peers import Peer, prepare
 from problems import Spec, build
-from steps import Step, StepSpec
+from steps import TINY, Step, StepSpec
 
 import otkd
 from otkd.functional.l1_distances import l1_distances
@@ -107,8 +107,7 @@ def _of_logits(peer: Peer, spec: Spec, exponentials: int = 2) -> Work:
 
 def _step(settings: Settings) -> Work:
     """The products with weights: one a weight and position forward, two backward in the student."""
-    quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
-    spec = settings.pick(StepSpec(seed=settings.seed), quick)
+    spec = settings.pick(StepSpec(seed=settings.seed), TINY)
     step = Step(spec, "kl")
     embeddings = step.student.get_input_embeddings().weight, step.student.transformer.wpe.weight
     weights = sum(w.numel() for w in step.student.parameters() if w.ndim > 1)

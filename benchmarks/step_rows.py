@@ -10,7 +10,7 @@ import measure
 import torch
 from compare import Settings, peak_here, peak_of_job, target
 from peers import installed
-from steps import CLASS_LOSSES, LANGUAGE_LOSSES, Step, StepSpec
+from steps import CLASS_LOSSES, LANGUAGE_LOSSES, TINY, Step, StepSpec
 from trainers import STEPS, TRAINERS
 
 # What the losses that are not ours need; by their names in the tables.
@@ -60,8 +60,7 @@ def _peak(spec: StepSpec, loss: str) -> dict:
 
 def language_model(settings: Settings) -> dict:
     """A step of a 6-layer GPT-2 of width 384, 16 sequences of 128 tokens of 30,522."""
-    quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
-    spec = settings.pick(StepSpec(seed=settings.seed), quick)
+    spec = settings.pick(StepSpec(seed=settings.seed), TINY)
     case = compare_steps(spec, LANGUAGE_LOSSES, settings)
     sinkhorn = case["times"]["sinkhorn"]["median"]
     targets = [target("time of a step, SinkhornLoss / KLLoss", sinkhorn, "≤", 1.2)]
@@ -78,8 +77,7 @@ def language_model(settings: Settings) -> dict:
 
 def large_vocabulary(settings: Settings) -> dict:
     """The same step at 8×128 positions of 131,072 tokens: four tiles of TRL's chunked JSD."""
-    quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
-    spec = settings.pick(StepSpec(131_072, sequences=8, seed=settings.seed), quick)
+    spec = settings.pick(StepSpec(131_072, sequences=8, seed=settings.seed), TINY)
     names = ("kl", "jsd", "TRL generalized JSD", "TRL chunked JSD")
     case = compare_steps(spec, {name: LANGUAGE_LOSSES[name] for name in names}, settings)
     targets = []
@@ -103,8 +101,7 @@ def classification(settings: Settings) -> dict:
 
 def trainers(settings: Settings) -> dict:
     """Steps of whole trainers with JSD, same models, data and arguments: otkd's beside TRL's."""
-    quick = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
-    spec = settings.pick(StepSpec(seed=settings.seed), quick)
+    spec = settings.pick(StepSpec(seed=settings.seed), TINY)
     here = [name for name in TRAINERS if installed(_NEEDS.get(name))]
     made = {name: TRAINERS[name](spec) for name in here}
     losses = {}

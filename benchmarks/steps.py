@@ -47,6 +47,10 @@ class StepSpec:
         return asdict(self)
 
 
+TINY = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
+"""Whether a step of language models runs; more tokens than the support ``"auto"`` takes whole."""
+
+
 @functools.lru_cache(maxsize=1)
 def models(spec: StepSpec) -> tuple[nn.Module, nn.Module]:
     """Student and teacher."""

@@ -18,7 +18,7 @@ from otkd.cli.glue.findings import (
     difference,
     outcome,
 )
-from otkd.cli.glue.markdown import apart, count, listed
+from otkd.cli.glue.markdown import apart, are, count, listed
 from otkd.cli.glue.tables import students
 
 # A probability below which what was found is not put down to chance.
@@ -64,7 +64,7 @@ def advice(fair: Study, comparisons: Sequence[Comparison]) -> list[str]:
     lines = [
         *_provisional(fair),
         f"On {listed(tasks)}, {len(above):,} of {count(len(losses), 'comparison')} of a loss with "
-        f"{baseline} {'is' if len(above) == 1 else 'are'} above 0 and {len(below):,} below. If no "
+        f"{baseline} {are(len(above))} above 0 and {len(below):,} below. If no "
         f"loss differed from {baseline}, about {expected:.1f} of each kind would be by chance, and "
         f"{max(1, len(above)):,} or more above with probability {by_chance:.2f} (all changes of "
         "sign of a seed's differences together, as losses share seeds and baseline).",
@@ -162,8 +162,8 @@ def _labels_or_baseline(fair: Study, known: Sequence[Comparison]) -> list[str]:
             by_task.append(f"{each.task.title} {apart(gap, len(gap.seeds) if gap else 0)}")
         text = (
             f"{baseline} is not apart above {labels} on any task ({', '.join(by_task)}): whether "
+            "distilling helps here at all these seeds cannot tell."
         )
-        text += "distilling helps here at all these seeds cannot tell."
     else:
         rest = [each.task.title for each in pairs if each.outcome != BELOW]
         text = f"{baseline} is above {labels} on {listed(gains)}"

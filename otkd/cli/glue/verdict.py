@@ -24,7 +24,7 @@ from otkd.cli.glue.findings import (
     published_comparisons,
     teacher_by_chance,
 )
-from otkd.cli.glue.markdown import apart, count, percent, signed
+from otkd.cli.glue.markdown import apart, are, count, percent, signed
 from otkd.cli.glue.published import Published
 
 
@@ -120,7 +120,7 @@ def _vanishing(
         *(
             [
                 f"Of the {len(found):,} with the published sign above, {lost:,} "
-                f"{'is' if lost == 1 else 'are'} not apart from 0 here."
+                f"{are(lost)} not apart from 0 here."
             ]
             if found
             else ()
@@ -165,23 +165,24 @@ def _doubt(results: TaskResults) -> str:
 
 def _settings(study: Study) -> list[str]:
     """The points of the curves that are apart from their baseline."""
-    known, found = 0, []
-    for results in study.tasks.values():
-        for name in curve_names(study):
-            for points in curve(study, results, name).values():
-                for point in points:
-                    if point.difference is None or point.difference.interval is None:
-                        continue
-                    known += 1
-                    if point.difference.apart:
-                        place = f"{setting_name(name)} {setting_value(point.value)}"
-                        gap = apart(point.difference, point.seeds)
-                        found.append(f"{results.task.title}, {place}: {gap}")
+    known = [
+        (f"{results.task.title}, {setting_name(name)} {setting_value(point.value)}", point)
+        for results in study.tasks.values()
+        for name in curve_names(study)
+        for points in curve(study, results, name).values()
+        for point in points
+        if outcome(point.difference) != UNKNOWN
+    ]
+    found = [
+        f"{place}: {apart(point.difference, point.seeds)}"
+        for place, point in known
+        if outcome(point.difference) != TOGETHER
+    ]
     if not known:
         return ["Not run with at least two seeds."]
     text = (
-        f"Of {count(known, 'point')} of the curves with an interval, {len(found):,} "
-        f"{'is' if len(found) == 1 else 'are'} apart from {study.title(BASELINE)}"
+        f"Of {count(len(known), 'point')} of the curves with an interval, {len(found):,} "
+        f"{are(len(found))} apart from {study.title(BASELINE)}"
     )
     return [f"{text}: {'; '.join(found)}." if found else f"{text}."]
 
