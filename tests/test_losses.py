@@ -577,7 +577,7 @@ def test_registry():
     assert set(otkd.list_losses()) == {*contract.split(), "sinkd", "uld"}
     loss = otkd.get_loss("jsd", beta=0.1, temperature=2)
     assert isinstance(loss, otkd.JSDLoss)
-    assert (loss.options, loss.temperature) == ({"beta": 0.1}, 2)
+    assert (loss.formula.beta, loss.temperature) == (0.1, 2)
     for wrong, nearest in (("KL", "kl"), ("sinkhrn", "sinkhorn"), ("jds", "jsd")):
         with pytest.raises(ValueError, match=f"unknown loss '{wrong}'; did you mean '{nearest}'"):
             otkd.get_loss(wrong)

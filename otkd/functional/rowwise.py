@@ -14,10 +14,11 @@ block, whatever the batch.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Shaped
@@ -80,89 +81,51 @@ def _floored_log(logits: Tensor, probabilities: Tensor) -> Tensor:
     return shifted.add_(heaviest.log_()).clamp_(min=LOG_ZERO)
 
 
-Formula = Callable[[Pair], tuple[Tensor, Tensor]]
+@dataclass(frozen=True, kw_only=True)
+class Formula(ABC):
+    """A divergence as a function of the two distributions of each position of a block.
 
-
-@runtime_checkable
-class Divergence(Protocol):
-    """A divergence as a function of logits; :func:`divergence` makes them from formulas."""
-
-    def __call__(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        *,
-        temperature: float = 1.0,
-        teacher_temperature: float | None = None,
-        mask: Tensor | None = None,
-        **options: float,
-    ) -> Tensor:
-        """Values ``(*batch,)`` of the divergence at every position."""
-        ...
-
-    def formula(self, **options: float) -> Formula:
-        """The divergence with its parameters set; raises if they are out of range."""
-        ...
-
-
-def divergence(*, same_vocabulary: bool = True) -> Callable[[Callable[..., Formula]], Divergence]:
-    """Turn a maker of formulas into a public function of logits.
-
-    ``make_formula(**options)`` checks the parameters of the divergence and returns the formula: a
-    :class:`Pair` to the values ``(positions,)`` and ``q·∂D/∂q`` ``(positions, vocab)``.
+    Attributes:
+        same_vocabulary: whether token i of the student is compared with token i of the teacher.
     """
-    return functools.partial(_as_function, same_vocabulary=same_vocabulary)
+
+    same_vocabulary: ClassVar[bool] = True
+
+    @abstractmethod
+    def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """The values D, ``(positions,)``, and q·∂D/∂q, ``(positions, vocab)``."""
 
 
-def _as_function(make_formula: Callable[..., Formula], *, same_vocabulary: bool) -> Divergence:
-    @functools.wraps(make_formula)
-    def function(
-        student_logits: Float[Tensor, "*batch vocab"],
-        teacher_logits: Float[Tensor, "*batch teacher_vocab"],
-        *,
-        temperature: float = 1.0,
-        teacher_temperature: float | None = None,
-        mask: Shaped[Tensor, "*batch"] | None = None,
-        **options: float,
-    ) -> Float[Tensor, "*batch"]:
-        formula = make_formula(**options)
-        check_logits(student_logits, teacher_logits, same_vocabulary=same_vocabulary)
-        teacher_temperature = check_temperatures(temperature, teacher_temperature)
-        batch_shape = student_logits.shape[:-1]
-        check_mask(mask, batch_shape)
-        positions = math.prod(batch_shape)
-        values = _Rowwise.apply(
-            student_logits.reshape(positions, student_logits.shape[-1]),
-            teacher_logits.detach().reshape(positions, teacher_logits.shape[-1]),
-            None if mask is None else mask.reshape(-1),
-            formula,
-            temperature,
-            teacher_temperature,
-            torch.is_grad_enabled() and student_logits.requires_grad,
-        )
-        check_finite_rows(values, "a loss that is not finite")
-        return values.reshape(batch_shape)
+def rowwise_divergence(
+    formula: Formula,
+    student_logits: Float[Tensor, "*batch vocab"],
+    teacher_logits: Float[Tensor, "*batch teacher_vocab"],
+    *,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    mask: Shaped[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """The divergence that ``formula`` defines, at every position.
 
-    signature = _public_signature(function, make_formula)
-    public: Any = function
-    public.formula = make_formula
-    public.__signature__ = signature
-    public.__annotations__ = {
-        **{name: parameter.annotation for name, parameter in signature.parameters.items()},
-        "return": signature.return_annotation,
-    }
-    return public
-
-
-def _public_signature(function: Callable, make_formula: Callable) -> inspect.Signature:
-    """The signature with the options of ``make_formula`` in the place of ``**options``."""
-    common = inspect.signature(function, follow_wrapped=False)
-    parameters = list(common.parameters.values())[:-1]
-    options = [
-        option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for option in inspect.signature(make_formula).parameters.values()
-    ]
-    return common.replace(parameters=parameters + options)
+    The other arguments, and what is raised for them, are those of every function of
+    :mod:`otkd.functional.divergences`.
+    """
+    check_logits(student_logits, teacher_logits, same_vocabulary=formula.same_vocabulary)
+    teacher_temperature = check_temperatures(temperature, teacher_temperature)
+    batch_shape = student_logits.shape[:-1]
+    check_mask(mask, batch_shape)
+    positions = math.prod(batch_shape)
+    values: Any = _Rowwise.apply(
+        student_logits.reshape(positions, student_logits.shape[-1]),
+        teacher_logits.detach().reshape(positions, teacher_logits.shape[-1]),
+        None if mask is None else mask.reshape(-1),
+        formula,
+        temperature,
+        teacher_temperature,
+        torch.is_grad_enabled() and student_logits.requires_grad,
+    )
+    check_finite_rows(values, "a loss that is not finite")
+    return values.reshape(batch_shape)
 
 
 def _blocks(positions: int, vocab: int, mask: Tensor | None, device: str) -> Iterator:

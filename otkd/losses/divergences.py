@@ -2,49 +2,46 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import asdict
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from otkd import functional as F
 from otkd.checks import check_finite_rows
-from otkd.functional.rowwise import Divergence
+from otkd.functional import formulas
+from otkd.functional.rowwise import Formula, rowwise_divergence
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.precision import compute_dtype
 from otkd.reductions import IGNORE_INDEX
 
 
 class DivergenceLoss(DistillationLoss):
-    """A loss whose value at a position is a function of :mod:`otkd.functional`.
+    """A loss whose value at a position is a formula of :mod:`otkd.functional.formulas`.
 
     Args:
-        options: parameters of the function, checked here.
+        formula: the divergence with its parameters.
         **common: see :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    function: ClassVar[Divergence]
-
-    def __init__(self, options: dict[str, float] | None = None, **common):
+    def __init__(self, formula: Formula, **common):
         super().__init__(**common)
-        self.options = options or {}
-        type(self).function.formula(**self.options)
+        self.formula = formula
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
-        return type(self).function(
+        return rowwise_divergence(
+            self.formula,
             batch.student_logits,
             batch.teacher_logits,
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
             mask=batch.counted,
-            **self.options,
         )
 
     def extra_repr(self) -> str:
         """The parameters of the divergence and the common settings."""
-        options = "".join(f"{name}={value}, " for name, value in self.options.items())
-        return options + super().extra_repr()
+        parameters = "".join(f"{name}={value}, " for name, value in asdict(self.formula).items())
+        return parameters + super().extra_repr()
 
 
 class KLLoss(DivergenceLoss):
@@ -54,10 +51,8 @@ class KLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    function = F.kl_divergence
-
     def __init__(self, **common):
-        super().__init__(**common)
+        super().__init__(formulas.KL(), **common)
 
 
 class ReverseKLLoss(DivergenceLoss):
@@ -67,10 +62,8 @@ class ReverseKLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    function = F.reverse_kl_divergence
-
     def __init__(self, **common):
-        super().__init__(**common)
+        super().__init__(formulas.ReverseKL(), **common)
 
 
 class JSDLoss(DivergenceLoss):
@@ -80,10 +73,8 @@ class JSDLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    function = F.jensen_shannon_divergence
-
     def __init__(self, beta: float = 0.5, **common):
-        super().__init__({"beta": beta}, **common)
+        super().__init__(formulas.JensenShannon(beta=beta), **common)
 
 
 class TVDLoss(DivergenceLoss):
@@ -93,11 +84,10 @@ class TVDLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`. Its logit gradient falls as 1/T: no T² by default.
     """
 
-    function = F.total_variation_distance
     rescales_by_default = False
 
     def __init__(self, **common):
-        super().__init__(**common)
+        super().__init__(formulas.TotalVariation(), **common)
 
 
 class SkewKLLoss(DivergenceLoss):
@@ -107,10 +97,8 @@ class SkewKLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    function = F.skew_kl_divergence
-
     def __init__(self, alpha: float = 0.1, **common):
-        super().__init__({"alpha": alpha}, **common)
+        super().__init__(formulas.SkewKL(alpha=alpha), **common)
 
 
 class SkewReverseKLLoss(DivergenceLoss):
@@ -120,10 +108,8 @@ class SkewReverseKLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    function = F.skew_reverse_kl_divergence
-
     def __init__(self, alpha: float = 0.1, **common):
-        super().__init__({"alpha": alpha}, **common)
+        super().__init__(formulas.SkewReverseKL(alpha=alpha), **common)
 
 
 class AdaptiveKLLoss(DivergenceLoss):
@@ -133,10 +119,8 @@ class AdaptiveKLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    function = F.adaptive_kl_divergence
-
     def __init__(self, head_mass: float = 0.5, **common):
-        super().__init__({"head_mass": head_mass}, **common)
+        super().__init__(formulas.AdaptiveKL(head_mass=head_mass), **common)
 
 
 class AlphaBetaLoss(DivergenceLoss):
@@ -146,10 +130,8 @@ class AlphaBetaLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    function = F.alpha_beta_divergence
-
     def __init__(self, alpha: float = 0.5, beta: float = 0.5, **common):
-        super().__init__({"alpha": alpha, "beta": beta}, **common)
+        super().__init__(formulas.AlphaBeta(alpha=alpha, beta=beta), **common)
 
 
 class UniversalLogitLoss(DivergenceLoss):
@@ -159,11 +141,10 @@ class UniversalLogitLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`. Its logit gradient falls as 1/T: no T² by default.
     """
 
-    function = F.universal_logit_distance
     rescales_by_default = False
 
     def __init__(self, **common):
-        super().__init__(**common)
+        super().__init__(formulas.UniversalLogit(), **common)
 
     @property
     def bridges_vocabularies(self) -> bool:
