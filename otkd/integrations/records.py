@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from otkd.losses.protocol import as_loss
+
 
 class LossRecord:
     """Means of the terms and solver reports of a loss; read from the device once a log."""
@@ -17,22 +19,22 @@ class LossRecord:
         """Add the last call of ``loss``.
 
         Args:
-            loss: read for ``last_terms``, and its modules for ``last_report``.
+            loss: read for ``last_terms`` and ``last_reports``.
             share: factor of the terms; 1 where those of the calls of one step add up.
             steps: how much of an optimiser's step the call was; terms are means over steps.
         """
-        terms: dict[str, Tensor] = getattr(loss, "last_terms", None) or {}
-        for name, value in terms.items():
+        said = as_loss(loss)
+        for name, value in said.last_terms.items():
             self._add(f"loss/{name}", value * share, steps)
-        for module in loss.modules():
-            report = getattr(module, "last_report", None)
-            if report is not None:
-                self._add("solver/iterations", report.iterations, 1)
-                self._add("solver/marginal_error", report.marginal_error, 1)
-                for name in ("coverage", "worst_coverage"):
-                    value = getattr(report, name, None)
-                    if value is not None:
-                        self._add(f"solver/{name}", value, 1)
+        for report in said.last_reports.values():
+            self._add("solver/iterations", report.iterations, 1)
+            self._add("solver/marginal_error", report.marginal_error, 1)
+            for name, value in (
+                ("coverage", report.coverage),
+                ("worst_coverage", report.worst_coverage),
+            ):
+                if value is not None:
+                    self._add(f"solver/{name}", value, 1)
 
     def _add(self, name: str, value: Tensor | float, weight: float) -> None:
         if isinstance(value, Tensor):

@@ -14,6 +14,7 @@ from otkd.integrations.stored import (
     has_features,
     may_carry_teacher,
 )
+from otkd.losses.protocol import as_loss
 
 _CALL = ("labels", "mask", "num_items_in_batch")
 
@@ -67,11 +68,12 @@ def refuse_training(
             f"{args.n_gpu} GPUs in one process (DataParallel) are not supported: start one process "
             "per GPU with torchrun, or show one GPU with CUDA_VISIBLE_DEVICES"
         )
-    if getattr(loss, "reduction", None) == "none":
+    protocol = as_loss(loss)
+    if "none" in protocol.reductions:
         raise ValueError('reduction="none" gives no scalar to minimise; use "mean" or "sum"')
     if args.world_size > 1 and any(p.requires_grad for p in loss.parameters()):
         raise ValueError(f"{name} has trainable parameters, supported in one process only")
-    if getattr(loss, "needs_features", False):
+    if protocol.needs_features:
         if teacher is None and not has_features(train_dataset):
             raise ValueError(
                 f"{name} compares features, which stored logits lack: pass the teacher as a model, "
@@ -91,7 +93,7 @@ def refuse_training(
                 "the teacher is the student or shares trainable parameters with it or with the "
                 "loss, so training would change it: pass a copy (copy.deepcopy, tensor.clone())"
             )
-    elif getattr(loss, "needs_teacher", True) and not may_carry_teacher(train_dataset):
+    elif protocol.needs_teacher and not may_carry_teacher(train_dataset):
         raise ValueError(
             f"{name} needs a teacher: pass teacher= a model or stored logits, or a train_dataset "
             f"whose examples have a {TEACHER_KEY!r} entry"

@@ -26,6 +26,7 @@ from otkd.integrations.stored import (
     fit_length,
     with_eval_teacher,
 )
+from otkd.losses.protocol import as_loss, teacher_for
 from otkd.reductions import IGNORE_INDEX
 from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
 from otkd.signals.protocol import teacher_features_of
@@ -129,8 +130,7 @@ class DistillationTrainer(Trainer):
         self._loss_shifts_labels = False
         # Makes Trainer count the items for every model and take the loss for one divided by them,
         # unless the loss ignores them: then it divides by the number of microbatches.
-        reductions = {getattr(module, "reduction", None) for module in self.loss.modules()}
-        self.model_accepts_loss_kwargs = "sequence_mean" not in reductions
+        self.model_accepts_loss_kwargs = "sequence_mean" not in as_loss(self.loss).reductions
         self._learnable = [p for p in self.loss.parameters() if p.requires_grad]
         if self._learnable:
             self.add_callback(_ZeroGradients(self.loss))
@@ -194,14 +194,14 @@ class DistillationTrainer(Trainer):
             student = {name: values[:, :-1] for name, values in student.items()}
             teacher = teacher and {name: values[:, :-1] for name, values in teacher.items()}
 
-        if teacher is None and getattr(self.loss, "needs_teacher", True):
+        if teacher is None and as_loss(self.loss).needs_teacher:
             if model.training:
                 raise ValueError(
                     f"the batch has no {TEACHER_KEY!r} and there is no teacher model, but "
                     f"{type(self.loss).__name__} needs a teacher"
                 )
             loss = None if labels is None else _cross_entropy(student["logits"], labels)
-        elif labels is None and not model.training and getattr(self.loss, "needs_labels", False):
+        elif labels is None and not model.training and as_loss(self.loss).needs_labels:
             loss = None
         else:
             options: dict[str, Any] = {"labels": labels, "num_items_in_batch": num_items_in_batch}
@@ -210,7 +210,9 @@ class DistillationTrainer(Trainer):
             if teacher is not None and "features" in teacher:
                 options["student_features"] = student["features"]
                 options["teacher_features"] = teacher["features"]
-            loss = self.loss(student["logits"], teacher and teacher["logits"], **options)
+            stored = None if teacher is None else teacher["logits"]
+            given = teacher_for(self.loss, stored, self.args.device)
+            loss = self.loss(student["logits"], given, **options)
         if model.training and loss is not None:
             loss = loss * self._record(num_items_in_batch)
         return (loss, {"logits": predictions}) if return_outputs else loss
@@ -218,11 +220,11 @@ class DistillationTrainer(Trainer):
     def _teacher_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         if TEACHER_KEY in inputs:
             stored = inputs[TEACHER_KEY]
-            if isinstance(stored, TopKSignal) and getattr(self.loss, "reads_stored", False):
+            if isinstance(stored, TopKSignal):
                 return {"logits": stored.to(self.args.device)}
             outputs = {"logits": teacher_logits_of(stored, self.args.device)}
             features = teacher_features_of(stored, self.args.device)
-            if features is not None and getattr(self.loss, "needs_features", False):
+            if features is not None and as_loss(self.loss).needs_features:
                 outputs["features"] = features
             return outputs
         if self.teacher is None:
@@ -248,7 +250,7 @@ class DistillationTrainer(Trainer):
             for name, value in inputs.items()
             if name != TEACHER_KEY and (name in own or name not in other or not own)
         }
-        features = getattr(self.loss, "needs_features", False)
+        features = as_loss(self.loss).needs_features
         if features:
             own_inputs["output_hidden_states"] = True
         return read_outputs(model(**own_inputs), features=features)

@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from otkd.checks import check_choice, check_logits, check_one_logits, check_positive
+from otkd.ot.divergence import Report
 from otkd.reductions import REDUCTIONS, counted_positions, reduce_positions
 from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
 from otkd.signals.protocol import teacher_features_of
@@ -45,7 +46,8 @@ class Batch:
 class DistillationLoss(nn.Module, ABC):
     """Base of the losses that are a value per position, reduced.
 
-    A subclass computes :meth:`per_position`; this class owns everything around it.
+    A subclass computes :meth:`per_position`; this class owns everything around it, and what a loss
+    says of itself (:class:`~otkd.losses.protocol.Loss`).
 
     Args:
         temperature: divides the logits of student and teacher.
@@ -91,7 +93,7 @@ class DistillationLoss(nn.Module, ABC):
         self.rescale_t2 = self.rescales_by_default if rescale_t2 is None else rescale_t2
         self.reduction = reduction
         self.vocab_size = vocab_size
-        self.last_report = None
+        self.last_report: Report | None = None
 
     @property
     def needs_features(self) -> bool:
@@ -102,6 +104,21 @@ class DistillationLoss(nn.Module, ABC):
     def bridges_vocabularies(self) -> bool:
         """Whether student and teacher may have vocabularies of different size."""
         return False
+
+    @property
+    def reductions(self) -> frozenset[str]:
+        """Its reduction."""
+        return frozenset({self.reduction})
+
+    @property
+    def last_reports(self) -> dict[str, Report]:
+        """Its own report, if there is one, under the empty name: it has no terms."""
+        return {} if self.last_report is None else {"": self.last_report}
+
+    @property
+    def last_terms(self) -> dict[str, Tensor]:
+        """Empty: it has no terms."""
+        return {}
 
     @abstractmethod
     def per_position(self, batch: Batch) -> Tensor:

@@ -12,6 +12,8 @@ from otkd.functional import kl_divergence
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.batch import BatchSinkhornLoss, UnrolledBatchSinkhornLoss
 from otkd.losses.divergences import CrossEntropyLoss, KLLoss
+from otkd.losses.protocol import Loss, as_loss, joined, teacher_for, worst_report
+from otkd.ot.divergence import Report
 from otkd.precision import compute_dtype
 from otkd.signals import TeacherSignal
 
@@ -21,7 +23,11 @@ class WeightedLoss(nn.Module):
 
     ``WeightedLoss({"kl": (0.9, KLLoss(temperature=2)), "ce": (0.1, "ce")})``: a loss may be given
     by its registry name; ``"ce"`` is the hard-label term. Temperature and reduction are those of
-    each term.
+    each term. A term may be a weighted loss itself. What the sum says of itself, such as
+    ``needs_labels``, follows from its terms; see :class:`~otkd.losses.protocol.Loss`.
+
+    A stored teacher is handed to every term as it is stored: terms that do not read it so expand
+    it for themselves.
 
     Args:
         terms: name → (weight, loss).
@@ -29,6 +35,11 @@ class WeightedLoss(nn.Module):
     Attributes:
         last_terms: value of each term in the last call, unweighted, as detached tensors: reading
             one is what makes a device wait, so read them only to log.
+        last_report: what the solvers of the terms did in the last call: the report of the only term
+            that has one, else the worst of all (the most iterations, the largest error, the least
+            coverage); None without a solver.
+        last_reports: the report of each term that has one, by name; those of a term that is a
+            weighted loss itself by ``"name/inner name"``.
 
     Raises:
         TypeError: if the terms have no names, or one is not a pair of a weight and a loss.
@@ -52,20 +63,51 @@ class WeightedLoss(nn.Module):
     @property
     def needs_teacher(self) -> bool:
         """Whether any term needs teacher logits."""
-        return self._any("needs_teacher", True)
+        return any(loss.needs_teacher for loss in self._losses())
 
     @property
     def needs_labels(self) -> bool:
         """Whether any term needs labels."""
-        return self._any("needs_labels", False)
+        return any(loss.needs_labels for loss in self._losses())
 
     @property
     def needs_features(self) -> bool:
         """Whether any term needs features."""
-        return self._any("needs_features", False)
+        return any(loss.needs_features for loss in self._losses())
 
-    def _any(self, attribute: str, default: bool) -> bool:
-        return any(getattr(loss, attribute, default) for loss in self.terms.values())
+    @property
+    def reads_stored(self) -> bool:
+        """Whether any term reads a stored teacher as it is stored."""
+        return any(loss.reads_stored for loss in self._losses())
+
+    @property
+    def bridges_vocabularies(self) -> bool:
+        """Whether every term that needs the teacher takes one of another vocabulary."""
+        return self.needs_teacher and all(
+            loss.bridges_vocabularies for loss in self._losses() if loss.needs_teacher
+        )
+
+    @property
+    def reductions(self) -> frozenset[str]:
+        """Those of all terms."""
+        return frozenset().union(*(loss.reductions for loss in self._losses()))
+
+    @property
+    def last_report(self) -> Report | None:
+        """The report of the only term that has one, else the worst of all."""
+        return worst_report(self.last_reports)
+
+    @property
+    def last_reports(self) -> dict[str, Report]:
+        """The report of each term that has one, by name."""
+        return {
+            joined(name, path): report
+            for name, loss in self.terms.items()
+            for path, report in as_loss(loss).last_reports.items()
+        }
+
+    def _losses(self) -> list[Loss]:
+        return [as_loss(loss) for loss in self.terms.values()]
 
     def forward(
         self,
@@ -85,7 +127,7 @@ class WeightedLoss(nn.Module):
         for name, loss in self.terms.items():
             value = loss(
                 student_logits,
-                teacher_logits,
+                teacher_for(loss, teacher_logits, student_logits.device),
                 labels=labels,
                 mask=mask,
                 num_items_in_batch=num_items_in_batch,

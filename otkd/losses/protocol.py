@@ -1,0 +1,171 @@
+"""What a loss says of itself: the protocol that trainers and sums of losses rely on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from otkd.ot.divergence import Report
+from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A loss beside its call, ``loss(student_logits, teacher_logits, *, labels=None, …)``.
+
+    Every loss of otkd has all of it; :func:`as_loss` gives it to any other module.
+
+    Attributes:
+        needs_teacher: whether the call needs ``teacher_logits``.
+        needs_labels: whether the call needs ``labels``.
+        needs_features: whether the call needs ``student_features`` and ``teacher_features``.
+        reads_stored: whether a :class:`~otkd.signals.TopKSignal` is read as it is stored, by this
+            loss or at least one of its terms, and not expanded to dense logits first. Every loss
+            takes a stored teacher in the place of logits, whatever this says.
+        bridges_vocabularies: whether student and teacher may have vocabularies of different size.
+        reductions: how the values of the positions are reduced, of every term.
+        last_report: what the solver did in the last call; None without a solver. Of several terms
+            the worst: the most iterations, the largest error, the least coverage.
+        last_reports: the report of each term that has one, by the names of the terms joined by
+            ``/``; of a loss that has no terms, its own under ``""``.
+        last_terms: the value of each term in the last call, unweighted and detached; empty for a
+            loss that has no terms.
+    """
+
+    @property
+    def needs_teacher(self) -> bool: ...  # noqa: D102
+    @property
+    def needs_labels(self) -> bool: ...  # noqa: D102
+    @property
+    def needs_features(self) -> bool: ...  # noqa: D102
+    @property
+    def reads_stored(self) -> bool: ...  # noqa: D102
+    @property
+    def bridges_vocabularies(self) -> bool: ...  # noqa: D102
+    @property
+    def reductions(self) -> frozenset[str]: ...  # noqa: D102
+    @property
+    def last_report(self) -> Report | None: ...  # noqa: D102
+    @property
+    def last_reports(self) -> Mapping[str, Report]: ...  # noqa: D102
+    @property
+    def last_terms(self) -> Mapping[str, Tensor]: ...  # noqa: D102
+
+
+def as_loss(module: nn.Module) -> Loss:
+    """``module`` itself if it has the protocol, else an adapter that answers for it."""
+    return module if isinstance(module, Loss) else ForeignLoss(module)
+
+
+def teacher_for(
+    loss: nn.Module, teacher: Tensor | TeacherSignal | None, device: torch.device
+) -> Tensor | TeacherSignal | None:
+    """The teacher in the form that ``loss`` reads.
+
+    Losses with the protocol take any; another module gets dense logits. One whose call hands the
+    teacher on to losses of otkd gets a stored top-k as it is if it says ``reads_stored = True``.
+    """
+    if teacher is None or isinstance(loss, Loss):
+        return teacher
+    if isinstance(teacher, TopKSignal) and as_loss(loss).reads_stored:
+        return teacher
+    return teacher_logits_of(teacher, device)
+
+
+class ForeignLoss:
+    """The protocol of a module that is called as otkd's losses are but lacks part of the protocol.
+
+    What the module has is taken from it. Otherwise it needs a teacher and nothing else, reads dense
+    logits, bridges no vocabularies, and its terms and reports are those of the losses inside it.
+    """
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    def _ask(self, name: str, default: Any) -> Any:
+        return getattr(self._module, name, default)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """See :class:`Loss`; True unless the module says otherwise."""
+        return self._ask("needs_teacher", True)
+
+    @property
+    def needs_labels(self) -> bool:
+        """See :class:`Loss`; False unless the module says otherwise."""
+        return self._ask("needs_labels", False)
+
+    @property
+    def needs_features(self) -> bool:
+        """See :class:`Loss`; False unless the module says otherwise."""
+        return self._ask("needs_features", False)
+
+    @property
+    def reads_stored(self) -> bool:
+        """See :class:`Loss`; False unless the module says otherwise."""
+        return self._ask("reads_stored", False)
+
+    @property
+    def bridges_vocabularies(self) -> bool:
+        """See :class:`Loss`; False unless the module says otherwise."""
+        return self._ask("bridges_vocabularies", False)
+
+    @property
+    def reductions(self) -> frozenset[str]:
+        """See :class:`Loss`; those of the module and of all modules inside it that name one."""
+        named = (getattr(module, "reduction", None) for module in self._module.modules())
+        return self._ask("reductions", frozenset(filter(None, named)))
+
+    @property
+    def last_report(self) -> Report | None:
+        """See :class:`Loss`."""
+        own = self._ask("last_report", None)
+        return worst_report(self.last_reports) if own is None else own
+
+    @property
+    def last_reports(self) -> Mapping[str, Report]:
+        """See :class:`Loss`; those of the losses inside the module."""
+        own = self._ask("last_report", None)
+        inside = dict(_reports_inside(self._module, "")) if own is None else {"": own}
+        return self._ask("last_reports", inside)
+
+    @property
+    def last_terms(self) -> Mapping[str, Tensor]:
+        """See :class:`Loss`; none unless the module has them."""
+        return self._ask("last_terms", None) or {}
+
+
+def worst_report(reports: Mapping[str, Report]) -> Report | None:
+    """One report for several terms: the most iterations, the largest error, the least coverage."""
+    found = list(reports.values())
+    if len(found) < 2:
+        return found[0] if found else None
+    return Report.of(
+        found,
+        support=", ".join(dict.fromkeys(report.support for report in found)),
+        backend=", ".join(dict.fromkeys(report.backend for report in found)),
+        coverage=_least(report.coverage for report in found),
+        worst_coverage=_least(report.worst_coverage for report in found),
+    )
+
+
+def _least(values: Iterable[Tensor | None]) -> Tensor | None:
+    known = [value for value in values if value is not None]
+    return torch.stack(known).min() if known else None
+
+
+def joined(name: str, path: str) -> str:
+    """The path of a term inside the term ``name``."""
+    return f"{name}/{path}" if path else name
+
+
+def _reports_inside(module: nn.Module, name: str) -> Iterator[tuple[str, Report]]:
+    for child_name, child in module.named_children():
+        path = joined(name, child_name) if name else child_name
+        if isinstance(child, Loss):
+            yield from ((joined(path, inner), r) for inner, r in child.last_reports.items())
+        else:
+            yield from _reports_inside(child, path)
