@@ -122,15 +122,17 @@ class ForeignLoss:
     @property
     def last_report(self) -> Report | None:
         """See :class:`Loss`."""
-        own = self._ask("last_report", None)
-        return worst_report(self.last_reports) if own is None else own
+        return worst_report(self.last_reports)
 
     @property
     def last_reports(self) -> Mapping[str, Report]:
-        """See :class:`Loss`; those of the losses inside the module."""
+        """See :class:`Loss`; the module's own, or those of the losses inside it."""
         own = self._ask("last_report", None)
-        inside = dict(_reports_inside(self._module, "")) if own is None else {"": own}
-        return self._ask("last_reports", inside)
+        if own is None:
+            return dict(_reports_inside(self._module, ""))
+        if not isinstance(own, Report):  # a Solution of otkd.ot, or what looks like one
+            own = Report(own.iterations, own.marginal_error.max(), own.converged)
+        return {"": own}
 
     @property
     def last_terms(self) -> Mapping[str, Tensor]:
