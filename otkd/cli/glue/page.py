@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections import Counter
 from pathlib import Path
 
-from otkd.cli.console import CommandError, notice
+from otkd.cli.console import notice
 from otkd.cli.glue.collect import BASELINE, PROTOCOLS, Collection, Study, collect
 from otkd.cli.glue.departures import setting_name
 from otkd.cli.glue.findings import curve_names
@@ -27,6 +26,7 @@ from otkd.cli.glue.tables import (
     tuning_table,
 )
 from otkd.cli.glue.verdict import verdict
+from otkd.files import written_whole
 
 _IMAGES = "images"
 
@@ -50,8 +50,8 @@ def report(results_dir: Path, output: Path) -> None:
     images: dict[str, bytes] = {}
     text = _page(collection, published, images, _command(results_dir, output))
     for name, image in images.items():
-        _replace(output.parent / _IMAGES / name, image)
-    _replace(output, text.encode())
+        _write(output.parent / _IMAGES / name, image)
+    _write(output, text.encode())
     for problem in collection.problems:
         notice(f"Left out: {problem}.")
     notice(f"{output}: {count(collection.files, 'result file')}, {count(len(images), 'plot')}.")
@@ -284,14 +284,6 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one, so that a reader sees the old or the new."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, content: bytes) -> None:
+    with written_whole(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise CommandError(
-            f"--output: {path} cannot be written: {error.strerror or error}."
-        ) from error
