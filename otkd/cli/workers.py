@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -58,7 +58,7 @@ def run_all(
     runs: Sequence[Run],
     workers: int,
     bar: StepBar,
-) -> Iterator[tuple[Run, Result]]:
+) -> Generator[tuple[Run, Result], None, None]:
     """Distil every student; yields each as it is done.
 
     Args:
