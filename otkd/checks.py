@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
+IGNORE_INDEX = -100
+
+
 def check_positive(**values: float) -> None:
     """Raise ``ValueError`` unless every value given by name is a finite number above 0.
 
@@ -115,6 +118,38 @@ def check_positions(name: str, values: Tensor | None, batch_shape: Sequence[int]
         raise ValueError(
             f"{name} must have one entry per position, shape {tuple(batch_shape)}, "
             f"got {tuple(values.shape)}"
+        )
+
+
+def as_class_labels(labels: Tensor) -> Tensor:
+    """Labels as int64, which is what torch takes for indices of classes.
+
+    Raises:
+        TypeError: if they are no tensor of integers.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise TypeError(
+            f"labels must be indices of classes, integers, got {labels.dtype}: numbers to regress "
+            "on, soft labels and several labels per position are no targets of a loss over classes"
+        )
+    return labels if labels.dtype == torch.int64 else labels.long()
+
+
+def check_class_labels(labels: Tensor, classes: int, *, of: str = "") -> None:
+    """Raise ``ValueError`` unless each label is one of ``classes``, or −100 where none counts.
+
+    Labels on another device than the CPU pass unread: it would have to be waited for.
+    """
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return
+    wrong = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= classes)
+    if wrong.any():
+        first = labels[wrong][0].item()
+        raise ValueError(
+            f"{int(wrong.sum())} labels are no class{of}, the first is {first}: labels are whole "
+            f"numbers from 0 to {classes - 1}, or {IGNORE_INDEX} where a position does not count"
         )
 
 

@@ -6,10 +6,15 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from otkd.checks import check_choice, check_mask, check_not_negative, check_positions
+from otkd.checks import (
+    IGNORE_INDEX,
+    check_choice,
+    check_mask,
+    check_not_negative,
+    check_positions,
+)
 
 REDUCTIONS = ("mean", "sum", "none", "sequence_mean")
-IGNORE_INDEX = -100
 
 
 def counted_positions(

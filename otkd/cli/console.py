@@ -17,7 +17,6 @@ if not out.is_terminal:
 _TRAIN_MODULES = (
     "accelerate",
     "datasets",
-    "filelock",
     "matplotlib",
     "safetensors",
     "torchmetrics",

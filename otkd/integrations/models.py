@@ -1,70 +1,209 @@
-"""Questions to a model of transformers, or one that looks like it."""
+"""What a trainer has to know of a model, found once in its class, signature and configuration."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from otkd.integrations.tasks import Task, task_of
+
+# In a mapping of causal language models, but their own loss does not shift: they see both sides.
+_SEE_BOTH_SIDES = {"XLNetLMHeadModel", "XLMWithLMHeadModel"}
 
 
-def base_model(model: Any) -> Any:
-    """The model inside an adapter model of PEFT, whose class and signature say what it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+@dataclass(frozen=True)
+class ModelDescription:
+    """A model as a trainer sees it; made by :func:`describe`.
 
-
-def argument_names(model: Any) -> set[str]:
-    """The arguments that the forward pass of ``model`` names."""
-    parameters = inspect.signature(base_model(model).forward).parameters.values()
-    return {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-
-
-def is_encoder_decoder(model: Any) -> bool:
-    """Whether the configuration of ``model`` says that it has an encoder and a decoder."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def is_causal_lm(model: Any) -> bool:
-    """Whether the loss of ``model`` itself shifts: by its loss type, or by its class."""
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    base = base_model(model)
-    by_type = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
-    by_name = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return (by_type or by_name) and not is_encoder_decoder(base)
-
-
-def without_labels(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs with which a model computes no loss of its own."""
-    rest = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels")}
-    labels = inputs.get("labels")
-    if labels is not None and is_encoder_decoder(model) and "decoder_input_ids" not in rest:
-        # Such a model derives its decoder's input from the labels.
-        rest["decoder_input_ids"] = base_model(model).prepare_decoder_input_ids_from_labels(labels)
-    return rest
-
-
-def read_outputs(outputs: Any, *, features: bool) -> dict[str, Tensor]:
-    """``logits``, and with ``features`` the last hidden states too, of a model's outputs.
-
-    Features are ``(batch, positions, width)`` where the logits have positions, else the first
-    token's ``(batch, width)``.
-
-    Raises:
-        ValueError: if there are no hidden states to be features.
+    Attributes:
+        name: its class.
+        task: what it is for; None for modules that transformers does not know.
+        arguments: the arguments that its forward pass names.
+        required: those of them that have no default.
+        fields: the names of its outputs, as far as its signature tells; else None.
+        shifts: whether the logits of a position are for the label of the next one.
+        decodes: whether it has a decoder whose input is derived from the labels.
+        mask_name: the input that masks the tokens which its logits are for.
+        tokens: number of rows of its input embedding, if it has one.
+        targets: number of tokens that it predicts, if it has an output embedding.
+        problem_type: of its configuration, for classifiers.
+        num_labels: of its configuration, for classifiers.
+        label_names: the names of its classes where the configuration has any but the default.
+        virtual_tokens: number of positions that a prompt-learning adapter puts before the text.
+        auxiliary: coefficient of each auxiliary output that its own loss adds, e.g. ``aux_loss``.
     """
-    logits = _field(outputs, "logits")
-    if logits is None:
-        logits = outputs if isinstance(outputs, Tensor) else outputs[0]
-    if not features:
-        return {"logits": logits}
-    states = _field(outputs, "decoder_hidden_states") or _field(outputs, "hidden_states")
-    if not states:
-        raise ValueError("the loss compares features, but the model gives no hidden_states")
-    return {"logits": logits, "features": states[-1] if logits.ndim > 2 else states[-1][:, 0]}
+
+    name: str
+    task: Task | None
+    arguments: frozenset[str]
+    required: frozenset[str]
+    fields: frozenset[str] | None
+    shifts: bool
+    decodes: bool
+    mask_name: str
+    tokens: int | None
+    targets: int | None
+    problem_type: str | None
+    num_labels: int | None
+    label_names: tuple[str, ...]
+    virtual_tokens: int
+    auxiliary: dict[str, float]
 
 
-def _field(outputs: Any, name: str) -> Any:
-    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+def describe(model: nn.Module) -> ModelDescription:
+    """Look at a model, through wrappers."""
+    base = unwrapped(model)
+    config = getattr(base, "config", None)
+    task = task_of(base)
+    named = _parameters(base)
+    arguments = frozenset(p.name for p in named)
+    encodes = bool(getattr(config, "is_encoder_decoder", False))
+    generates = task is not None and task.generates
+    parents = {parent.__name__ for parent in type(base).__mro__}
+    classifies = task is not None and task.classifies
+    decodes = encodes and "decoder_input_ids" in arguments and (generates or task is None)
+    return ModelDescription(
+        name=type(base).__name__,
+        task=task,
+        arguments=arguments,
+        required=frozenset(p.name for p in named if p.default is p.empty),
+        fields=_output_fields(base),
+        shifts=generates and not encodes and not parents & _SEE_BOTH_SIDES,
+        decodes=decodes,
+        mask_name="decoder_attention_mask" if decodes else "attention_mask",
+        tokens=_rows(base, "get_input_embeddings"),
+        targets=_rows(base, "get_output_embeddings"),
+        problem_type=getattr(config, "problem_type", None) if classifies else None,
+        num_labels=getattr(config, "num_labels", None) if classifies else None,
+        label_names=_label_names(config) if classifies else (),
+        virtual_tokens=_virtual_tokens(model),
+        auxiliary=_auxiliary_coefficients(base, config),
+    )
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside wrappers that change neither its inputs nor its outputs, in any order.
+
+    These are ``torch.compile``, adapters of PEFT, and modules whose only part is ``module``: DDP,
+    FSDP, averaged and accelerated models.
+    """
+    while True:
+        if hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        elif hasattr(model, "_orig_mod"):
+            inner = model._orig_mod
+        elif isinstance(model, nn.Module) and list(model._modules) == ["module"]:
+            inner = model.module
+        else:
+            return model
+        if inner is model:
+            return model
+        model = inner
+
+
+def own_inputs(
+    model: nn.Module,
+    description: ModelDescription,
+    inputs: Mapping[str, Any],
+    *,
+    other: Collection[str],
+    labels: Tensor | None,
+) -> dict[str, Any]:
+    """The share of a batch that ``model`` reads, with which it predicts the labels.
+
+    Its share is what its signature names, and what neither signature names.
+
+    Args:
+        model: the model, which may be wrapped.
+        description: of it.
+        inputs: the batch without its labels.
+        other: the arguments of the other model.
+        labels: those of the batch, from which the input of a decoder is derived as the model does
+            it itself. A model that cannot say it gets the labels, and computes a loss that is not
+            used; so does one that takes no batch without them.
+    """
+    named = description.arguments
+    share = {k: v for k, v in inputs.items() if k in named or k not in other or not named}
+    if labels is None:
+        return share
+    given = {"decoder_input_ids", "decoder_inputs_embeds"} & share.keys()
+    if description.decodes and not given:
+        return share | _decoder_inputs(unwrapped(model), description, labels)
+    return share | ({"labels": labels} if "labels" in description.required else {})
+
+
+def _decoder_inputs(base: Any, description: ModelDescription, labels: Tensor) -> dict[str, Any]:
+    derive = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    if derive is None:
+        return {"labels": labels} if "labels" in description.arguments else {}
+    inputs = {"decoder_input_ids": derive(labels)}
+    if description.name == "EncoderDecoderModel":
+        # Unlike the others it hides what stands for −100 from its decoder, too.
+        hidden = inputs["decoder_input_ids"] == base.config.pad_token_id
+        inputs["decoder_attention_mask"] = (~hidden).to(labels.dtype)
+    return inputs
+
+
+def _parameters(base: Any) -> list[inspect.Parameter]:
+    parameters = inspect.signature(base.forward).parameters.values()
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _output_fields(base: Any) -> frozenset[str] | None:
+    try:
+        returned = typing.get_type_hints(type(base).forward).get("return")
+    except (NameError, TypeError, AttributeError):
+        return None
+    for each in typing.get_args(returned) or (returned,):
+        if isinstance(each, type) and is_dataclass(each):
+            return frozenset(field.name for field in fields(each))
+    return None
+
+
+def _rows(base: Any, getter: str) -> int | None:
+    try:
+        weight = getattr(base, getter)().weight
+    except (AttributeError, NotImplementedError):
+        return None
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+
+def _label_names(config: Any) -> tuple[str, ...]:
+    names = getattr(config, "id2label", None) or {}
+    names = tuple(str(names[index]) for index in sorted(names))
+    return () if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
+
+
+def _virtual_tokens(model: Any) -> int:
+    while not hasattr(model, "peft_config") and isinstance(model, nn.Module):
+        inner = getattr(model, "_orig_mod", None) or model._modules.get("module")
+        if inner is None:
+            return 0
+        model = inner
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is None or not getattr(adapter, "is_prompt_learning", False):
+        return 0
+    if "PREFIX_TUNING" in str(getattr(adapter, "peft_type", "")):
+        return 0  # in the cache of keys and values, not among the positions
+    return int(getattr(adapter, "num_virtual_tokens", 0) or 0)
+
+
+def _auxiliary_coefficients(base: Any, config: Any) -> dict[str, float]:
+    """As the losses of mixtures of experts in transformers have them."""
+    found = {}
+    for ending, names in (
+        ("aux_loss", ("router_aux_loss_coef", "aux_loss_coef")),
+        ("z_loss", ("router_z_loss_coef",)),
+    ):
+        places = (base, config, getattr(config, "text_config", None))
+        held = [getattr(place, name, None) for place in places for name in names]
+        held = [value for value in held if value is not None]
+        if held:
+            found |= {f"{part}{ending}": float(held[0]) for part in ("", "encoder_", "decoder_")}
+    return found

@@ -25,7 +25,7 @@ class LossRecord:
         """
         said = as_loss(loss)
         for name, value in said.last_terms.items():
-            self._add(f"loss/{name}", value * share, steps)
+            self.add_term(name, value, share=share, steps=steps)
         for report in said.last_reports.values():
             self._add("solver/iterations", report.iterations, 1)
             self._add("solver/marginal_error", report.marginal_error, 1)
@@ -35,6 +35,10 @@ class LossRecord:
             ):
                 if value is not None:
                     self._add(f"solver/{name}", value, 1)
+
+    def add_term(self, name: str, value: Tensor, *, share: float, steps: float) -> None:
+        """Add a term that is not of the loss; arguments as :meth:`add`."""
+        self._add(f"loss/{name}", value * share, steps)
 
     def _add(self, name: str, value: Tensor | float, weight: float) -> None:
         if isinstance(value, Tensor):

@@ -9,13 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from otkd.integrations.models import (
-    argument_names,
-    is_causal_lm,
-    is_encoder_decoder,
-    read_outputs,
-    without_labels,
+from otkd.checks import as_class_labels
+from otkd.integrations.batches import find_targets, label_key, label_names_of, without_labels
+from otkd.integrations.model_refusals import (
+    check_has_positions,
+    check_labels_of,
+    check_positions_of,
+    check_stored_rows,
+    refuse_model,
+    refuse_pair,
 )
+from otkd.integrations.models import ModelDescription, describe, own_inputs
+from otkd.integrations.outputs import auxiliary_loss, read_outputs
 from otkd.integrations.records import LossRecord
 from otkd.integrations.refusals import check_loss, refuse_training
 from otkd.integrations.stored import (
@@ -45,10 +50,13 @@ LOSS_STATE_NAME = "loss.pt"
 class DistillationTrainer(Trainer):
     """A ``transformers.Trainer`` whose objective is an otkd loss against a teacher.
 
-    The loss is called with the student's and the teacher's logits; the models never see the labels.
-    For causal language models position t is paired with label t + 1, decided as Trainer decides it.
-    Positions with label −100 do not count; without labels, token-level models count where the
-    attention mask is 1.
+    The loss is called with the student's and the teacher's logits. Models that it cannot train, or
+    be taught by, are refused by name: see the table of model kinds in ``docs/training.md``.
+    The models do not see the labels, except encoder-decoders that derive the input of their decoder
+    from them. For causal language models position t is paired with label t + 1. Positions with
+    label −100 do not count; without labels, token-level models count where the attention mask is
+    1. The first token of a document that is packed behind another one does not count.
+    The auxiliary loss of a mixture of experts (``output_router_logits=True``) is added in training.
 
     Gradient accumulation equals the full batch for losses that are sums over positions. The means
     of the microbatches are averaged instead for ``reduction="sequence_mean"``, and where a model
@@ -85,7 +93,8 @@ class DistillationTrainer(Trainer):
             number of stored entries is not that of the examples; if the teacher shares trainable
             parameters with the student or the loss; for label smoothing, ``compute_loss_func``,
             ``reduction="none"`` and several GPUs in one process; for a loss with parameters in
-            several processes.
+            several processes; for a model without logits of classes; for a teacher that reads
+            another vocabulary than the student, or names its classes in another order.
     """
 
     def __init__(
@@ -117,14 +126,19 @@ class DistillationTrainer(Trainer):
             has_other_objective=self.compute_loss_func is not None,
         )
 
-        self._student_arguments = argument_names(self.model)
-        self._teacher_arguments: set[str] = set()
+        self._student = describe(cast("nn.Module", self.model))
+        refuse_model(self._student, "student")
+        self._teacher: ModelDescription | None = None
         if self.teacher is not None:
-            self._teacher_arguments = argument_names(self.teacher)
+            self._teacher = describe(self.teacher)
+            refuse_model(self._teacher, "teacher")
+            refuse_pair(self._student, self._teacher, self.loss)
             if getattr(self.teacher, "hf_device_map", None) is None:
                 self.teacher.to(self.args.device)
 
-        self.shift = is_causal_lm(self.model) if shift is None else shift
+        self.shift = self._student.shifts if shift is None else shift
+        self._label_names = label_names_of(self.label_names, self.args.label_names)
+        self._labels_seen = False
         # Labels are shifted before Trainer counts them: it misses models without a loss type, such
         # as GPT-2, and its older versions never shift.
         self._loss_shifts_labels = False
@@ -139,23 +153,21 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            # What the teacher alone reads, such as segments, must reach it too.
-            columns = cast("list[str]", self._signature_columns)
-            self._signature_columns = [*columns, TEACHER_KEY, *self._teacher_arguments]
+            # What the teacher alone reads, such as segments, must reach it too, and labels say
+            # which positions count, also where no model reads them.
+            columns = {*cast("list[str]", self._signature_columns), *self._student.arguments}
+            columns |= {TEACHER_KEY, "labels", "shift_labels", *self._label_names}
+            columns |= self._teacher.arguments if self._teacher is not None else set()
+            self._signature_columns = sorted(columns)
 
     def _targets(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Labels, or the attention mask without them, aligned with the logits the loss sees."""
-        if inputs.get("shift_labels") is not None:
-            return inputs["shift_labels"], None
-        labels = inputs.get("labels")
-        if labels is not None:
-            return labels[..., 1:] if self.shift else labels, None
-        name = "decoder_attention_mask" if is_encoder_decoder(self.model) else "attention_mask"
-        mask = inputs.get(name)
-        if self.shift and mask is not None:
-            # Both ends: after padding on the left, the first token is predicted from nothing.
-            mask = mask[..., 1:] * mask[..., :-1]
-        return None, mask
+        return find_targets(
+            inputs,
+            shift=self.shift,
+            mask_name=self._student.mask_name,
+            label_names=self._label_names,
+        )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         counted = []
@@ -183,16 +195,23 @@ class DistillationTrainer(Trainer):
         """
         labels, mask = self._targets(inputs)
         shift = self.shift and inputs.get("shift_labels") is None
-        inputs = without_labels(self.model, inputs)
+        if model.training and self._student.decodes:
+            self._check_labels(labels, self._student.targets)  # before they become its input
         # The teacher first: its activations are gone before the student's are kept.
         teacher = self._teacher_outputs(inputs)
-        student = self._outputs(model, inputs, self._student_arguments, self._teacher_arguments)
+        student, auxiliary = self._outputs(model, inputs, "student")
         predictions = student["logits"]
         if teacher is not None and TEACHER_KEY in inputs:
+            check_stored_rows(teacher["logits"].shape, predictions.shape)
             teacher = {name: fit_length(x, predictions) for name, x in teacher.items()}
         if shift:
+            check_has_positions(self._student, predictions)
             student = {name: values[:, :-1] for name, values in student.items()}
             teacher = teacher and {name: values[:, :-1] for name, values in teacher.items()}
+        check_positions_of(self._student, student["logits"], labels, mask)
+        if model.training:
+            self._check_labels(labels, predictions.shape[-1])
+            self._labels_seen = True
 
         if teacher is None and as_loss(self.loss).needs_teacher:
             if model.training:
@@ -215,6 +234,8 @@ class DistillationTrainer(Trainer):
             loss = self.loss(student["logits"], given, **options)
         if model.training and loss is not None:
             loss = loss * self._record(num_items_in_batch)
+            if auxiliary is not None:
+                loss = loss + self._auxiliary(auxiliary, num_items_in_batch)
         return (loss, {"logits": predictions}) if return_outputs else loss
 
     def _teacher_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -230,30 +251,42 @@ class DistillationTrainer(Trainer):
         if self.teacher is None:
             return None
         self.teacher.eval()
-        inputs = dict(inputs)
-        if "use_cache" in self._teacher_arguments:
-            inputs["use_cache"] = False
         with torch.no_grad(), self.accelerator.autocast():
-            return self._outputs(
-                self.teacher, inputs, self._teacher_arguments, self._student_arguments
-            )
+            return self._outputs(self.teacher, inputs, "teacher")[0]
 
     def _outputs(
-        self, model: nn.Module, inputs: Mapping[str, Any], own: set[str], other: set[str]
-    ) -> dict[str, Tensor]:
-        """Logits, and features if the loss needs them, of ``model`` on its share of ``inputs``.
-
-        Its share is what its signature names (``own``) and what neither signature names.
-        """
-        own_inputs = {
-            name: value
-            for name, value in inputs.items()
-            if name != TEACHER_KEY and (name in own or name not in other or not own)
-        }
+        self, model: nn.Module, inputs: Mapping[str, Any], role: str
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Logits, features if the loss needs them, and the auxiliary loss of ``model``."""
+        own, other = self._student, self._teacher
+        if role == "teacher":
+            own, other = cast("ModelDescription", other), own
+        key = label_key(inputs, self._label_names)
+        share = own_inputs(
+            model,
+            own,
+            without_labels(inputs, self._label_names),
+            other=() if other is None else other.arguments,
+            labels=None if key is None else as_class_labels(inputs[key]),
+        )
+        if role == "teacher" and "use_cache" in own.arguments:
+            share["use_cache"] = False
         features = as_loss(self.loss).needs_features
         if features:
-            own_inputs["output_hidden_states"] = True
-        return read_outputs(model(**own_inputs), features=features)
+            share["output_hidden_states"] = True
+        outputs = model(**share)
+        return read_outputs(outputs, own, role, features=features), auxiliary_loss(outputs, own)
+
+    def _check_labels(self, labels: Tensor | None, classes: int | None) -> None:
+        if labels is not None and classes is not None:
+            # A device is waited for in the first batch only.
+            check_labels_of(self._student, labels if self._labels_seen else labels.cpu(), classes)
+
+    def _auxiliary(self, value: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The share of a microbatch in the auxiliary loss: their mean, as they have no items."""
+        steps = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
+        self._records.add_term("auxiliary", value, share=steps, steps=steps)
+        return value if num_items_in_batch is None else value * steps
 
     def prediction_step(
         self,

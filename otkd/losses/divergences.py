@@ -7,7 +7,7 @@ from dataclasses import asdict
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from otkd.checks import check_finite_rows
+from otkd.checks import as_class_labels, check_class_labels, check_finite_rows
 from otkd.functional import formulas
 from otkd.functional.rowwise import Formula, rowwise_divergence
 from otkd.losses.base import Batch, DistillationLoss
@@ -170,10 +170,11 @@ class CrossEntropyLoss(DistillationLoss):
         """See :class:`~otkd.losses.base.DistillationLoss`."""
         logits = batch.student_logits
         vocab, batch_shape = logits.shape[-1], logits.shape[:-1]
-        labels = batch.labels.to(logits.device)
+        labels = as_class_labels(batch.labels).to(logits.device)
         if batch.counted is not None:
             labels = labels.masked_fill(~batch.counted, IGNORE_INDEX)
             logits = logits.masked_fill(~batch.counted.unsqueeze(-1), 0.0)
+        check_class_labels(labels, vocab)
         scaled = logits.to(compute_dtype(logits)).reshape(-1, vocab) / self.temperature
         values = cross_entropy(
             scaled, labels.reshape(-1), reduction="none", ignore_index=IGNORE_INDEX

@@ -1,0 +1,179 @@
+"""Models that a loss over logits cannot train, and batches that do not fit one: each by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from otkd.checks import check_class_labels
+from otkd.integrations.models import ModelDescription
+from otkd.integrations.outputs import other_heads
+from otkd.losses.base import DistillationLoss
+
+
+def refuse_model(model: ModelDescription, role: str) -> None:
+    """Raise ``ValueError`` for a model whose class, outputs or configuration do not fit a loss.
+
+    What the class does not tell, the first batch does.
+    """
+    who = f"the {role} {model.name}"
+    if model.task is not None and model.task.refusal is not None:
+        raise ValueError(f"{who} is a model for {model.task.title}: {model.task.refusal}")
+    if model.task is None and model.fields is not None:
+        if "logits" not in model.fields:
+            raise ValueError(
+                f"{who} has no head that gives logits, but {', '.join(sorted(model.fields))}: take "
+                "the class with the head of your task, such as AutoModelForCausalLM or "
+                "AutoModelForSequenceClassification"
+            )
+        heads = other_heads(model.fields)
+        if heads and role == "student":
+            raise ValueError(
+                f"{who} has more heads than one, {', '.join(heads)} beside logits: a loss over the "
+                "logits would leave those untrained; take a class with one head"
+            )
+    if model.problem_type in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f'{who} has problem_type="{model.problem_type}": a loss compares distributions over '
+            "classes of which one is right. Distil it in a training loop of your own, with the "
+            "squared error (regression) or with two logits per class (several labels)"
+        )
+    if model.num_labels == 1:
+        raise ValueError(
+            f"{who} has one class (num_labels=1), whose probability is always 1, so every loss is "
+            "0: for regression use the squared error in a training loop of your own; for a yes or "
+            "no, two classes"
+        )
+    if model.virtual_tokens and (model.shifts or model.decodes):
+        raise ValueError(
+            f"{who} is tuned by a prompt of {model.virtual_tokens} virtual tokens, whose logits "
+            "have no labels: use another adapter, such as LoRA or prefix tuning"
+        )
+
+
+def refuse_pair(student: ModelDescription, teacher: ModelDescription, loss: nn.Module) -> None:
+    """Raise ``ValueError`` where a teacher would read or say something else than the student.
+
+    Both read the same ``input_ids``, so that their tokens must be the same; a loss with
+    ``vocab_size=`` says that they are, and that the rest is padding. Whether two vocabularies of
+    one size are the same is not known to the models.
+    """
+    _refuse_order_of_classes(student, teacher)
+    reads = "input_ids" in student.arguments and "input_ids" in teacher.arguments
+    sizes = (student.tokens, teacher.tokens)
+    if not reads or None in sizes or sizes[0] == sizes[1] or _judges_vocabularies(student, loss):
+        return
+    raise ValueError(
+        f"the student {student.name} knows {sizes[0]} tokens and the teacher {teacher.name} "
+        f"{sizes[1]}, but both read the same input_ids: with two tokenizers the teacher would read "
+        "other words. Store the teacher's logits at the student's positions and pass them as "
+        "teacher=, or as teacher_logits in the examples. If the tokenizer is the same and one "
+        "vocabulary is only padded, pass vocab_size= to the loss of a language model, or give both "
+        "one size with resize_token_embeddings"
+    )
+
+
+def _judges_vocabularies(student: ModelDescription, loss: nn.Module) -> bool:
+    """Whether the loss compares tokens and refuses two vocabularies, or is told their size."""
+    if student.task is not None and not (
+        student.task.generates or student.task.title.startswith("masked")
+    ):
+        return False
+    modules = [m for m in loss.modules() if isinstance(m, DistillationLoss) and m.needs_teacher]
+    return bool(modules) and all(
+        m.vocab_size is not None or not m.bridges_vocabularies for m in modules
+    )
+
+
+def _refuse_order_of_classes(student: ModelDescription, teacher: ModelDescription) -> None:
+    ours, theirs = (_distinct(model.label_names) for model in (student, teacher))
+    moved = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    if moved:
+        listed = "; ".join(
+            f"{name!r} is class {ours[name]} of the student and {theirs[name]} of the teacher"
+            for name in moved
+        )
+        raise ValueError(
+            f"student and teacher name the same classes in another order (id2label): {listed}. "
+            "Reorder the rows of the teacher's classifier, or, if the order is the same in truth, "
+            "give both configurations the same id2label"
+        )
+
+
+def _distinct(names: tuple[str, ...]) -> dict[str, int]:
+    found = {name.casefold().strip().replace("-", "_").replace(" ", "_"): i
+             for i, name in enumerate(names)}  # fmt: skip
+    return found if len(found) == len(names) else {name: i for i, name in enumerate(names)}
+
+
+def check_positions_of(
+    model: ModelDescription, logits: Tensor, labels: Tensor | None, mask: Tensor | None
+) -> None:
+    """Raise ``ValueError`` unless labels, or the mask without them, have an entry per position.
+
+    Args:
+        model: whose logits they are.
+        logits: as the loss sees them, without the last position where they were shifted.
+        labels: aligned with them.
+        mask: the same, where there are no labels.
+    """
+    expected, name = tuple(logits.shape[:-1]), model.name
+    if labels is None:
+        if logits.ndim > 3:
+            raise ValueError(
+                f"the logits of {name} have {logits.ndim} dimensions, {tuple(logits.shape)}, and "
+                "there are no labels that tell which one is of the classes: it must be the last"
+            )
+        if mask is not None and logits.ndim > 2 and tuple(mask.shape) != expected:
+            raise ValueError(
+                f"{name} gives logits for positions {expected} but the mask of its input has "
+                f"{tuple(mask.shape)}: give labels, one per position of the logits, with -100 "
+                "where one does not count"
+            )
+        return
+    shape = tuple(labels.shape)
+    if shape == expected:
+        return
+    if shape == tuple(logits.shape):
+        hint = "labels are indices of classes; soft or several labels per position are no targets"
+    elif logits.ndim > 3 or (labels.ndim > 1 and shape == (logits.shape[0], *logits.shape[2:])):
+        hint = "the classes must be in the last dimension: logits.movedim(1, -1)"
+    elif labels.ndim == len(expected) > 1:
+        hint = (
+            "positions without labels, such as those of an image or of virtual tokens, must be "
+            "labelled -100, or not be among the logits"
+        )
+    else:
+        hint = "a classifier of sequences takes one label per example, one of tokens one per token"
+    raise ValueError(
+        f"{name} gives logits for positions {expected} but the labels have shape {shape}: {hint}"
+    )
+
+
+def check_labels_of(model: ModelDescription, labels: Tensor, classes: int) -> None:
+    """Raise ``ValueError`` for a label that is neither −100 nor one of the ``classes``.
+
+    Labels on another device than the CPU are not read, for which the device would have to wait.
+    """
+    check_class_labels(labels, classes, of=f" of the student {model.name}")
+
+
+def check_has_positions(model: ModelDescription, logits: Tensor) -> None:
+    """Raise ``ValueError`` if logits to be paired with the next label have no positions."""
+    if logits.ndim < 3:
+        raise ValueError(
+            f"shift=True pairs each position with the next label, but {model.name} gives logits "
+            f"{tuple(logits.shape)} without positions: leave shift out"
+        )
+
+
+def check_stored_rows(stored: Sequence[int], logits: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless a stored teacher has a row for each row of the student."""
+    if stored[0] != logits[0]:
+        raise ValueError(
+            f"the stored teacher has {stored[0]} rows for this batch and the student {logits[0]}: "
+            "the collator packs several examples into one row, where their stored logits do not "
+            "line up. Pack the examples before the teacher is stored, or pass the teacher as a "
+            "model"
+        )
