@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,3 +21,30 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def inner_products(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y.mT`` in the precision of the two, and so its gradient wherever backward is called.
+
+    Autograd's own backward pass of a matrix product follows autocast where it runs inside it.
+    """
+    return _InnerProducts.apply(x, y)  # pyright: ignore[reportReturnType]
+
+
+class _InnerProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        with without_autocast(x):
+            return x @ y.mT
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, y = ctx.saved_tensors
+        (gradient,) = gradients
+        needs_x, needs_y = ctx.needs_input_grad
+        with without_autocast(x):
+            return (
+                gradient @ y if needs_x else None,
+                gradient.mT @ x if needs_y else None,
+            )

@@ -16,7 +16,7 @@ from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
 from otkd.ot.divergence import DivergenceSolution, Options, solve_divergence
 from otkd.ot.line import LineCost
-from otkd.precision import without_autocast
+from otkd.precision import inner_products, without_autocast
 
 # An accelerated step takes as long as so many plain ones of few samples, and of more samples as
 # long as so many entries of the kernel take.
@@ -145,4 +145,4 @@ def point_distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
     centre = y.detach().mean(-2, keepdim=True)
     x, y = x - centre, y - centre
     squares = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2)
-    return (squares - 2 * x @ y.mT).clamp(min=0)
+    return (squares - 2 * inner_products(x, y)).clamp(min=0)

@@ -116,9 +116,10 @@ class DivergenceSolution:
 
         ⟨a, source⟩ + ⟨b, target⟩ is the value up to the marginal error. Detached.
         """
-        (source, target), *self_terms = [
-            _shares(problem, transport) for problem, transport in self.parts
-        ]
+        with without_autocast(self.value):
+            (source, target), *self_terms = [
+                _shares(problem, transport) for problem, transport in self.parts
+            ]
         if self_terms:
             source = source - self_terms[0][0]
             target = target - self_terms[1][1]

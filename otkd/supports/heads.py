@@ -161,7 +161,8 @@ class HeadMasses(torch.autograd.Function):
             if ctx.clusters is not None:
                 every = every.index_select(-1, ctx.clusters.assignment)
             q.mul_(every).scatter_add_(-1, tokens[block], correction[block])
-            grad[rows] = q
+            # Rounded only now: what a gradient scaler lifts out of float16's underflow is in q.
+            grad[rows] = q.to(grad.dtype)
         return grad, None, None, None, None, None
 
 

@@ -1,0 +1,236 @@
+"""Every loss, in every precision, on every kind of call, against itself in float64.
+
+A loss of the registry is tested by being registered; one that cannot be built from its vocabulary
+alone has a row in ``BUILDERS``. The logits are the same numbers in every precision, so that what
+differs from float64 is the loss's own arithmetic.
+"""
+
+import functools
+import itertools
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import otkd
+from otkd import costs, supports
+from otkd.losses.base import DistillationLoss
+from otkd.losses.batch import UnrolledBatchSinkhornLoss
+from tests.problems import points
+
+pytestmark = pytest.mark.usefixtures("seeded")
+
+VOCAB = 6
+SHAPE = (2, 3)
+SOLVER = {"epsilon": 0.5, "tolerance": 1e-5, "max_iterations": 1000}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+METRICS = ("sqeuclidean", "euclidean", "cosine")
+
+# How to build the losses -------------------------------------------------------------------------
+
+
+def embedding(vocab):
+    return points(3, vocab, 3)
+
+
+def matrix(vocab):
+    x = points(5, vocab, 3)
+    return (x[:, None] - x).norm(dim=-1)
+
+
+COSTS = {
+    **{m: lambda vocab, m=m: costs.EmbeddingCost(embedding(vocab), metric=m) for m in METRICS},
+    "learnable": lambda vocab: costs.EmbeddingCost(
+        torch.nn.Parameter(embedding(vocab)), learnable=True
+    ),
+    "discrete": lambda vocab: costs.DiscreteCost(),
+    "ordinal": lambda vocab: costs.OrdinalCost(),
+    "power": lambda vocab: costs.PowerCost(costs.OrdinalCost(), 0.5),
+    "matrix": lambda vocab: costs.MatrixCost(matrix(vocab)),
+}
+SUPPORTS = {
+    "dense": supports.Dense(),
+    "topk": supports.TopK(2),
+    "clusters": supports.TopK(2, clusters=2),
+    "head": supports.TopK(2, tail=False),
+    "neighbours": supports.NearestNeighbours(2),
+}
+OF_EMBEDDINGS = {"clusters": {*METRICS, "learnable"}, "neighbours": set(METRICS)}
+
+
+def sinkhorn(cost="sqeuclidean", support="auto", **settings):
+    def build(vocab, **options):
+        settings.setdefault("support", SUPPORTS.get(support, support))
+        return otkd.SinkhornLoss(COSTS[cost](vocab), **{**SOLVER, **settings, **options})
+
+    return build
+
+
+def wasserstein(cost="ordinal", **settings):
+    return lambda vocab, **options: otkd.WassersteinLoss(COSTS[cost](vocab), **settings, **options)
+
+
+def of(loss, **settings):
+    return lambda vocab, **options: loss(**settings, **options)
+
+
+def weighted(vocab, **options):
+    terms = {name: (weight, BUILDERS[name](vocab, **options)) for name, weight in WEIGHTS.items()}
+    inner = otkd.WeightedLoss({"ce": (0.3, BUILDERS["ce"](vocab, **options))})
+    return otkd.WeightedLoss({**terms, "nested": (0.5, inner)})
+
+
+def sinkd(vocab, reduction="mean"):
+    # One temperature, for a stored teacher has one.
+    transport = otkd.BatchSinkhornLoss(temperature=1.0, reduction=reduction, **SOLVER)
+    return otkd.SinKDLoss(reduction=reduction, transport=transport)
+
+
+WEIGHTS = {"kl": 0.7, "tvd": -0.2}
+BUILDERS = {
+    **{name: of(otkd.losses.loss_class(name)) for name in otkd.list_losses()},
+    "sinkhorn": sinkhorn(),
+    "wasserstein": wasserstein(),
+    "batch_sinkhorn": of(otkd.BatchSinkhornLoss, **SOLVER),
+    "sinkd": sinkd,
+    **{
+        f"sinkhorn-{support}-{cost}": sinkhorn(cost, support)
+        for support, cost in itertools.product(SUPPORTS, COSTS)
+        if cost in OF_EMBEDDINGS.get(support, COSTS)
+    },
+    "sinkhorn-raw": sinkhorn(debias=False),
+    "sinkhorn-sharp": sinkhorn(value="sharp"),
+    "sinkhorn-topk-sharp": sinkhorn(support="topk", value="sharp"),
+    "sinkhorn-unbalanced": sinkhorn(unbalanced=0.5),
+    "sinkhorn-head-unbalanced": sinkhorn(support="head", unbalanced=0.5),
+    "sinkhorn-temperature": sinkhorn(support="topk", temperature=2.0, teacher_temperature=1.5),
+    "wasserstein-program": wasserstein("matrix"),
+    "wasserstein-embedding": wasserstein("euclidean", p=2.0),
+    "kl-temperature": of(otkd.KLLoss, temperature=2.0, teacher_temperature=1.5),
+    "alpha_beta-kl": of(otkd.AlphaBetaLoss, alpha=1.0, beta=0.0),
+    "batch_sinkhorn-euclidean": of(otkd.BatchSinkhornLoss, cost="euclidean", **SOLVER),
+    "batch_sinkhorn-sqeuclidean": of(otkd.BatchSinkhornLoss, cost="sqeuclidean", **SOLVER),
+    "batch_sinkhorn-raw": of(otkd.BatchSinkhornLoss, debias=False, **SOLVER),
+    "batch_sinkhorn-sharp": of(otkd.BatchSinkhornLoss, value="sharp", **SOLVER),
+    "batch_sinkhorn-samples": of(otkd.BatchSinkhornLoss, sample_cost=0.3, **SOLVER),
+    "batch_sinkhorn-unrolled": of(UnrolledBatchSinkhornLoss, factor=1.0),
+    "sinkd-author": lambda vocab, **options: otkd.SinKDLoss.author(temperature=2.0, **options),
+    "weighted": weighted,
+}
+IN_FULL = {*otkd.list_losses(), "sinkhorn-topk-sqeuclidean", "weighted"}
+every_loss = pytest.mark.parametrize("name", BUILDERS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+# The calls ---------------------------------------------------------------------------------------
+
+
+def numbers(seed, *shape):
+    """Multiples of 1/16 below 4, distinct at each position: exact in every precision."""
+    order = torch.rand(*shape[:-1], 64, generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    return order[..., : shape[-1]].double() / 16
+
+
+MASK = torch.tensor([[True, False, True], [True, True, False]])
+LABELS = torch.tensor([[3, 1, -100], [0, 5, 2]])
+CALLS = {
+    "all": {},
+    "bool": {"mask": MASK},
+    "weights": {"mask": MASK * 0.5},
+    "labels": {"labels": LABELS},
+    "both": {"mask": MASK, "labels": LABELS},
+}
+TEACHERS = ("logits", "other", "dense", "topk")
+REDUCTIONS = ("mean", "sum", "none", "sequence_mean")
+TOLERANCES = {  # of the value, and of the gradient relative to its largest entry
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (1e-4, 1e-3),
+    torch.bfloat16: (1e-4, 2**-7),
+    torch.float16: (1e-4, 2**-9),
+}
+
+
+def counted_in(call):
+    counted = torch.ones(SHAPE, dtype=torch.bool)
+    if "mask" in call:
+        counted &= call["mask"] != 0
+    if "labels" in call:
+        counted &= call["labels"] != -100
+    return counted
+
+
+def teacher_of(kind, logits, dtype, temperature):
+    """What a loss is given for teacher logits; the same numbers for every precision."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    if kind == "dense":
+        return otkd.DenseSignal(logits.half())
+    if kind == "topk":
+        return otkd.TopKSignal.of(logits.float(), 3, temperature)
+    return logits.to(dtype if kind == "logits" else other)
+
+
+def evaluate(loss, student, teacher, **call):
+    """Value and gradient of the value, or of the values weighted by 1, 2, …"""
+    student = student.detach().clone().requires_grad_()
+    value = loss(student, teacher, **call)
+    weights = torch.arange(1.0, 1 + value.numel(), dtype=value.dtype).reshape(value.shape)
+    (value * weights).sum().backward()
+    assert value.dtype == (torch.float64 if student.dtype == torch.float64 else torch.float32)
+    assert student.grad.dtype == student.dtype
+    return value.detach().double(), student.grad.double()
+
+
+@functools.cache
+def built(name, reduction="mean", vocab=VOCAB):
+    return BUILDERS[name](vocab, reduction=reduction)
+
+
+@functools.cache
+def expected(name, call, teacher, reduction):
+    return evaluated(name, torch.float64, call, teacher, reduction)
+
+
+@functools.cache
+def inputs(dtype, call, teacher, temperature):
+    """Student logits and teacher, poisoned where they do not count."""
+    student, logits = numbers(1, *SHAPE, VOCAB), numbers(2, *SHAPE, VOCAB)
+    outside = ~counted_in(CALLS[call])
+    student[outside], logits[outside] = math.nan, math.inf
+    return student.to(dtype), teacher_of(teacher, logits, dtype, temperature)
+
+
+def evaluated(name, dtype, call, teacher, reduction):
+    loss = built(name, reduction)
+    first = next(m for m in loss.modules() if isinstance(m, DistillationLoss))
+    temperature = first.teacher_temperature or first.temperature
+    pair = inputs(dtype, call, teacher, temperature)
+    labels = {"labels": LABELS.clamp(min=0)} if loss.needs_labels else {}
+    return evaluate(loss, *pair, **labels | CALLS[call])
+
+
+def cases(name):
+    """Every combination; of losses that differ in their support and cost alone, every pair."""
+    every = list(itertools.product(CALLS, TEACHERS, REDUCTIONS, (False, True)))
+    if name in IN_FULL:
+        return every
+    pairs = enumerate(itertools.product(CALLS, TEACHERS))
+    return [(*pair, REDUCTIONS[(i + i // 4) % 4], bool(i // 2 % 2)) for i, pair in pairs]
+
+
+@every_dtype
+@every_loss
+def test_the_product(name, dtype):
+    slack, slope_slack = TOLERANCES[dtype]
+    for call, teacher, reduction, autocast in cases(name):
+        if teacher == "topk" and name.startswith("sinkhorn-clusters"):
+            continue  # refused
+        value, slope = expected(name, call, teacher, reduction)
+        outside = ~counted_in(CALLS[call])
+        case = f"{call=} {teacher=} {reduction=} {autocast=}"
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            found, gradient = evaluated(name, dtype, call, teacher, reduction)
+        assert found.shape == (SHAPE if reduction == "none" else ()), case
+        torch.testing.assert_close(found, value, rtol=slack, atol=slack, msg=case)
+        error = (gradient - slope).abs().max()
+        assert error <= slope_slack * slope.abs().max() + 1e-12, (case, float(error))
+        assert gradient[outside].eq(0).all(), case
