@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 
 from otkd.cli.console import CommandError, err, notice, out, require_train_extra
+from otkd.cli.failures import Interrupted, interrupted_by_signals, sentence
 from otkd.cli.settings import Settings, given_options, with_settings
 from otkd.version import __version__
 
@@ -34,25 +36,35 @@ Overwrite = Annotated[
 
 @contextmanager
 def _reporting(output_dir: Path | None = None) -> Iterator[None]:
-    """Turn mistakes into a message and an exit status."""
+    """Turn mistakes, refusals of the system and signals into a message and an exit status."""
     # Imported here so that --help need not load the package's data module.
     from otkd.data.tasks import DataError
 
+    kept = "" if output_dir is None else f"finished runs are kept in {output_dir}"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interrupted_by_signals():
             warnings.showwarning = _show_warning
             yield
     except (CommandError, DataError) as error:
-        err.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _show_error(str(error))
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        err.print(
-            f"Interrupted: finished runs are kept in {output_dir}; the same command continues.",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise  # whoever read the output wants no more of it
+    except OSError as error:
+        _show_error(f"{sentence(error)}{kept and f' What is done is not lost: {kept}.'}")
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+        _say(f"Interrupted{kept and f': {kept}; the same command continues'}.")
+        raise typer.Exit(128 + number) from None
+
+
+def _show_error(message: str) -> None:
+    _say(f"Error: {message}", style="red")
+
+
+def _say(message: str, style: str | None = None) -> None:
+    err.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_warning(message: Warning | str, *details: object) -> None:

@@ -6,11 +6,15 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from otkd.cli.console import CommandError, err, notice, out, quiet_libraries
 from otkd.cli.experiment import Experiment
+from otkd.cli.failures import sentence
 from otkd.cli.objectives import check_effect
+from otkd.cli.ownership import Claim, held, remove
+from otkd.cli.precision import PRECISION_FILE
 from otkd.cli.progress import StepBar
 from otkd.cli.protocols import Objective, Protocol
 from otkd.cli.report import comparison_table, explanation, save_plot
@@ -18,7 +22,15 @@ from otkd.cli.results import Result, write_json
 from otkd.cli.runs import Run, find_student
 from otkd.cli.settings import Settings
 from otkd.cli.stats import summary_json
-from otkd.cli.teachers import Teacher, find_teacher, train_teacher, with_features
+from otkd.cli.teachers import (
+    Teacher,
+    find_teacher,
+    teacher_files,
+    teacher_folders,
+    train_teacher,
+    unfinished,
+    with_features,
+)
 from otkd.cli.workers import run_all, worker_count
 from otkd.data import get_task
 
@@ -71,26 +83,46 @@ def compare(
             objectives = protocol.objectives(own, given, losses)
         experiments.append(Experiment(own, objectives, root / task, tuning))
         check_effect(given, objectives)
-    for experiment in experiments:
-        teacher, results = _compare_one(experiment, seeds, count, overwrite=overwrite)
-        folder = experiment.folder
-        write_json(folder / "summary.json", summary_json(teacher, results))
-        save_plot(folder / "comparison.png", teacher, results)
-        _print_report(teacher, results)
-        notice(f"Results, summary.json and comparison.png are in {folder}.")
+    with ExitStack() as stack:
+        for experiment in experiments:
+            folder, objectives = experiment.folder, experiment.objectives
+            runs = [*_candidates(experiment), *_runs(folder, objectives, seeds)]
+            stack.enter_context(held(_claim(experiment, runs, "summary.json", "comparison.png")))
+        for experiment in experiments:
+            teacher, results = _compare_one(experiment, seeds, count, overwrite=overwrite)
+            folder = experiment.folder
+            write_json(folder / "summary.json", summary_json(teacher, results))
+            save_plot(folder / "comparison.png", teacher, results)
+            _print_report(teacher, results)
+            notice(f"Results, summary.json and comparison.png are in {folder}.")
+
+
+def _claim(experiment: Experiment, runs: Sequence[Run], *names: str) -> Claim:
+    """Everything that a command writes in the folder of an experiment, and what it reads."""
+    chosen, folder = experiment.settings, experiment.folder
+    models = {"--teacher": chosen.teacher, "--student": chosen.student}
+    return Claim(
+        folder,
+        files=[
+            *(folder / name for name in (PRECISION_FILE, *names)),
+            *teacher_files(folder / "teacher"),
+            *(run.result for run in runs),
+        ],
+        folders=[
+            *teacher_folders(folder / "teacher"),
+            *(run.work for run in runs),
+            *(run.model for run in runs if run.model is not None),
+        ],
+        models={name: Path(model) for name, model in models.items() if model is not None},
+        data={} if chosen.data_dir is None else {"--data-dir": chosen.data_dir},
+    )
 
 
 def _compare_one(
     experiment: Experiment, seeds: int, workers: int, *, overwrite: bool
 ) -> tuple[Result, list[Result]]:
     """One task: the teacher, the tuning of losses that have candidates, the students."""
-    folder = experiment.folder
-    candidates = [
-        _run(folder / objective.name / "tuning", candidate, 0, number)
-        for objective in experiment.objectives
-        if objective.candidates and experiment.tuning is not None
-        for number, candidate in enumerate(objective.tried(**experiment.tuning.settings))
-    ]
+    folder, candidates = experiment.folder, _candidates(experiment)
     with StepBar() as bar:
         runs = _runs(folder, experiment.objectives, seeds) if not candidates else []
         teacher, done = _prepare(experiment, [*candidates, *runs], bar, overwrite=overwrite)
@@ -132,7 +164,7 @@ def train(
         output_dir / "student.work",
         output_dir / "student",
     )
-    with StepBar() as bar:
+    with held(_claim(experiment, [run])), StepBar() as bar:
         teacher, done = _prepare(experiment, [run], bar, overwrite=overwrite)
         done |= _do(experiment, teacher, [run], done, 1, bar)
     _print_report(teacher.result, [done[run]])
@@ -156,8 +188,17 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise CommandError(
-            f"--output-dir {folder} cannot be written to: {error.strerror or error}."
+            f"--output-dir {folder} cannot be written to. {sentence(error)}"
         ) from error
+
+
+def _candidates(experiment: Experiment) -> list[Run]:
+    return [
+        _run(experiment.folder / objective.name / "tuning", candidate, 0, number)
+        for objective in experiment.objectives
+        if objective.candidates and experiment.tuning is not None
+        for number, candidate in enumerate(objective.tried(**experiment.tuning.settings))
+    ]
 
 
 def _runs(folder: Path, objectives: Sequence[Objective], seeds: int) -> list[Run]:
@@ -211,6 +252,7 @@ def _prepare(
             bar.plan(experiment.teacher_schedule().steps(experiment.train_rows()))
         teacher = train_teacher(experiment, folder, bar.start("teacher"))
         done = _find(experiment, teacher, runs, overwrite=overwrite)
+    remove(unfinished(folder))
     return teacher, done
 
 
@@ -223,6 +265,8 @@ def _find(
         result = find_student(experiment, teacher, run, overwrite=overwrite)
         if result is not None:
             found[run] = result
+            if teacher is not None:
+                remove(run.work)  # left by a command that was killed between the two
     if found and teacher is not None:
         notice(f"Finished runs that are kept: {len(found)} of {len(runs)}.")
     return found
@@ -242,14 +286,16 @@ def _do(
         teacher = with_features(experiment, folder, teacher)
     start = time.monotonic()
     finished: dict[Run, Result] = {}
-    for run, result in run_all(experiment, teacher, folder, pending, workers, bar):
-        finished[run] = result
-        if not err.is_terminal:
-            # A log has no bar to look at.
-            minutes = (time.monotonic() - start) / 60
-            left = minutes / len(finished) * (len(pending) - len(finished))
-            notice(
-                f"{experiment.task.name}: {run}: {result.headline} {result.score:.4f} "
-                f"({len(finished)} of {len(pending)}, about {left:.0f} min left)"
-            )
+    # Closed at once if it is left early, so that no process goes on without this one.
+    with closing(run_all(experiment, teacher, folder, pending, workers, bar)) as outcomes:
+        for run, result in outcomes:
+            finished[run] = result
+            if not err.is_terminal:
+                # A log has no bar to look at.
+                minutes = (time.monotonic() - start) / 60
+                left = minutes / len(finished) * (len(pending) - len(finished))
+                notice(
+                    f"{experiment.task.name}: {run}: {result.headline} {result.score:.4f} "
+                    f"({len(finished)} of {len(pending)}, about {left:.0f} min left)"
+                )
     return finished

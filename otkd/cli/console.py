@@ -17,6 +17,7 @@ if not out.is_terminal:
 _TRAIN_MODULES = (
     "accelerate",
     "datasets",
+    "filelock",
     "matplotlib",
     "safetensors",
     "torchmetrics",

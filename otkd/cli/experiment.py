@@ -18,6 +18,7 @@ from otkd.cli.console import CommandError, notice
 from otkd.cli.evaluation import Predictor
 from otkd.cli.objectives import check_objectives, objective_options
 from otkd.cli.precision import (
+    PRECISION_FILE,
     Precision,
     measure_precision,
     read_precision,
@@ -191,7 +192,7 @@ class Experiment:
         """The precision of every run, measured once if it is to be chosen."""
         if self.settings.precision != "auto":
             return Precision(self.settings.precision, "as asked for")
-        path = self.folder / "precision.json"
+        path = self.folder / PRECISION_FILE
         precision = read_precision(path)
         if precision is None:
             rows = self.data.train.select(range(min(_PROBE_ROWS, len(self.data.train))))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from otkd.cli.results import write_json
 
+PRECISION_FILE = "precision.json"
 # bf16 rounds; it has to pay for that.
 _REQUIRED_SPEEDUP = 1.1
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 3, 20, 5.0

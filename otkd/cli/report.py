@@ -10,6 +10,7 @@ from rich.table import Table
 from otkd.cli.results import Result
 from otkd.cli.stats import Estimate, summarise
 from otkd.data import get_task
+from otkd.files import written_whole
 
 _METRIC_TITLES = {"accuracy": "accuracy", "f1": "F1", "mcc": "MCC"}
 
@@ -120,8 +121,8 @@ def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
     axes.set_ylabel(f"{metric_title(teacher.headline)} × 100")
     axes.set_title(get_task(teacher.task).title)
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def _percent(value: Estimate) -> str:

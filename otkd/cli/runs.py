@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from otkd.cli.objectives import (
     needs_features,
     objective_options,
 )
+from otkd.cli.ownership import remove
 from otkd.cli.results import TEACHER, Result, find_result, write_result
 from otkd.cli.teachers import Teacher
 from otkd.cli.traces import check_work, claim, common_fields, save_model
@@ -138,5 +138,5 @@ def run_student(
     if run.model is not None:
         save_model(run.model, student, experiment.student_tokenizer)
     write_result(run.result, result)
-    shutil.rmtree(run.work, ignore_errors=True)
+    remove(run.work)
     return result

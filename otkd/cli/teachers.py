@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from otkd.cli import models
 from otkd.cli.console import CommandError, notice
 from otkd.cli.evaluation import Predictor
+from otkd.cli.ownership import remove
 from otkd.cli.results import Result, file_digest, find_result, write_result
 from otkd.cli.traces import check_work, claim, common_fields, save_model
 from otkd.cli.training import Fit, device, fit
@@ -69,6 +69,22 @@ class Teacher:
         return self.train[torch.tensor(rows.held_out)].logits().repeat(len(rows.dev), 1)
 
 
+def teacher_files(folder: Path) -> list[Path]:
+    """Every file that a teacher leaves in ``folder``."""
+    names = ("result.json", _TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS, _FEATURES)
+    return [folder / name for name in names]
+
+
+def teacher_folders(folder: Path) -> list[Path]:
+    """Every folder that a teacher makes in ``folder``: its weights, its checkpoints."""
+    return [folder / "model", unfinished(folder)]
+
+
+def unfinished(folder: Path) -> Path:
+    """Where a teacher keeps its checkpoints while it is trained."""
+    return folder / _UNFINISHED
+
+
 def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Teacher | None:
     """The teacher that an earlier command left in ``folder``, or None if it is to be trained.
 
@@ -79,7 +95,7 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
     settings = experiment.as_run(experiment.teacher_settings)
     result = find_result(path, settings, overwrite=overwrite, notice=notice)
     if result is None:
-        check_work(folder / _UNFINISHED, settings, overwrite=overwrite)
+        check_work(unfinished(folder), settings, overwrite=overwrite)
         return None
     # Its weights are not asked for: they are needed for states alone, and not always kept.
     for name in (_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS):
@@ -109,7 +125,7 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
             rows.train,
             tokenizer,
             experiment.teacher_schedule(),
-            claim(folder / _UNFINISHED, experiment.as_run(experiment.teacher_settings)),
+            claim(unfinished(folder), experiment.as_run(experiment.teacher_settings)),
             on_steps=on_steps,
         )
         save_model(folder / "model", model, tokenizer)
@@ -136,7 +152,7 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
         **common_fields(experiment, rows, took),
     )
     write_result(folder / "result.json", result)
-    shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
+    remove(unfinished(folder))
     return _load_teacher(folder, result)
 
 

@@ -10,23 +10,37 @@ from typing import TYPE_CHECKING, Any
 
 from otkd.cli.console import CommandError
 from otkd.cli.machine import machine, versions
+from otkd.cli.ownership import WORK, check_own, mark, remove
 from otkd.cli.results import TEACHER, mismatch_message, write_json
 from otkd.cli.training import Fit
+from otkd.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, errors_about
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from otkd.cli.experiment import Experiment, Rows
 
+_SETTINGS = WORK[0]
+
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save model and tokenizer so that ``from_pretrained(folder)`` loads them; whole or not."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    """Save model and tokenizer so that ``from_pretrained(folder)`` loads them; whole or not.
+
+    Raises:
+        CommandError: if there is a folder that the command did not write.
+    """
+    check_own(folder)
+    partial = folder.with_name(f"{PARTIAL_PREFIX}{folder.name}{PARTIAL_SUFFIX}")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        with errors_about(folder):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            mark(partial, (path.name for path in partial.iterdir()))
+            remove(folder)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_work(work: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -36,13 +50,14 @@ def check_work(work: Path, settings: Mapping[str, Any], *, overwrite: bool) -> N
     ``settings`` name one.
 
     Raises:
-        CommandError: if they are of another run.
+        CommandError: if they are of another run, or the command did not write them.
     """
+    check_own(work)
     try:
-        found = json.loads((work / "settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = dict(json.loads((work / _SETTINGS).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
         # Nothing there, or stopped before its first step.
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         return
     if TEACHER not in settings:
         found.pop(TEACHER, None)
@@ -50,13 +65,14 @@ def check_work(work: Path, settings: Mapping[str, Any], *, overwrite: bool) -> N
         return
     if not overwrite:
         raise CommandError(mismatch_message(work, found, settings))
-    shutil.rmtree(work)
+    remove(work)
 
 
 def claim(work: Path, settings: Mapping[str, Any]) -> Path:
     """The folder for the checkpoints of a run with these settings, those of another removed."""
     check_work(work, settings, overwrite=True)
-    write_json(work / "settings.json", dict(settings))
+    mark(work, WORK)
+    write_json(work / _SETTINGS, dict(settings))
     return work
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
+from otkd.files import errors_about
 from otkd.integrations.transformers import DistillationTrainer
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ def fit(
     with warnings.catch_warnings():
         # The scheduler is restored before the first step of a resumed run, as Trainer does it.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with errors_about(folder):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     steps = trainer.state.global_step
     if evaluate is not None:
         progress.evaluations.append((steps, evaluate(model)))

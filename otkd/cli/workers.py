@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -24,6 +29,8 @@ from otkd.cli.teachers import Teacher, find_teacher
 
 # Small encoders gain little from a second core; more than a few processes want much memory.
 _USUAL = 4
+_PATIENCE = 10.0
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def worker_count(asked: int | None) -> int:
@@ -51,7 +58,7 @@ def run_all(
     runs: Sequence[Run],
     workers: int,
     bar: StepBar,
-) -> Iterator[tuple[Run, Result]]:
+) -> Generator[tuple[Run, Result], None, None]:
     """Distil every student; yields each as it is done.
 
     Args:
@@ -71,11 +78,17 @@ def run_all(
             yield run, run_student(experiment, teacher, run, on_steps)
         return
     with _pool(experiment, teacher_folder, min(workers, len(runs))) as (pool, steps):
-        pending: dict[Future[Result], Run] = {pool.submit(_run, run): run for run in runs}
+        with _no_interrupt():
+            pending: dict[Future[Result], Run] = {pool.submit(_run, run): run for run in runs}
+        processes = multiprocessing.active_children()
         while pending:
             done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in done:
-                yield pending.pop(future), future.result()
+                try:
+                    result = future.result()
+                except BrokenProcessPool as error:
+                    raise CommandError(_how_it_ended(processes)) from error
+                yield pending.pop(future), result
             finished = len(runs) - len(pending)
             bar.start(f"{finished} of {len(runs)} runs done")(_drain(steps))
 
@@ -105,27 +118,94 @@ def _pool(
         initializer=_start,
         initargs=(shared, teacher_folder, workers, numbers, steps),
     )
-    # Without this a signal would end this process alone.
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield pool, steps
         pool.shutdown()
     finally:
-        signal.signal(signal.SIGTERM, before)
         # After a mistake or Ctrl-C the others must not go on: what they do is kept in checkpoints.
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
+        children = multiprocessing.active_children()
+        for process in children:
             process.terminate()
+        # The folder is free for another command as soon as this one has ended.
+        for process in children:
+            process.join(_PATIENCE)
+            if process.is_alive():
+                process.kill()
 
 
-# What a worker process keeps between its runs.
-_worker: tuple[Experiment, Teacher, Any] | None = None
+def _how_it_ended(processes: Sequence[BaseProcess]) -> str:
+    """What to say when a worker process ended by itself."""
+    for process in processes:
+        process.join(_PATIENCE)
+    codes = [process.exitcode for process in processes if process.exitcode]
+    # The others were ended because of the first.
+    code = next((code for code in codes if code != -signal.SIGTERM), codes[0] if codes else None)
+    if code is None:
+        how = "ended"
+    elif code < 0:
+        how = f"was killed ({signal.Signals(-code).name})"
+    else:
+        how = f"ended with exit status {code}"
+    return (
+        f"A worker process {how} before its run was finished, most often for want of memory. "
+        "Finished runs are kept: give the command again, with fewer --workers or a smaller "
+        "--batch-size."
+    )
 
 
-def _start(shared: tuple, teacher_folder: Path, workers: int, numbers: Any, steps: Any) -> None:
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Start processes to which Ctrl-C in a terminal does not come: their parent decides."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Children inherit what is blocked; here it is delivered at the end of the block.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """Let this process end as soon as the one that started it ends, however that comes about."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # On every system, if not always at once: while a library holds the interpreter, no thread runs.
+    threading.Thread(target=_outlive, args=(parent,), daemon=True).start()
+    # It may have ended before the system was told.
+    if os.name == "posix" and os.getppid() != parent.pid:
+        os._exit(1)
+
+
+def _outlive(parent: BaseProcess) -> None:
+    wait_for_any([parent.sentinel])
+    os._exit(1)
+
+
+# What a worker process keeps between its runs, or why it cannot do any.
+_worker: tuple[Experiment, Teacher, Any] | Exception | None = None
+
+
+def _start(*shared: Any) -> None:
     global _worker
-    # Ctrl-C reaches the whole group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent()
+    try:
+        _worker = _prepared(*shared)
+    except Exception as error:
+        # Raised here it would be lost; the first run tells it to the parent.
+        _worker = error
+
+
+def _prepared(
+    shared: tuple, teacher_folder: Path, workers: int, numbers: Any, steps: Any
+) -> tuple[Experiment, Teacher, Any]:
     number = numbers.get()
     if torch.cuda.device_count() > 0:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -137,11 +217,16 @@ def _start(shared: tuple, teacher_folder: Path, workers: int, numbers: Any, step
     experiment = Experiment(*shared)
     teacher = find_teacher(experiment, teacher_folder, overwrite=False)
     if teacher is None:
-        raise RuntimeError(f"the teacher in {teacher_folder} changed while its students learned")
-    _worker = experiment, teacher, steps
+        raise CommandError(
+            f"The teacher in {teacher_folder} was changed by something else while its students "
+            "were trained. Give the command again."
+        )
+    return experiment, teacher, steps
 
 
 def _run(run: Run) -> Result:
+    if isinstance(_worker, Exception):
+        raise _worker
     assert _worker is not None
     experiment, teacher, steps = _worker
     return run_student(experiment, teacher, run, steps.put)

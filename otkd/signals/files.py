@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
+
+from otkd.files import written_whole
 
 
 def save_tensors(
@@ -15,15 +16,9 @@ def save_tensors(
     """Write tensors to a safetensors file, whole or not at all; its folder is made."""
     from safetensors.torch import save_file
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with written_whole(path) as partial:
         save_file(plain, partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_tensors(path: str | os.PathLike, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:

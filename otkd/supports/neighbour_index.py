@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from otkd.files import written_whole
 
 _FORMAT, _VERSION = "otkd.neighbours", "1"
 
@@ -112,21 +113,14 @@ def _read(path: Path, key: str, shape: tuple[int, int], points: int) -> Tensor:
 
 
 def _write(path: Path, key: str, table: Tensor) -> None:
-    """Write under a temporary name, then rename: a file is there whole or not at all."""
+    """Write a table, whole or not at all."""
     _safetensors()
     from safetensors.torch import save
 
     content = hashlib.sha256(_bytes(table)).hexdigest()
     metadata = {"format": _FORMAT, "version": _VERSION, "key": key, "sha256": content}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save({"neighbours": table.contiguous()}, metadata))
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with written_whole(path) as partial:
+        partial.write_bytes(save({"neighbours": table.contiguous()}, metadata))
 
 
 def _safetensors():

@@ -27,8 +27,12 @@ from otkd.cli.glue.tables import (
     tuning_table,
 )
 from otkd.cli.glue.verdict import verdict
+from otkd.cli.locks import locked
+from otkd.files import written_whole
 
 _IMAGES = "images"
+# By this an earlier page is known.
+_MADE = " made this page from "
 
 
 def report(results_dir: Path, output: Path) -> None:
@@ -49,9 +53,12 @@ def report(results_dir: Path, output: Path) -> None:
     collection = collect(results_dir, tuple(tasks))
     images: dict[str, bytes] = {}
     text = _page(collection, published, images, _command(results_dir, output))
-    for name, image in images.items():
-        _replace(output.parent / _IMAGES / name, image)
-    _replace(output, text.encode())
+    _check_own(output, images)
+    with locked(output.parent, keep=False):
+        _check_own(output, images)
+        for name, image in images.items():
+            _write(output.parent / _IMAGES / name, image)
+        _write(output, text.encode())
     for problem in collection.problems:
         notice(f"Left out: {problem}.")
     notice(f"{output}: {count(collection.files, 'result file')}, {count(len(images), 'plot')}.")
@@ -73,7 +80,7 @@ def _page(
 ) -> str:
     parts = [
         "# Distillation on GLUE",
-        f"`{command}` made this page from {count(collection.files, 'result file')} (SHA-256 "
+        f"`{command}`{_MADE}{count(collection.files, 'result file')} (SHA-256 "
         f"`{collection.digest[:16]}`); edit neither page nor plots. Scores are those of "
         "development rows × 100. ± is the half-width of the 95 % t-interval over seeds, – where "
         "there is one seed. Differences are paired: over the seeds that both losses have; "
@@ -284,14 +291,36 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file through a temporary one, so that a reader sees the old or the new."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _check_own(output: Path, images: dict[str, bytes]) -> None:
+    """Check that the page is one of this command's, if there is one, and the plots are its own.
+
+    Raises:
+        CommandError: naming what this command did not write.
+    """
+    folder = output.parent / _IMAGES
+    before = ""
+    for path in (output, folder, *(folder / name for name in images)):
+        if not os.path.lexists(path):
+            continue
+        why = None
+        if path.is_symlink():
+            why = "it is a symbolic link"
+        elif path == folder:
+            why = None if path.is_dir() else "it is a file where a folder is expected"
+        elif not path.is_file():
+            why = "it is not a file"
+        elif path == output:
+            before = path.read_text(encoding="utf-8", errors="replace")
+            why = None if _MADE in before else "`otkd report` did not make it"
+        elif f"]({_IMAGES}/{path.name})" not in before and path.read_bytes() != images[path.name]:
+            why = "the page does not show it, so it may be another's"
+        if why:
+            raise CommandError(
+                f"--output: {path} cannot be written: {why}. Move it elsewhere, or name another "
+                "page with --output."
+            )
+
+
+def _write(path: Path, content: bytes) -> None:
+    with written_whole(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        raise CommandError(
-            f"--output: {path} cannot be written: {error.strerror or error}."
-        ) from error

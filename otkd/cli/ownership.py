@@ -1,0 +1,248 @@
+"""Which files and folders are the command's own: claimed before any work, the others refused.
+
+A folder that the command makes holds a marker, ``.otkd.json``, that lists what is its own in there.
+Whatever is not listed is another's and is neither replaced nor removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from otkd.cli.console import CommandError, notice
+from otkd.cli.locks import locked
+from otkd.cli.results import write_json
+from otkd.files import PARTIAL_PREFIX, PARTIAL_SUFFIX
+
+MARKER = ".otkd.json"
+_ABOUT = "Written by the command otkd. It replaces or removes what is listed here, nothing else."
+_PARTIAL = f"{PARTIAL_PREFIX}*{PARTIAL_SUFFIX}"
+# What tells a file of a command that left no marker yet: fields that only the command writes.
+_SIGNATURES = (
+    {"schema", "settings_hash", "task", "teacher_logits"},  # a result
+    {"task", "headline", "interval", "teacher", "losses", "machines"},  # a summary
+    {"name", "reason", "fp32_seconds", "bf16_seconds"},  # a choice of precision
+    {"task", "data_digest", "teacher_weights"},  # the settings of a run that is under way
+)
+# What a run that is under way keeps in its folder.
+WORK = ("settings.json", "checkpoint-*")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a command is going to write in the folder of an experiment.
+
+    Attributes:
+        folder: of the experiment; it is never removed.
+        files: that it writes there.
+        folders: that it makes, replaces and removes there.
+        models: models that it reads, by the option that names them.
+        data: likewise folders of data.
+    """
+
+    folder: Path
+    files: Collection[Path]
+    folders: Collection[Path]
+    models: Mapping[str, Path] = field(default_factory=dict)
+    data: Mapping[str, Path] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Check that nothing of it is another's.
+
+        Raises:
+            CommandError: naming what the command did not write, or reads.
+        """
+        for option, path in {**self.models, **self.data}.items():
+            if _within(path, self.folder):
+                raise CommandError(
+                    f"{option} {path} is in {self.folder}, where this command writes: choose "
+                    "another --output-dir, or copy it elsewhere."
+                )
+        for option, path in self.models.items():
+            if _within(self.folder, path):
+                raise CommandError(
+                    f"{self.folder}, where this command writes, is in the model's folder {option} "
+                    f"{path}: choose another --output-dir."
+                )
+        known = _holds(self.folder)
+        complaints = [
+            *(_way_complaint(self.folder, path) for path in (*self.files, *self.folders)),
+            *(_file_complaint(self.folder, path, known) for path in self.files),
+            *(_folder_complaint(path) for path in self.folders),
+        ]
+        _refuse(complaint for complaint in complaints if complaint)
+
+    def mark(self) -> None:
+        """Note as the command's own what it is going to write."""
+        for folder in {path.parent for path in (*self.files, *self.folders)}:
+            _clear_partial(folder)
+        names = {path.relative_to(self.folder).as_posix() for path in self.files}
+        mark(self.folder, _holds(self.folder) | names)
+
+
+@contextmanager
+def held(claim: Claim) -> Iterator[None]:
+    """Have the folder of an experiment for oneself; what is another's in it is refused first.
+
+    Raises:
+        CommandError: if another command works there, or a file or folder is not the command's own.
+    """
+    claim.check()  # before as much as a lock is written
+    with locked(claim.folder):
+        claim.check()
+        claim.mark()
+        yield
+
+
+def mark(folder: Path, holds: Iterable[str]) -> None:
+    """Note that the entries ``holds`` of a folder, names or patterns, are the command's own."""
+    write_json(folder / MARKER, {"about": _ABOUT, "holds": sorted(set(holds))})
+
+
+def check_own(folder: Path) -> None:
+    """Check that a folder may be replaced or removed: it is not there, or all in it is our own.
+
+    Raises:
+        CommandError: naming what is not.
+    """
+    complaint = _folder_complaint(folder)
+    _refuse([complaint] if complaint else [])
+
+
+def remove(folder: Path) -> None:
+    """Remove what the command wrote in ``folder``, and the folder if that was all.
+
+    Symbolic links are not followed. Stopped on the way, it can be done again: the marker goes last.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    others = _others(folder)
+    for entry in list(os.scandir(folder)):
+        if entry.name in others or entry.name == MARKER:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+    if others:
+        notice(f"{folder} is left: otkd did not write {_listed(others)} in it.")
+        return
+    (folder / MARKER).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _holds(folder: Path) -> set[str]:
+    """What the marker of a folder lists; nothing if there is none, or it is damaged."""
+    try:
+        content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return set(map(str, content["holds"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return set(WORK) if _has_signature(folder / WORK[0]) else set()
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return set()
+
+
+def _others(folder: Path) -> list[str]:
+    """The entries of a folder that the command did not write."""
+    own = {*_holds(folder), MARKER, _PARTIAL}
+    return sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_symlink() or not any(fnmatchcase(entry.name, pattern) for pattern in own)
+    )
+
+
+def _way_complaint(root: Path, path: Path) -> str | None:
+    """What stands between ``root`` and ``path`` that is not a real folder."""
+    for parent in path.relative_to(root).parents:
+        place = root / parent
+        if place == root:
+            continue
+        if place.is_symlink():
+            return f"{place} is a symbolic link, and otkd writes into real folders alone"
+        if os.path.lexists(place) and not place.is_dir():
+            return f"{place} is a file where otkd makes a folder"
+    return None
+
+
+def _file_complaint(root: Path, path: Path, known: Collection[str]) -> str | None:
+    if not os.path.lexists(path):
+        return None
+    if path.is_symlink():
+        return f"{path} is a symbolic link where otkd writes a file"
+    if not path.is_file():
+        return f"{path} is a folder or device where otkd writes a file"
+    if path.relative_to(root).as_posix() in known or _recognised(path):
+        return None
+    return f"{path} was not written by otkd"
+
+
+def _folder_complaint(path: Path) -> str | None:
+    if not os.path.lexists(path):
+        return None
+    if path.is_symlink():
+        return f"{path} is a symbolic link where otkd makes a folder"
+    if not path.is_dir():
+        return f"{path} is a file where otkd makes a folder"
+    others = _others(path)
+    return f"{path} holds {_listed(others)}, not written by otkd" if others else None
+
+
+def _recognised(path: Path) -> bool:
+    """Whether a file is of a command that left no marker: by its fields, or those beside it."""
+    beside = [path] if path.suffix == ".json" else path.parent.glob("*.json")
+    return any(_has_signature(each) for each in beside)
+
+
+def _has_signature(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and any(fields <= content.keys() for fields in _SIGNATURES)
+
+
+def _clear_partial(folder: Path) -> None:
+    """Remove what a command that was killed had begun to write."""
+    if not folder.is_dir():
+        return
+    for path in folder.glob(_PARTIAL):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _refuse(complaints: Iterable[str]) -> None:
+    lines = list(dict.fromkeys(complaints))
+    if lines:
+        shown = [f"  {line}" for line in lines[:5]]
+        if len(lines) > 5:
+            shown.append(f"  and {len(lines) - 5} more")
+        raise CommandError(
+            "\n".join(
+                (
+                    "This command would replace what is not its own:",
+                    *shown,
+                    "Move it elsewhere, or choose another --output-dir.",
+                )
+            )
+        )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether ``path`` is ``folder`` or lies in it, by whatever names they are called."""
+    if not folder.exists():
+        return False
+    real = Path(os.path.realpath(path))
+    return any(each.exists() and each.samefile(folder) for each in (real, *real.parents))
