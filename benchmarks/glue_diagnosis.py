@@ -31,7 +31,8 @@ from otkd.cli.teachers import find_teacher, with_features
 from otkd.cli.training import fit
 from otkd.data import get_task
 from otkd.functional.batch_transport import point_distances
-from otkd.integrations.models import read_outputs
+from otkd.integrations.models import describe
+from otkd.integrations.outputs import read_outputs
 from otkd.losses.batch import UnrolledBatchSinkhornLoss
 from otkd.signals import DenseSignal
 
@@ -67,7 +68,8 @@ def measure(model: nn.Module, batches: list[dict], signals: list[DenseSignal]) -
     for batch, signal in zip(batches, signals, strict=True):
         labels = batch["labels"]
         inputs = {name: values for name, values in batch.items() if name != "labels"}
-        outputs = read_outputs(model(**inputs, output_hidden_states=True), features=True)
+        outputs = model(**inputs, output_hidden_states=True)
+        outputs = read_outputs(outputs, describe(model), "student", features=True)
         logits, states = outputs["logits"], outputs["features"]
         kl = 0.9 * otkd.KLLoss(temperature=TEMPERATURE)(logits, signal)
         reference = gradient(kl + 0.1 * otkd.get_loss("ce")(logits, labels=labels), model)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from otkd.integrations.models import argument_names, read_outputs
+from otkd.integrations.models import describe
+from otkd.integrations.outputs import read_outputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,13 +51,17 @@ class Predictor:
         was_training = model.training
         model.eval()
         device = next(model.parameters()).device
-        named = argument_names(model)
+        description = describe(model)
         options = {"output_hidden_states": True} if features else {}
         parts: dict[str, list[Tensor]] = {}
         with torch.autocast(device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             for batch in self._batches:
-                inputs = {name: x.to(device) for name, x in batch.items() if name in named}
-                outputs = read_outputs(model(**inputs, **options), features=features)
+                inputs = {
+                    name: x.to(device) for name, x in batch.items() if name in description.arguments
+                }
+                outputs = read_outputs(
+                    model(**inputs, **options), description, "student", features=features
+                )
                 for name, values in outputs.items():
                     parts.setdefault(name, []).append(values.float())
         model.train(was_training)
