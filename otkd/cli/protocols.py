@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+import stat
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from typing import Any, get_args, get_type_hints
 
 from otkd.checks import did_you_mean
 from otkd.cli.console import CommandError
+from otkd.cli.failures import sentence
+from otkd.cli.names import check_file_names
 from otkd.cli.settings import Settings
 from otkd.data.tasks import get_task
 
@@ -24,6 +28,7 @@ _FOLDERS = (
     Path(__file__).with_name("protocols"),
     Path(__file__).parents[2] / "examples" / "glue",
 )
+_MOST_BYTES = 1_000_000
 _PUBLISHED = "published"  # is no protocol: the figures they are laid beside
 _FOR_REPORTS = ("title", "curves")
 # What the tables of a file may have, and of which kind.
@@ -194,10 +199,29 @@ def load_protocol(name: str) -> Protocol:
     """
     path = _find(name)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        return _parse(path.stem, content)
-    except (OSError, ValueError) as error:
+        check_file_names([path.stem], "its name, {},")
+        return _parse(path.stem, tomllib.loads(_read(path)))
+    except OSError as error:
+        raise CommandError(f"The protocol cannot be read. {sentence(error)}") from error
+    except UnicodeDecodeError as error:
+        raise CommandError(f"The protocol {path} is not UTF-8 text: {error}.") from error
+    except RecursionError as error:
+        raise CommandError(f"The protocol {path} nests tables or lists too deeply.") from error
+    except ValueError as error:
         raise CommandError(f"The protocol {path}: {error}") from error
+
+
+def _read(path: Path) -> str:
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise ValueError("it is a folder, not a file")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if status.st_size > _MOST_BYTES:
+        raise ValueError(
+            f"it has {status.st_size:,} bytes, and no protocol needs more than {_MOST_BYTES:,}"
+        )
+    return path.read_text(encoding="utf-8-sig")
 
 
 def load_published() -> dict[str, Any]:
@@ -226,6 +250,7 @@ def _parse(name: str, content: Any) -> Protocol:
     content = _checked("the file", content, _OF_THE_FILE)
     if "losses" not in content:
         raise ValueError("it has no [losses.NAME]")
+    check_file_names(content["losses"], "[losses.{}]")
     losses = {}
     for key, values in content["losses"].items():
         where = f"[losses.{key}]"
@@ -261,7 +286,7 @@ def _tuning(values: Any) -> Tuning:
 def _checked(where: str, values: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """A table's values, of the kinds these names have, and whole numbers as floats where wanted."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a table, not {values!r}")
+        raise ValueError(f"{where} must be a table, not {_shown(values)}")
     return {name: _entry(where, name, value, kinds) for name, value in values.items()}
 
 
@@ -269,12 +294,23 @@ def _entry(where: str, name: str, value: Any, kinds: Mapping[str, Any]) -> Any:
     if name not in kinds:
         hint = did_you_mean(name, kinds)
         raise ValueError(
-            f"{where} has an unknown entry {name!r}{hint} Known are {', '.join(kinds)}"
+            f"{where} has an unknown entry {_shown(name)}{hint} Known are {', '.join(kinds)}"
         )
     allowed = get_args(kinds[name]) or (kinds[name],)
     if type(value) is int and float in allowed:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError(f"{where}: {name} is too large: {_shown(value)}") from None
     # Not isinstance: true and false are no numbers.
     if type(value) not in allowed:
-        raise ValueError(f"{where}: {name} must be {_KINDS[allowed[0]]}, not {value!r}")
+        raise ValueError(f"{where}: {name} must be {_KINDS[allowed[0]]}, not {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: a line, however large or deep it is."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of more digits than Python turns into text
+        return f"a number of {value.bit_length():,} bits"

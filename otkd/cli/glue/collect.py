@@ -250,7 +250,7 @@ def _read_notes(path: Path) -> tuple[dict[tuple[str, str], str], dict[str, list[
             commands[protocol] = [str(command) for command in values.pop("commands", ())]
             for task, note in values.items():
                 reasons[protocol, get_task(task).name] = str(note["reason"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(
             f'{path} is not made of [PROTOCOL.TASK] with reason = "…" and [PROTOCOL] with '
             f'commands = ["…"]: {error}'
@@ -276,7 +276,7 @@ def _read_diagnosis(path: Path) -> list[dict[str, Any]]:
             }
             for section in sections
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CommandError(
             f'{path} is not a list of {{"title", "lines", "table": {{"columns", "rows"}}}}: '
             f"{error!r}"
