@@ -308,7 +308,7 @@ def test_where_nothing_can_be_locked_the_command_says_so(tmp_path, monkeypatch, 
     assert "cannot lock files" in " ".join(capsys.readouterr().err.split())
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -329,39 +329,47 @@ def workers_of(process):
 @pytest.mark.skipif(CORES == 1, reason="needs two cores")
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a list of processes")
 def test_killed_workers_and_killed_parents(teacher, glue, tmp_path):
-    command = ["compare", "rte", "--losses", "ce,kl", "--seeds", 2, "--workers", 2, *SMALL]
+    command = ["compare", "rte", "--losses", "ce", "--seeds", 2, "--workers", 2, *SMALL]
     command += ["--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path]
-    command += ["--epochs", 40]
+    command += ["--epochs", 20]
     folder = tmp_path / "rte"
     process = start_command(*command, start_new_session=True)
-    until(lambda: list(folder.glob("[ck]*/*.partial/checkpoint-*")) or process.poll() is not None)
-    # Meanwhile the folder is its own.
-    message = refused(*command[:-2], "--epochs", 40, "--workers", 1)
-    assert f"in use by another otkd command (process {process.pid} on" in message
-    # A worker that the system kills for want of memory ends like this.
-    os.kill(workers_of(process)[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    try:
+        until(lambda: len(workers_of(process)) == 2 or process.poll() is not None)
+        # Meanwhile the folder is its own.
+        message = refused(*command, "--workers", 1)
+        assert f"in use by another otkd command (process {process.pid} on" in message
+        # A worker that the system kills for want of memory ends like this.
+        os.kill(workers_of(process)[0], signal.SIGKILL)
+        output, _ = process.communicate(timeout=300)
+    finally:
+        end(process)
     assert process.returncode == 1, output
     assert "A worker process was killed (SIGKILL)" in " ".join(output.split())
     assert "Traceback" not in output
 
     process = start_command(*command, start_new_session=True)
-    until(lambda: list(folder.glob("*/[0-9].json")) or process.poll() is not None)
-    assert process.poll() is None, process.communicate()
-    group = process.pid
-    assert len(workers_of(process)) == 2
-    process.kill()
-    process.wait()
-    until(lambda: not children_of(group), seconds=30)
-    process.stdout.close()
-    done = list(folder.glob("*/[0-9].json"))
-    written = [path.stat().st_mtime_ns for path in done]
+    try:
+        until(lambda: list(folder.glob("ce/*.partial/checkpoint-*")) or process.poll() is not None)
+        assert process.poll() is None
+        assert len(workers_of(process)) == 2
+        process.kill()
+        process.wait()
+        until(lambda: not children_of(process.pid), seconds=30)
+    finally:
+        end(process)
     result = otkd_command(*command, "--workers", 1)
     assert result.exit_code == 0, result.output
-    assert [path.stat().st_mtime_ns for path in done] == written
-    assert len(list(folder.glob("*/[0-9].json"))) == 4
-    left = [path for path in folder.rglob("*") if path.suffix == ".partial"]
-    assert not left
+    assert len(list(folder.glob("ce/[0-9].json"))) == 2
+    assert not [path for path in folder.rglob("*") if path.suffix == ".partial"]
+
+
+def end(process):
+    """Nothing of a command goes on, whatever a test found."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process.stdout.close()
 
 
 def test_a_request_to_end_is_answered_like_ctrl_c(arguments, tmp_path):
@@ -534,7 +542,11 @@ def test_no_result_is_written_outside(arguments, tmp_path):
         ("a.toml", b"\xff\xfe", "is not UTF-8 text"),
         ("a.toml", "[losses.kl]".encode("utf-16"), "is not UTF-8 text"),
         ("a.toml", "#" * 1_000_001, "has 1,000,001 bytes"),
-        ("a.toml", f"[settings]\nalpha = 1{'0' * 400}\n[losses.kl]", r"\[settings\]: alpha is too large"),
+        (
+            "a.toml",
+            f"[settings]\nalpha = 1{'0' * 400}\n[losses.kl]",
+            r"\[settings\]: alpha is too large",
+        ),
         ("a.toml", f"[settings]\nalpha = 0x1{'0' * 4000}\n[losses.kl]", "alpha is too large"),
         ("a.toml", f"[settings]\nepochs = '{'a' * 9999}'\n[losses.kl]", "not 'aaaaaa.{,30}$"),
     ],
