@@ -146,8 +146,9 @@ def test_each_encoder_decoder_derives_its_own_input(arguments):
     assert logged(trainer)[0] == pytest.approx(expected, rel=1e-3)
 
 
-def test_decoder_inputs_of_the_collator_are_kept(arguments):
-    build, batch = ENCODER_DECODERS["m2m100"]
+@pytest.mark.parametrize("kind", ["m2m100", "bart"])
+def test_decoder_inputs_of_the_collator_are_kept(arguments, kind):
+    build, batch = ENCODER_DECODERS[kind]
     student, teacher = build(0), build(1)
     batch = batch() | {"decoder_input_ids": torch.randint(3, VOCAB, (3, 5))}
     expected = kl(
@@ -337,6 +338,14 @@ def test_a_teacher_of_another_tokenizer_is_refused(arguments, student, teacher):
     # Padding of one vocabulary, as the loss says.
     DistillationTrainer(student, loss=otkd.KLLoss(vocab_size=VOCAB), **options)
     DistillationTrainer(student, loss=otkd.UniversalLogitLoss(vocab_size=VOCAB), **options)
+
+
+def test_a_token_that_the_teacher_lacks_is_refused_before_it_reads_it(arguments):
+    student = tiny_llama(0, vocab=50)
+    batch = causal_text()
+    batch["input_ids"][0, 0] = 40
+    with pytest.raises(ValueError, match="50 tokens and the teacher GPT2LMHeadModel 29"):
+        one_step(student, arguments, batch, otkd.KLLoss(), teacher=tiny_gpt2(1))
 
 
 def test_classifiers_of_two_tokenizers_are_refused(arguments):

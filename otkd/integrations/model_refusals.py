@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -60,10 +61,27 @@ def refuse_pair(student: ModelDescription, teacher: ModelDescription, loss: nn.M
     one size are the same is not known to the models.
     """
     _refuse_order_of_classes(student, teacher)
+    if fewer_tokens(student, teacher) is not None and not _judges_vocabularies(student, loss):
+        _refuse_vocabularies(student, teacher)
+
+
+def fewer_tokens(student: ModelDescription, teacher: ModelDescription) -> int | None:
+    """The smaller of two sizes of vocabulary that read the same ``input_ids``; None if equal."""
     reads = "input_ids" in student.arguments and "input_ids" in teacher.arguments
+    if not reads or student.tokens is None or teacher.tokens in (None, student.tokens):
+        return None
+    return min(student.tokens, teacher.tokens)
+
+
+def check_tokens(student: ModelDescription, teacher: ModelDescription, input_ids: Tensor) -> None:
+    """Raise ``ValueError`` for a token that only the larger of two vocabularies has."""
+    fewer = fewer_tokens(student, teacher)
+    if fewer is not None and input_ids.numel() and int(input_ids.max()) >= fewer:
+        _refuse_vocabularies(student, teacher)
+
+
+def _refuse_vocabularies(student: ModelDescription, teacher: ModelDescription) -> NoReturn:
     sizes = (student.tokens, teacher.tokens)
-    if not reads or None in sizes or sizes[0] == sizes[1] or _judges_vocabularies(student, loss):
-        return
     raise ValueError(
         f"the student {student.name} knows {sizes[0]} tokens and the teacher {teacher.name} "
         f"{sizes[1]}, but both read the same input_ids: with two tokenizers the teacher would read "

@@ -37,6 +37,7 @@ class ModelDescription:
         label_names: the names of its classes where the configuration has any but the default.
         virtual_tokens: number of positions that a prompt-learning adapter puts before the text.
         auxiliary: coefficient of each auxiliary output that its own loss adds, e.g. ``aux_loss``.
+        logit_penalty: coefficient of the mean square of log Σ exp(logits) in its own loss.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ModelDescription:
     label_names: tuple[str, ...]
     virtual_tokens: int
     auxiliary: dict[str, float]
+    logit_penalty: float
 
 
 def describe(model: nn.Module) -> ModelDescription:
@@ -81,9 +83,10 @@ def describe(model: nn.Module) -> ModelDescription:
         targets=_rows(base, "get_output_embeddings"),
         problem_type=getattr(config, "problem_type", None) if classifies else None,
         num_labels=getattr(config, "num_labels", None) if classifies else None,
-        label_names=_label_names(config) if classifies else (),
+        label_names=_label_names(config) if classifies or task is None else (),
         virtual_tokens=_virtual_tokens(model),
         auxiliary=_auxiliary_coefficients(base, config),
+        logit_penalty=float(getattr(base, "z_loss_coefficient", None) or 0.0),
     )
 
 
@@ -132,22 +135,17 @@ def own_inputs(
     share = {k: v for k, v in inputs.items() if k in named or k not in other or not named}
     if labels is None:
         return share
-    given = {"decoder_input_ids", "decoder_inputs_embeds"} & share.keys()
-    if description.decodes and not given:
-        return share | _decoder_inputs(unwrapped(model), description, labels)
-    return share | ({"labels": labels} if "labels" in description.required else {})
-
-
-def _decoder_inputs(base: Any, description: ModelDescription, labels: Tensor) -> dict[str, Any]:
+    base = unwrapped(model)
     derive = getattr(base, "prepare_decoder_input_ids_from_labels", None)
-    if derive is None:
-        return {"labels": labels} if "labels" in description.arguments else {}
-    inputs = {"decoder_input_ids": derive(labels)}
-    if description.name == "EncoderDecoderModel":
-        # Unlike the others it hides what stands for −100 from its decoder, too.
-        hidden = inputs["decoder_input_ids"] == base.config.pad_token_id
-        inputs["decoder_attention_mask"] = (~hidden).to(labels.dtype)
-    return inputs
+    if description.decodes and derive is None:
+        # Also beside decoder_input_ids: NLLB-MoE balances its experts only with labels.
+        return share | ({"labels": labels} if "labels" in description.arguments else {})
+    if description.decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & share.keys():
+        share["decoder_input_ids"] = derived = derive(labels)
+        if description.name == "EncoderDecoderModel" and "decoder_attention_mask" not in share:
+            # Unlike the others it hides what stands for −100 from its decoder, too.
+            share["decoder_attention_mask"] = (derived != base.config.pad_token_id).to(labels.dtype)
+    return share | ({"labels": labels} if "labels" in description.required else {})
 
 
 def _parameters(base: Any) -> list[inspect.Parameter]:

@@ -91,9 +91,12 @@ def auxiliary_loss(outputs: Any, description: ModelDescription) -> Tensor | None
     """What the model's own loss adds beside the term of its labels, weighted as it does it.
 
     The balance of the experts of a mixture (``aux_loss``) and the size of their logits
-    (``z_loss``), where the model gives them; else None.
+    (``z_loss``), where the model gives them, and the size of its own logits (Bamba); else None.
     """
     total = None
+    if description.logit_penalty:
+        sizes = _field(outputs, "logits").logsumexp(-1).float()
+        total = description.logit_penalty * sizes.square().mean()
     for name, coefficient in description.auxiliary.items():
         value = _field(outputs, name)
         if isinstance(value, Tensor):  # a number for a half of the model without experts

@@ -16,6 +16,8 @@ from otkd.integrations.model_refusals import (
     check_labels_of,
     check_positions_of,
     check_stored_rows,
+    check_tokens,
+    fewer_tokens,
     refuse_model,
     refuse_pair,
 )
@@ -129,10 +131,12 @@ class DistillationTrainer(Trainer):
         self._student = describe(cast("nn.Module", self.model))
         refuse_model(self._student, "student")
         self._teacher: ModelDescription | None = None
+        self._vocabularies_differ = False
         if self.teacher is not None:
             self._teacher = describe(self.teacher)
             refuse_model(self._teacher, "teacher")
             refuse_pair(self._student, self._teacher, self.loss)
+            self._vocabularies_differ = fewer_tokens(self._student, self._teacher) is not None
             if getattr(self.teacher, "hf_device_map", None) is None:
                 self.teacher.to(self.args.device)
 
@@ -248,8 +252,10 @@ class DistillationTrainer(Trainer):
             if features is not None and as_loss(self.loss).needs_features:
                 outputs["features"] = features
             return outputs
-        if self.teacher is None:
+        if self.teacher is None or self._teacher is None:
             return None
+        if self._vocabularies_differ and "input_ids" in inputs:
+            check_tokens(self._student, self._teacher, inputs["input_ids"])
         self.teacher.eval()
         with torch.no_grad(), self.accelerator.autocast():
             return self._outputs(self.teacher, inputs, "teacher")[0]
