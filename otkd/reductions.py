@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from otkd.checks import (
@@ -15,6 +17,29 @@ from otkd.checks import (
 )
 
 REDUCTIONS = ("mean", "sum", "none", "sequence_mean")
+
+
+@dataclass(frozen=True)
+class ItemCounts:
+    """How many items a whole batch counts, for losses that reduce over different items.
+
+    Attributes:
+        positions: counted positions; what ``"mean"`` divides by.
+        sequences: sequences with a counted position; what ``"sequence_mean"`` divides by.
+    """
+
+    positions: int | float | Tensor
+    sequences: int | float | Tensor
+
+
+def count_items(counted: Bool[Tensor, "*batch"]) -> Int[Tensor, "2"]:
+    """Number of counted positions, and of sequences that have any, without a synchronisation.
+
+    Sequences lie along the last dimension; with one dimension or none each position is a sequence.
+    """
+    positions = counted.sum()
+    sequences = counted.any(-1).sum() if counted.ndim > 1 else positions
+    return torch.stack([positions, sequences])
 
 
 def counted_positions(
@@ -46,7 +71,7 @@ def reduce_positions(
     counted: Bool[Tensor, "*batch"] | None = None,
     *,
     reduction: str = "mean",
-    num_items_in_batch: int | float | Tensor | None = None,
+    num_items_in_batch: int | float | Tensor | ItemCounts | None = None,
 ) -> Float[Tensor, "..."]:
     """Reduce one value per position; values at positions that do not count must be 0.
 
@@ -56,8 +81,10 @@ def reduce_positions(
     - ``"sum"``: ``Σ values``.
     - ``"none"``: the values themselves, 0 where a position does not count.
     - ``"sequence_mean"``: the mean over the counted positions of each sequence (the last batch
-      dimension), then over the sequences that have any. It ignores ``num_items_in_batch``, which
-      counts positions: microbatches do not add up under it.
+      dimension), then over the sequences that have any, or ``num_items_in_batch.sequences`` of them
+      where that is an :class:`ItemCounts`. It ignores a plain ``num_items_in_batch``, which counts
+      positions: microbatches do not add up under it. With one batch dimension each position is a
+      sequence, and the result that of ``"mean"``.
 
     Raises:
         ValueError: for an unknown ``reduction``, or a negative number of items.
@@ -69,16 +96,20 @@ def reduce_positions(
         return values
     if reduction == "sum":
         return values.sum()
+    items, sequences = num_items_in_batch, None
+    if isinstance(items, ItemCounts):
+        items, sequences = items.positions, items.sequences
     if reduction == "mean":
-        items = num_items_in_batch
         if items is None:
             items = values.numel() if counted is None else counted.sum()
         return values.sum() / _at_least(items, 1, values)
     if counted is None:
         counted = torch.ones_like(values, dtype=torch.bool)
-    lengths = counted.sum(-1)
-    sequence_means = values.sum(-1) / lengths.clamp(min=1)
-    return sequence_means.sum() / (lengths > 0).sum().clamp(min=1)
+    if values.ndim > 1:
+        values = values.sum(-1) / counted.sum(-1).clamp(min=1)
+    if sequences is None:
+        sequences = count_items(counted)[1]
+    return values.sum() / _at_least(sequences, 1, values)
 
 
 def _at_least(count: int | float | Tensor, least: int, like: Tensor) -> float | Tensor:

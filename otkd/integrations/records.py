@@ -1,55 +1,75 @@
-"""What a loss says of its last call, averaged between two logs."""
+"""What a loss says of its calls between two logs, the same for all processes."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
 
-from otkd.losses.protocol import as_loss
+from torch import Tensor
+
+from otkd.integrations.tally import Tally
+from otkd.losses.protocol import Loss
 
 
 class LossRecord:
-    """Means of the terms and solver reports of a loss; read from the device once a log."""
+    """Terms and solver reports of a loss; read from the device once a log.
 
-    def __init__(self):
-        self._sums: dict[str, Tensor | float] = {}
-        self._weights: dict[str, float] = {}
+    A term is what it contributes to an optimiser's step, all microbatches and processes together,
+    on average over the steps, so that the weighted terms add up to the logged loss. A step in which
+    the loss did not have the term counts as 0.
 
-    def add(self, loss: nn.Module, *, share: float, steps: float) -> None:
+    Of solvers the worst since the last log is kept: the most iterations, the largest marginal error
+    and the least coverage of any call in any process. The mean coverage is that over positions.
+    Both are named by their term where there are terms, ``solver/<term>/iterations``, and
+    ``solver/iterations`` is of all solvers.
+
+    Args:
+        skip_non_finite: whether terms that are NaN or infinite are left out of their means, as
+            Trainer leaves such losses out with ``logging_nan_inf_filter``.
+    """
+
+    def __init__(self, *, skip_non_finite: bool = False):
+        self._tally = Tally()
+        self._skip = skip_non_finite
+
+    def add(
+        self, loss: Loss, *, share: float, steps: float, positions: Callable[[], Tensor]
+    ) -> None:
         """Add the last call of ``loss``.
 
         Args:
             loss: read for ``last_terms`` and ``last_reports``.
             share: factor of the terms; 1 where those of the calls of one step add up.
-            steps: how much of an optimiser's step the call was; terms are means over steps.
+            steps: how much of an optimiser's step the call was.
+            positions: counts the positions of the call, if that is needed.
         """
-        said = as_loss(loss)
-        for name, value in said.last_terms.items():
+        self._tally.add("steps", steps)
+        for name, value in loss.last_terms.items():
             self.add_term(name, value, share=share, steps=steps)
-        for report in said.last_reports.values():
-            self._add("solver/iterations", report.iterations, 1)
-            self._add("solver/marginal_error", report.marginal_error, 1)
-            for name, value in (
-                ("coverage", report.coverage),
-                ("worst_coverage", report.worst_coverage),
-            ):
-                if value is not None:
-                    self._add(f"solver/{name}", value, 1)
+        for path, report in loss.last_reports.items():
+            for prefix in {"solver", f"solver/{path}".rstrip("/")}:
+                self._tally.most(f"{prefix}/iterations", report.iterations)
+                self._tally.most(f"{prefix}/marginal_error", report.marginal_error.max())
+                if report.coverage is not None:
+                    weight = positions()
+                    self._tally.add_mean(f"{prefix}/coverage", report.coverage * weight, weight)
+                if report.worst_coverage is not None:
+                    self._tally.least(f"{prefix}/worst_coverage", report.worst_coverage)
 
     def add_term(self, name: str, value: Tensor, *, share: float, steps: float) -> None:
-        """Add a term that is not of the loss; arguments as :meth:`add`."""
-        self._add(f"loss/{name}", value * share, steps)
+        """Add a term, of the loss or of the trainer; arguments as :meth:`add`."""
+        value = value.detach()
+        if self._skip:
+            self._tally.add(f"skipped/{name}", ~value.isfinite() * steps)
+            value = value.nan_to_num(0.0, 0.0, 0.0)
+        self._tally.add(f"loss/{name}", value * share)
 
-    def _add(self, name: str, value: Tensor | float, weight: float) -> None:
-        if isinstance(value, Tensor):
-            # Of several problems solved in one call, the worst.
-            value = value.detach().float().max()
-        self._sums[name] = self._sums.get(name, 0.0) + value
-        self._weights[name] = self._weights.get(name, 0.0) + weight
-
-    def take(self, device: torch.device) -> tuple[list[str], Tensor]:
-        """Names and means, a tensor on ``device``, of all that was added since the last call."""
-        names = list(self._sums)
-        means = [torch.as_tensor(self._sums[n] / self._weights[n], device=device) for n in names]
-        self._sums, self._weights = {}, {}
-        return names, torch.stack([mean.float() for mean in means]) if names else torch.empty(0)
+    def take(self) -> dict[str, float]:
+        """Terms and reports of all processes since the last call; each process has to call this."""
+        found = self._tally.take()
+        steps = found.pop("steps", 0.0)
+        skipped = {name: found.pop(name) for name in list(found) if name.startswith("skipped/")}
+        for name in found:
+            if name.startswith("loss/"):
+                counted = steps - skipped.get(name.replace("loss", "skipped", 1), 0.0)
+                found[name] = found[name] / counted if counted else float("nan")
+        return dict(sorted(found.items()))

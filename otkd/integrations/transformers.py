@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from otkd.checks import as_class_labels
 from otkd.integrations.batches import find_targets, label_key, label_names_of, without_labels
+from otkd.integrations.counting import StepItems, counted_items, step_items
+from otkd.integrations.evaluation import Evaluation, cross_entropy
 from otkd.integrations.model_refusals import (
     check_has_positions,
     check_labels_of,
@@ -34,7 +36,7 @@ from otkd.integrations.stored import (
     with_eval_teacher,
 )
 from otkd.losses.protocol import as_loss, teacher_for
-from otkd.reductions import IGNORE_INDEX
+from otkd.reductions import ItemCounts
 from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
 from otkd.signals.protocol import teacher_features_of
 
@@ -60,18 +62,20 @@ class DistillationTrainer(Trainer):
     1. The first token of a document that is packed behind another one does not count.
     The auxiliary loss of a mixture of experts (``output_router_logits=True``) is added in training.
 
-    Gradient accumulation equals the full batch for losses that are sums over positions. The means
-    of the microbatches are averaged instead for ``reduction="sequence_mean"``, and where a model
-    that is no causal language model gets no labels, so that there is nothing to count beforehand.
+    The batch of a step is that of all its microbatches and processes: for losses that are sums over
+    positions or sequences the gradient is that of one process with the whole batch at once, also if
+    a part of it counts nothing. Losses between the samples of a batch see the samples of all
+    processes, but of one microbatch. Accelerate repeats the first rows where the last batch does
+    not go round the processes evenly. With ``average_tokens_across_devices=False`` the means of the
+    processes that count something are averaged.
 
-    In several processes a batch is that of all of them, which losses between the samples of a batch
-    see, too; Accelerate repeats the first rows where the last batch does not go round evenly.
-
-    Evaluation reports the loss where it has a teacher (a model, ``eval_teacher``, or a
-    ``teacher_logits`` column) and the hard-label cross-entropy alone where it has none; predictions
-    are the logits. Training logs hold each term of the loss (``loss/<name>``) and the mean report
-    of its solvers (``solver/iterations``, ``solver/marginal_error``,
-    ``solver/coverage`` of a ``TopK`` support) since the last log.
+    Evaluation reports ``eval_loss``, the loss where there is a teacher (a model, ``eval_teacher``,
+    or a ``teacher_logits`` column), and ``eval_cross_entropy`` of the hard labels where there are
+    any, which is ``eval_loss`` too where there is no teacher; both are means over everything that
+    counts in the set. Predictions are the logits. Training logs hold each term of the loss
+    (``loss/<name>``) and the worst of its solvers since the last log (``solver/iterations``,
+    ``solver/marginal_error``, and of a ``TopK`` support the mean ``solver/coverage``); see
+    ``docs/training.md``.
     Parameters of the loss are trained without weight decay and gradient clipping, and saved in
     checkpoints as ``loss.pt``; nothing of the teacher is saved.
 
@@ -111,6 +115,7 @@ class DistillationTrainer(Trainer):
         check_loss(loss)
         super().__init__(*args, **kwargs)
         self.loss = loss.to(self.args.device)
+        self._loss = as_loss(self.loss)
         self.teacher = teacher if isinstance(teacher, nn.Module) else None
         if teacher is not None and self.teacher is None:
             signal = as_signal(teacher)
@@ -143,16 +148,13 @@ class DistillationTrainer(Trainer):
         self.shift = self._student.shifts if shift is None else shift
         self._label_names = label_names_of(self.label_names, self.args.label_names)
         self._labels_seen = False
-        # Labels are shifted before Trainer counts them: it misses models without a loss type, such
-        # as GPT-2, and its older versions never shift.
-        self._loss_shifts_labels = False
-        # Makes Trainer count the items for every model and take the loss for one divided by them,
-        # unless the loss ignores them: then it divides by the number of microbatches.
-        self.model_accepts_loss_kwargs = "sequence_mean" not in as_loss(self.loss).reductions
+        # Makes Trainer take the loss for one divided by the items of all microbatches.
+        self.model_accepts_loss_kwargs = True
         self._learnable = [p for p in self.loss.parameters() if p.requires_grad]
         if self._learnable:
             self.add_callback(_ZeroGradients(self.loss))
-        self._records = LossRecord()
+        self._records = LossRecord(skip_non_finite=self.args.logging_nan_inf_filter)
+        self._evaluation: Evaluation | None = None
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -174,21 +176,21 @@ class DistillationTrainer(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        counted = []
-        for batch in batch_samples:
-            labels, mask = self._targets(batch)
-            if labels is None and self.shift and "input_ids" in batch:
-                everywhere = torch.ones_like(batch["input_ids"][..., 1:])
-                labels = torch.where((everywhere if mask is None else mask) != 0, 0, IGNORE_INDEX)
-            counted.append({} if labels is None else {"labels": labels})
-        return super()._get_num_items_in_batch(counted, device)
+        return step_items(
+            [(batch, *self._targets(batch)) for batch in batch_samples],
+            shift=self.shift,
+            device=device,
+            accelerator=self.accelerator,
+            average_tokens=self.args.average_tokens_across_devices,
+            replicas=self.get_tp_size() * self.get_cp_size() * self.get_sp_size(),
+        )
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: StepItems | ItemCounts | Tensor | int | None = None,
     ) -> Any:
         """The loss of a batch; None if evaluation lacks the teacher and labels it would take.
 
@@ -213,34 +215,65 @@ class DistillationTrainer(Trainer):
             student = {name: values[:, :-1] for name, values in student.items()}
             teacher = teacher and {name: values[:, :-1] for name, values in teacher.items()}
         check_positions_of(self._student, student["logits"], labels, mask)
-        if model.training:
-            self._check_labels(labels, predictions.shape[-1])
-            self._labels_seen = True
+        self._check_labels(labels, predictions.shape[-1])
+        self._labels_seen = True
 
-        if teacher is None and as_loss(self.loss).needs_teacher:
+        # A mask over tokens says nothing about the one row of logits of a classifier.
+        mask = mask if predictions.ndim > 2 else None
+        if self._evaluation is not None:
+            rows = slice(self._evaluation.own_rows(len(predictions)))
+            student = {name: values[rows] for name, values in student.items()}
+            teacher = teacher and {name: values[rows] for name, values in teacher.items()}
+            labels, mask = (None if x is None else x[rows] for x in (labels, mask))
+        objective = len(student["logits"]) > 0 and self._has_objective(
+            teacher, labels, training=model.training
+        )
+        if self._evaluation is not None:
+            self._evaluation.see(student["logits"], labels, mask, has_objective=objective)
+        if objective:
+            items = num_items_in_batch
+            items = items.of(predictions) if isinstance(items, StepItems) else items
+            loss = self._objective(student, teacher, labels, mask, items)
             if model.training:
-                raise ValueError(
-                    f"the batch has no {TEACHER_KEY!r} and there is no teacher model, but "
-                    f"{type(self.loss).__name__} needs a teacher"
-                )
-            loss = None if labels is None else _cross_entropy(student["logits"], labels)
-        elif labels is None and not model.training and as_loss(self.loss).needs_labels:
-            loss = None
+                loss = loss * self._record(student["logits"], labels, mask, items)
+                if auxiliary is not None:
+                    loss = loss + self._auxiliary(auxiliary, items)
         else:
-            options: dict[str, Any] = {"labels": labels, "num_items_in_batch": num_items_in_batch}
-            # A mask over tokens says nothing about the one row of logits of a classifier.
-            options["mask"] = mask if predictions.ndim > 2 else None
-            if teacher is not None and "features" in teacher:
-                options["student_features"] = student["features"]
-                options["teacher_features"] = teacher["features"]
-            stored = None if teacher is None else teacher["logits"]
-            given = teacher_for(self.loss, stored, self.args.device)
-            loss = self.loss(student["logits"], given, **options)
-        if model.training and loss is not None:
-            loss = loss * self._record(num_items_in_batch)
-            if auxiliary is not None:
-                loss = loss + self._auxiliary(auxiliary, num_items_in_batch)
+            # Without the teacher it would take, an evaluation has the hard labels alone.
+            hard = teacher is None and labels is not None
+            loss = cross_entropy(student["logits"], cast("Tensor", labels)) if hard else None
         return (loss, {"logits": predictions}) if return_outputs else loss
+
+    def _has_objective(
+        self, teacher: Mapping[str, Any] | None, labels: Tensor | None, *, training: bool
+    ) -> bool:
+        """Whether a batch has what the loss is called with; always in training, or it raises."""
+        lacks_teacher = teacher is None and self._loss.needs_teacher
+        if training and lacks_teacher:
+            raise ValueError(
+                f"the batch has no {TEACHER_KEY!r} and there is no teacher model, but "
+                f"{type(self.loss).__name__} needs a teacher"
+            )
+        lacks_labels = labels is None and self._loss.needs_labels
+        return training or not (lacks_teacher or lacks_labels)
+
+    def _objective(
+        self,
+        student: Mapping[str, Any],
+        teacher: Mapping[str, Any] | None,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        items: ItemCounts | Tensor | float | None,
+    ) -> Tensor:
+        if isinstance(items, ItemCounts) and "sequence_mean" not in self._loss.reductions:
+            items = items.positions  # all that losses of other libraries know
+        options: dict[str, Any] = {"labels": labels, "mask": mask, "num_items_in_batch": items}
+        if teacher is not None and "features" in teacher:
+            options["student_features"] = student["features"]
+            options["teacher_features"] = teacher["features"]
+        stored = None if teacher is None else teacher["logits"]
+        given = teacher_for(self.loss, stored, self.args.device)
+        return self.loss(student["logits"], given, **options)
 
     def _teacher_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         if TEACHER_KEY in inputs:
@@ -249,7 +282,7 @@ class DistillationTrainer(Trainer):
                 return {"logits": stored.to(self.args.device)}
             outputs = {"logits": teacher_logits_of(stored, self.args.device)}
             features = teacher_features_of(stored, self.args.device)
-            if features is not None and as_loss(self.loss).needs_features:
+            if features is not None and self._loss.needs_features:
                 outputs["features"] = features
             return outputs
         if self.teacher is None or self._teacher is None:
@@ -277,7 +310,7 @@ class DistillationTrainer(Trainer):
         )
         if role == "teacher" and "use_cache" in own.arguments:
             share["use_cache"] = False
-        features = as_loss(self.loss).needs_features
+        features = self._loss.needs_features
         if features:
             share["output_hidden_states"] = True
         outputs = model(**share)
@@ -288,11 +321,11 @@ class DistillationTrainer(Trainer):
             # A device is waited for in the first batch only.
             check_labels_of(self._student, labels if self._labels_seen else labels.cpu(), classes)
 
-    def _auxiliary(self, value: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _auxiliary(self, value: Tensor, items: object) -> Tensor:
         """The share of a microbatch in the auxiliary loss: their mean, as they have no items."""
         steps = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         self._records.add_term("auxiliary", value, share=steps, steps=steps)
-        return value if num_items_in_batch is None else value * steps
+        return value if items is None else value * steps
 
     def prediction_step(
         self,
@@ -305,9 +338,29 @@ class DistillationTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss, None, None
-        return loss, outputs["logits"], inputs.get("labels")
+        logits, key = outputs["logits"], label_key(inputs, self._label_names)
+        labels = None if key is None else inputs[key]
+        if self._evaluation is not None:
+            self._evaluation.add(loss)
+            if not prediction_loss_only:
+                labels = self._evaluation.labels_of_all(labels, logits)
+        if loss is None and self.accelerator.num_processes > 1:
+            # Trainer gathers the losses of all processes or of none.
+            loss = logits.new_full((), float("nan"), dtype=torch.float32)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's loop, whose metrics get the exact means of :class:`Evaluation`."""
+        self._evaluation = Evaluation(self._loss, self.accelerator)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            means = self._evaluation.metrics()
+        finally:
+            self._evaluation = None
+        metrics = cast("dict[str, float]", output.metrics)
+        metrics.pop(f"{metric_key_prefix}_loss", None)
+        metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
+        return output
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's optimiser, with the trainable parameters of the loss as one more group.
@@ -338,24 +391,25 @@ class DistillationTrainer(Trainer):
                 torch.load(path, map_location=self.args.device, weights_only=True)
             )
 
-    def _record(self, num_items_in_batch: Tensor | int | None) -> float:
+    def _record(
+        self, logits: Tensor, labels: Tensor | None, mask: Tensor | None, items: object
+    ) -> float:
         """Note the last call of the loss for the next log; gives the factor of its value."""
-        scale = 1
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # The items are those of all processes, whose gradients are averaged, not added.
-            scale = self.accelerator.num_processes // self.get_tp_size()
+        # The items are those of all processes, whose gradients are averaged, not added.
+        scale = 1 if items is None else self.accelerator.num_processes // self.get_tp_size()
         steps = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
-        share = scale if num_items_in_batch is not None else steps
-        self._records.add(self.loss, share=share, steps=steps)
+        self._records.add(
+            self._loss,
+            share=steps if items is None else scale,
+            steps=steps,
+            positions=lambda: counted_items(logits, labels, mask)[0],
+        )
         return scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log, to which training logs add the terms of the loss and solver reports."""
-        if "loss" in logs:
-            names, means = self._records.take(self.args.device)
-            if names:
-                mean = cast("Tensor", self.accelerator.reduce(means, reduction="mean"))
-                logs.update(zip(names, mean.tolist(), strict=True))
+        if "loss" in logs and "learning_rate" in logs:  # as Trainer's own, which all processes make
+            logs.update(self._records.take())
         super().log(logs, start_time)
 
 
@@ -367,9 +421,3 @@ class _ZeroGradients(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.loss.zero_grad()
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE_INDEX
-    )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from otkd.checks import check_choice, check_logits, check_one_logits, check_positive
 from otkd.ot.divergence import Report
-from otkd.reductions import REDUCTIONS, counted_positions, reduce_positions
+from otkd.reductions import REDUCTIONS, ItemCounts, counted_positions, reduce_positions
 from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
 from otkd.signals.protocol import teacher_features_of
 
@@ -131,7 +131,7 @@ class DistillationLoss(nn.Module, ABC):
         *,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
-        num_items_in_batch: int | Tensor | None = None,
+        num_items_in_batch: int | Tensor | ItemCounts | None = None,
         student_features: Tensor | None = None,
         teacher_features: Tensor | None = None,
     ) -> Tensor:
@@ -146,7 +146,8 @@ class DistillationLoss(nn.Module, ABC):
             mask: ``(*batch,)``, true or non-zero where a position counts. Other positions may hold
                 anything.
             num_items_in_batch: replaces the number of counted positions in a mean, so that
-                microbatches add up to the whole batch.
+                microbatches add up to the whole batch. For ``reduction="sequence_mean"`` an
+                :class:`~otkd.reductions.ItemCounts`, which says the number of sequences, too.
             student_features: ``(*batch, width)``, for losses over representations.
             teacher_features: ``(*batch, teacher_width)``, for losses over representations; by
                 default those of a stored teacher that has them.
@@ -166,7 +167,7 @@ class DistillationLoss(nn.Module, ABC):
             value = value * self.temperature**2
         return value
 
-    def reduced(self, batch: Batch, num_items_in_batch: int | Tensor | None) -> Tensor:
+    def reduced(self, batch: Batch, num_items_in_batch: int | Tensor | ItemCounts | None) -> Tensor:
         """The values of the positions as ``reduction`` says, not rescaled."""
         return reduce_positions(
             self.per_position(batch),

@@ -15,7 +15,7 @@ from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.gathering import GatheredBatch, spans_processes
 from otkd.ot.divergence import Options
 from otkd.precision import compute_dtype, without_autocast
-from otkd.reductions import reduce_positions
+from otkd.reductions import ItemCounts, reduce_positions
 
 
 class BatchLoss(DistillationLoss):
@@ -25,11 +25,12 @@ class BatchLoss(DistillationLoss):
     ``num_items_in_batch`` the value is scaled by counted/num_items. Microbatches do not add up to
     the whole batch: transport sees the batch.
 
-    Where :mod:`torch.distributed` runs several processes, the batch is that of all of them: every
-    process has to call the loss, and as often, even one without a counted sample; each has the
-    value of the whole batch, and gradients averaged over the processes are those of the whole
-    batch. The shares of a process are then centred so that their mean is this value. Rows that a
-    sampler repeats to even out the processes, as Accelerate does by default, are samples twice.
+    Where :mod:`torch.distributed` runs several processes and gradients are recorded, the batch is
+    that of all of them: every process has to call the loss, and as often, even one without a
+    counted sample; each has the value of the whole batch, and gradients averaged over the processes
+    are those of the whole batch. The shares of a process are then centred so that their mean is
+    this value. Rows that a sampler repeats to even out the processes, as Accelerate does by
+    default, are samples twice. Under ``torch.no_grad()`` the batch is that of each process.
 
     Args:
         gather: False for the batch of each process by itself.
@@ -46,12 +47,13 @@ class BatchLoss(DistillationLoss):
         """Shares ``(*batch,)``, adding up to b times the value of the batch."""
         return _at_positions(_centred(*self._solve(batch)), batch)
 
-    def reduced(self, batch: Batch, num_items_in_batch: int | Tensor | None) -> Tensor:
+    def reduced(self, batch: Batch, num_items_in_batch: int | Tensor | ItemCounts | None) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
         value, shares = self._solve(batch)
         if self.reduction == "mean" and num_items_in_batch is None:
             return value  # the mean of the shares
-        if self.reduction == "sequence_mean" and not len(shares):
+        counts = isinstance(num_items_in_batch, ItemCounts)
+        if self.reduction == "sequence_mean" and not len(shares) and not counts:
             # Without a sample of its own a process still has the value, and its part in the
             # average of the gradients.
             return value
@@ -64,10 +66,11 @@ class BatchLoss(DistillationLoss):
 
     def _solve(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The value of the batch of all processes, and the shares of the samples of this one."""
+        self.last_report = None
         student, teacher = self.points(batch)
         own, everywhere = slice(None), len(student)
         if self.gather and spans_processes():
-            gathered = GatheredBatch.of(len(student), student.device)
+            gathered = GatheredBatch.of(student, teacher)
             student, teacher = gathered.gather(student), gathered.gather(teacher)
             own, everywhere = gathered.own, sum(gathered.sizes)
         # Without any sample there is nothing to transport; the sum keeps the graph.

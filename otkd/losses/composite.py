@@ -15,6 +15,7 @@ from otkd.losses.divergences import CrossEntropyLoss, KLLoss
 from otkd.losses.protocol import Loss, as_loss, joined, teacher_for, worst_report
 from otkd.ot.divergence import Report
 from otkd.precision import compute_dtype
+from otkd.reductions import ItemCounts
 from otkd.signals import TeacherSignal
 
 
@@ -116,7 +117,7 @@ class WeightedLoss(nn.Module):
         *,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
-        num_items_in_batch: int | Tensor | None = None,
+        num_items_in_batch: int | Tensor | ItemCounts | None = None,
         student_features: Tensor | None = None,
         teacher_features: Tensor | None = None,
     ) -> Tensor:

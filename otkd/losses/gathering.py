@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_KINDS = ("the student's width", "the teacher's width", "the size of a number in bytes")
+
 
 @dataclass(frozen=True)
 class GatheredBatch:
@@ -23,12 +25,27 @@ class GatheredBatch:
     rank: int
 
     @classmethod
-    def of(cls, samples: int, device: torch.device) -> GatheredBatch:
-        """Ask every process how many samples it has; all of them must call this."""
-        own = torch.tensor([samples], device=device)
-        sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, own)
-        return cls(tuple(torch.cat(sizes).tolist()), dist.get_rank())
+    def of(cls, student: Tensor, teacher: Tensor) -> GatheredBatch:
+        """Ask every process for its samples, each ``(b, d)``; all of them must call this.
+
+        Raises:
+            ValueError: in all processes, if their samples differ in width or precision.
+        """
+        own = torch.tensor(
+            [len(student), student.shape[-1], teacher.shape[-1], student.element_size()],
+            device=student.device,
+        )
+        found = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, own)
+        sizes, *kinds = torch.stack(found).T.tolist()
+        for name, kind in zip(_KINDS, kinds, strict=True):
+            if len(set(kind)) > 1:
+                raise ValueError(
+                    f"the processes cannot transport their samples as one batch: {name} is "
+                    f"{', '.join(map(str, kind))} in the processes 0 to {len(kind) - 1}. Give all "
+                    "of them the same, or take gather=False"
+                )
+        return cls(tuple(sizes), dist.get_rank())
 
     @property
     def own(self) -> slice:
@@ -47,8 +64,17 @@ class GatheredBatch:
 
 
 def spans_processes() -> bool:
-    """Whether there are other processes to gather samples from."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether there are other processes to gather samples from.
+
+    Not where no gradients are recorded: an evaluation may be of one process alone, or lack in one
+    what it has in another, and its value is not to depend on how many processes share it.
+    """
+    return (
+        torch.is_grad_enabled()
+        and dist.is_available()
+        and dist.is_initialized()
+        and dist.get_world_size() > 1
+    )
 
 
 class _AllGather(torch.autograd.Function):

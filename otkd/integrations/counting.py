@@ -1,0 +1,108 @@
+"""How many positions and sequences an optimiser's step counts, in all of its processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.trainer_pt_utils import find_batch_size
+
+from otkd.reductions import IGNORE_INDEX, ItemCounts, count_items
+
+
+@dataclass(frozen=True)
+class StepItems:
+    """What the microbatches of a step count, before any model has seen them.
+
+    Without labels it depends on the logits what counts: the tokens of the mask, or the examples
+    where an example has one row of logits.
+
+    Attributes:
+        token_level: what counts where each token has logits.
+        example_level: what counts where each example has one row of logits.
+        tokens_unknown: whether the inputs do not say how many tokens an example has; all have as
+            many then as those of the logits at hand.
+    """
+
+    token_level: ItemCounts
+    example_level: ItemCounts
+    tokens_unknown: bool = False
+
+    def of(self, logits: Tensor) -> ItemCounts:
+        """What counts in a step that has such logits."""
+        if logits.ndim <= 2:
+            return self.example_level
+        if not self.tokens_unknown:
+            return self.token_level
+        positions = self.example_level.positions * logits.shape[1:-1].numel()
+        return ItemCounts(positions, self.example_level.sequences)
+
+
+def step_items(
+    microbatches: Sequence[tuple[Mapping[str, Any], Tensor | None, Tensor | None]],
+    *,
+    shift: bool,
+    device: torch.device,
+    accelerator: Accelerator,
+    average_tokens: bool,
+    replicas: int,
+) -> StepItems:
+    """The items of a step; every process has to call this, whatever it sees.
+
+    Args:
+        microbatches: the inputs of each, and its labels and mask as the loss gets them.
+        shift: whether the logits are paired with the next token.
+        device: of the counts.
+        accelerator: of the trainer.
+        average_tokens: whether every item of all processes weighs the same. If not, every process
+            that counts something does, and its own items by their number.
+        replicas: how many processes see the same batch.
+    """
+    counts = [_items(inputs, labels, mask, shift) for inputs, labels, mask in microbatches]
+    own = torch.zeros(4, dtype=torch.long, device=device)
+    for count in counts:
+        own += count.to(device)
+    total = own
+    if accelerator.num_processes > 1:
+        everywhere = cast("Tensor", accelerator.gather(own.unsqueeze(0)))
+        total = everywhere.sum(0) if average_tokens else own * (everywhere > 0).sum(0)
+    total = total / replicas
+    unknown = any(
+        labels is None and mask is None and _everywhere(inputs, shift) is None
+        for inputs, labels, mask in microbatches
+    )
+    return StepItems(ItemCounts(total[0], total[1]), ItemCounts(total[2], total[3]), unknown)
+
+
+def _items(
+    inputs: Mapping[str, Any], labels: Tensor | None, mask: Tensor | None, shift: bool
+) -> Tensor:
+    """Positions and sequences of a microbatch as tokens, then as examples, ``(4,)``."""
+    if labels is not None:
+        return count_items(labels != IGNORE_INDEX).repeat(2)
+    counted = mask if mask is not None else _everywhere(inputs, shift)
+    examples = torch.tensor([find_batch_size(inputs) or 0] * 2)
+    tokens = examples if counted is None else count_items(counted != 0)
+    return torch.cat([tokens, examples.to(tokens.device)])
+
+
+def _everywhere(inputs: Mapping[str, Any], shift: bool) -> Tensor | None:
+    """Ones where a token has logits, if the inputs say so."""
+    for name in ("decoder_input_ids", "input_ids"):
+        ids = inputs.get(name)
+        if isinstance(ids, Tensor):
+            return torch.ones_like(ids[..., 1:] if shift else ids)
+    return None
+
+
+def counted_items(logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Positions and sequences that count in a batch, ``(2,)``, after a model has seen it."""
+    if labels is not None:
+        return count_items(labels != IGNORE_INDEX)
+    if mask is not None:
+        return count_items(mask != 0)
+    return count_items(torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device))

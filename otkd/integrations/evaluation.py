@@ -1,0 +1,126 @@
+"""What one pass over an evaluation set reports, averaged over what counts in all processes."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from otkd.integrations.counting import counted_items
+from otkd.integrations.tally import Tally
+from otkd.losses.protocol import Loss
+from otkd.precision import compute_dtype
+from otkd.reductions import IGNORE_INDEX
+
+
+class Evaluation:
+    """The loss and the hard-label cross-entropy of an evaluation set.
+
+    Means are over counted positions, whatever the batches and processes they came in: a loss that
+    is a sum over positions has the value that it would have on the whole set as one batch. Means
+    over sequences weigh batches by their counted sequences, and sums are added up.
+
+    Args:
+        loss: says how it is reduced.
+        accelerator: of the trainer; knows which rows were repeated to even out the processes.
+    """
+
+    def __init__(self, loss: Loss, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._reductions = loss.reductions
+        self._tally = Tally()
+        self._weight: Tensor | None = None
+        self._has_labels: bool | None = None
+
+    def own_rows(self, rows: int) -> int:
+        """How many of the ``rows`` of this batch are no repetitions: the first so many.
+
+        Where the last batch does not go round the processes evenly, Accelerate fills it with rows
+        from the beginning, after the last one of the last process that still has some.
+        """
+        state = self._accelerator.gradient_state
+        one = self._accelerator.num_processes == 1
+        if one or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(state.remainder - self._accelerator.process_index * rows, 0), rows)
+
+    def see(
+        self, logits: Tensor, labels: Tensor | None, mask: Tensor | None, *, has_objective: bool
+    ) -> None:
+        """Note what counts in a batch, and its cross-entropy if there are labels of classes.
+
+        Args:
+            logits: of the student.
+            labels: as the loss gets them.
+            mask: as the loss gets it.
+            has_objective: whether the value that follows is that of the trainer's loss.
+        """
+        positions, sequences = counted_items(logits, labels, mask)
+        weight = sequences if self._reductions == {"sequence_mean"} else positions
+        self._weight = weight if has_objective else None
+        if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+            return
+        self._tally.add("labelled batches", 1.0)
+        self._tally.add_mean("cross_entropy", cross_entropy(logits, labels, "sum"), positions)
+
+    def add(self, loss: Tensor | None) -> None:
+        """Add the value of the batch that was last seen."""
+        weight, self._weight = self._weight, None
+        if loss is None or weight is None:
+            return
+        self._tally.add("batches", 1.0)
+        # A batch without anything counted says nothing, not even NaN.
+        value = torch.where(weight > 0, loss.detach(), 0.0)
+        if self._reductions == {"sum"}:
+            self._tally.add("loss", value)
+        else:
+            self._tally.add_mean("loss", value * weight, weight)
+
+    def metrics(self) -> dict[str, float]:
+        """``loss``, and ``cross_entropy`` where there are labels; every process has to call this.
+
+        The loss is the cross-entropy where no batch had the teacher that the trainer's loss needs.
+        Both are NaN where nothing counts.
+        """
+        found, nan = self._tally.take(), float("nan")
+        metrics = {}
+        if found.pop("labelled batches", 0):
+            metrics["loss"] = metrics["cross_entropy"] = found.get("cross_entropy", nan)
+        if found.pop("batches", 0):
+            metrics["loss"] = found.get("loss", nan)
+        return metrics
+
+    def labels_of_all(self, labels: Tensor | None, logits: Tensor) -> Tensor | None:
+        """The labels of a batch, so that all processes and batches have some or none has.
+
+        Where only other processes or earlier batches have labels, −100 in the place of each.
+
+        Raises:
+            ValueError: for labels after batches without any, in which case predictions and labels
+                would not belong together.
+        """
+        mine = torch.tensor([labels is not None], device=logits.device)
+        anywhere = bool(cast("Tensor", self._accelerator.gather(mine)).any())
+        if self._has_labels is False and anywhere:
+            raise ValueError(
+                "the evaluation set has batches without labels before batches with labels, so "
+                "predictions and labels cannot be collected side by side: give every example "
+                f"labels ({IGNORE_INDEX} where it has none), or none"
+            )
+        self._has_labels = self._has_labels or anywhere
+        if labels is None and self._has_labels:
+            shape = logits.shape[:-1]
+            return torch.full(shape, IGNORE_INDEX, dtype=torch.long, device=logits.device)
+        return labels
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """Hard-label cross-entropy over the labels that are not −100, in float32 at least."""
+    return nn.functional.cross_entropy(
+        logits.flatten(0, -2).to(compute_dtype(logits)),
+        labels.flatten().long(),
+        ignore_index=IGNORE_INDEX,
+        reduction=reduction,
+    )
