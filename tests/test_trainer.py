@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainingArguments
 import otkd
 from otkd.integrations.records import LossRecord
 from otkd.integrations.transformers import DistillationTrainer
+from otkd.losses.protocol import as_loss
 from otkd.signals import DenseSignal
 from tests.models import (
     CLASSES,
@@ -778,12 +779,12 @@ def test_terms_are_read_only_by_a_log(monkeypatch):
     with monkeypatch.context() as patch:
         for method in ("item", "tolist", "cpu", "__float__", "__bool__"):
             patch.setattr(torch.Tensor, method, refuse)
-        record.add(Terms(), share=0.5, steps=0.5)
-        record.add(Terms(), share=0.25, steps=0.5)
-    names, means = record.take(torch.device("cpu"))
-    assert names == ["loss/kl", "solver/iterations", "solver/marginal_error"]
-    assert means[0] == pytest.approx(2.25)
-    assert record.take(torch.device("cpu"))[0] == []
+        for share in (0.5, 0.25):
+            record.add(as_loss(Terms()), share=share, steps=0.5, positions=lambda: torch.tensor(2))
+    found = record.take()
+    assert list(found) == ["loss/kl", "solver/iterations", "solver/marginal_error"]
+    assert found["loss/kl"] == pytest.approx(2.25)
+    assert record.take() == {}
 
 
 # Precision

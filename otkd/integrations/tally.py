@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -65,14 +66,16 @@ class Tally:
         return found
 
 
-def _extreme(choose: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Number, Number], Number]:
+def _extreme(
+    of_tensors: Callable[[Tensor, Tensor], Tensor], of_floats: Callable[..., float]
+) -> Callable[[Number, Number], Number]:
     def combine(a: Number, b: Number) -> Number:
-        # Of torch, because Python's max and min forget a NaN.
         if isinstance(a, Tensor):
-            return choose(a, torch.as_tensor(b, dtype=a.dtype, device=a.device))
+            return of_tensors(a, torch.as_tensor(b, dtype=a.dtype, device=a.device))
         if isinstance(b, Tensor):
             return combine(b, a)
-        return choose(torch.tensor(a), torch.tensor(b)).item()
+        # As torch does it; Python's own may forget a NaN.
+        return math.nan if math.isnan(a) or math.isnan(b) else of_floats(a, b)
 
     return combine
 
@@ -81,8 +84,8 @@ _COMBINED: dict[str, Callable[[Any, Any], Any]] = {
     "sum": operator.add,
     "total": operator.add,
     "weight": operator.add,
-    "most": _extreme(torch.maximum),
-    "least": _extreme(torch.minimum),
+    "most": _extreme(torch.maximum, max),
+    "least": _extreme(torch.minimum, min),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,21 @@ class Loss(Protocol):
     def last_terms(self) -> Mapping[str, Tensor]: ...  # noqa: D102
 
 
+_NAMES = tuple(name for name, value in vars(Loss).items() if isinstance(value, property))
+
+
+def has_protocol(module: nn.Module) -> TypeGuard[Loss]:
+    """Whether a loss says all of itself; asked at every step.
+
+    ``isinstance`` would compute every property, and those of a weighted loss ask all of its terms.
+    """
+    held, kind = vars(module), type(module)
+    return all(name in held or hasattr(kind, name) for name in _NAMES)
+
+
 def as_loss(module: nn.Module) -> Loss:
     """``module`` itself if it has the protocol, else an adapter that answers for it."""
-    return module if isinstance(module, Loss) else ForeignLoss(module)
+    return module if has_protocol(module) else ForeignLoss(module)
 
 
 def teacher_for(
@@ -68,7 +80,7 @@ def teacher_for(
     Losses with the protocol take any; another module gets dense logits. One whose call hands the
     teacher on to losses of otkd gets a stored top-k as it is if it says ``reads_stored = True``.
     """
-    if teacher is None or isinstance(loss, Loss):
+    if teacher is None or has_protocol(loss):
         return teacher
     if isinstance(teacher, TopKSignal) and as_loss(loss).reads_stored:
         return teacher
@@ -167,7 +179,7 @@ def joined(name: str, path: str) -> str:
 def _reports_inside(module: nn.Module, name: str) -> Iterator[tuple[str, Report]]:
     for child_name, child in module.named_children():
         path = joined(name, child_name) if name else child_name
-        if isinstance(child, Loss):
+        if has_protocol(child):
             yield from ((joined(path, inner), r) for inner, r in child.last_reports.items())
         else:
             yield from _reports_inside(child, path)

@@ -1,0 +1,272 @@
+"""Trainings and evaluations that one process and several must agree on.
+
+`distributed_runs.py FOLDER` is what each process of test_distributed.py does; every process may see
+other things. `distributed_runs.py FOLDER FAULT` ends with an exception in the last process.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import BertForMaskedLM, TrainerCallback, TrainingArguments
+
+import otkd
+from otkd.integrations.transformers import DistillationTrainer
+from otkd.supports import TopK
+from tests.models import VOCAB, tiny_bert, tiny_gpt2
+from tests.test_trainer import pad, sentences, weights
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+STEP, STEPS = 6, 2  # rows of a step, of all processes; and steps
+
+
+def masked_lm(seed):
+    return BertForMaskedLM(tiny_bert(seed).config)
+
+
+def texts(lengths, *, labels=True, empty=()):
+    """Sequences of unlike lengths; the labels of those that are ``empty`` do not count."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index, length in enumerate(lengths):
+        ids = torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        row = {"input_ids": ids, "attention_mask": [1] * length}
+        if labels:
+            row["labels"] = [-100] * length if index in empty else [-100, *ids[1:]]
+        rows.append(row)
+    return rows
+
+
+LENGTHS = (9, 3, 7, 2, 8, 4, 6, 5, 3, 7, 4, 8)
+# In the first step the last process counts nothing, be it one of two or of three; in the second the
+# second of three does not.
+CAUSAL = texts(LENGTHS, empty=(3, 4, 5, 8, 9))
+# Ten rows in batches of two: of two or three processes some evaluate repeated rows, one nothing.
+EVAL = texts(LENGTHS[:10], empty=(2, 3, 7))
+UNLABELLED = [{k: v for k, v in row.items() if k != "labels"} for row in CAUSAL]
+SENTENCES = sentences(lengths=LENGTHS)
+for index in (3, 4, 5, 8, 9):
+    SENTENCES[index]["labels"] = -100
+
+EMBEDDING = tiny_gpt2(1).get_input_embeddings().weight.detach()
+
+
+def sinkhorn(**options):
+    return otkd.SinkhornLoss(embedding=EMBEDDING, epsilon=0.5, **options)
+
+
+def weighted():
+    inner = {"top": (1.0, sinkhorn(support=TopK(5))), "reverse": (0.5, otkd.ReverseKLLoss())}
+    return otkd.WeightedLoss(
+        {"kl": (0.9, otkd.KLLoss()), "ce": (0.1, "ce"), "ot": (2.0, otkd.WeightedLoss(inner))}
+    )
+
+
+def batch_weighted():
+    return otkd.WeightedLoss(
+        {
+            "kl": (0.9, otkd.KLLoss()),
+            "l1": (2.0, otkd.BatchSinkhornLoss(debias=True)),
+            "hidden": (1.0, otkd.BatchSinkhornLoss("hidden", debias=True)),
+        }
+    )
+
+
+class TermsOfItsOwn(nn.Module):
+    """A loss whose terms are others in every process, and absent from every second call."""
+
+    needs_teacher = False
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.last_terms = {}
+
+    def forward(self, student_logits, teacher_logits=None, *, labels, mask, num_items_in_batch):
+        counted = labels != -100
+        value = (student_logits.square().mean(-1) * counted).sum() / num_items_in_batch
+        self.last_terms = {f"of {RANK}": value.detach(), "all": value.detach()}
+        if self.calls % 2:
+            self.last_terms.popitem()
+        self.calls += 1
+        return value
+
+
+class LogOfOne(TrainerCallback):
+    """A callback that logs in the first process alone."""
+
+    trainer = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if RANK == 0:
+            self.trainer.log({"loss": 1.0, "mine": 1.0})
+
+
+def arguments(folder, **options):
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder / "run"), "use_cpu": True, "report_to": "none",
+            "disable_tqdm": True, "optim": "sgd", "learning_rate": 0.1,
+            "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+            "per_device_train_batch_size": STEP // WORLD, "per_device_eval_batch_size": 2,
+            "train_sampling_strategy": "sequential", "max_steps": STEPS, "save_strategy": "no",
+            "logging_steps": 1, "dataloader_pin_memory": False,
+            "ddp_backend": "gloo" if WORLD > 1 else None,
+        }
+        | options
+    )  # fmt: skip
+
+
+def run(folder, build, rows, loss, *, evaluate=None, metrics=None, callbacks=(), **options):
+    """Weights after training, what was logged, and what evaluation says."""
+    student = build(0)
+    collate = options.pop("collate", pad)
+    teacher = options.pop("teacher", None) or build(1)
+    trainer = DistillationTrainer(
+        student, arguments(folder, **options), train_dataset=rows, data_collator=collate,
+        teacher=teacher, loss=loss, compute_metrics=metrics, callbacks=list(callbacks),
+    )  # fmt: skip
+    for callback in callbacks:
+        callback.trainer = trainer
+    start = weights(student)
+    trainer.train()
+    found = {
+        "moved": weights(student) - start,
+        "logs": [
+            {k: v for k, v in log.items() if k.startswith(("loss", "solver/", "grad_norm"))}
+            for log in trainer.state.log_history
+            if "learning_rate" in log
+        ],
+    }
+    if evaluate is not None:
+        names = ("loss", "cross_entropy", "accuracy")
+        found["metrics"] = {
+            k: v for k, v in trainer.evaluate(evaluate).items() if k.endswith(names)
+        }
+    return found
+
+
+def microbatches(count):
+    return {"per_device_train_batch_size": 1, "gradient_accumulation_steps": count // WORLD}
+
+
+def accuracy(prediction):
+    counted = prediction.label_ids != -100
+    right = prediction.predictions.argmax(-1) == prediction.label_ids
+    return {"accuracy": right[counted].mean()}
+
+
+def without_labels_but_in_the_first(rows):
+    batch = pad(rows)
+    if RANK > 0:
+        del batch["labels"]
+    return batch
+
+
+class StoredInTheLast:
+    """Collates with a teacher's top-k in the last process, with its logits in the others."""
+
+    def __init__(self, teacher):
+        self.teacher = teacher.eval()
+
+    def __call__(self, rows):
+        batch = pad(rows)
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        with torch.no_grad():
+            logits = self.teacher(**inputs).logits
+        last = RANK == WORLD - 1
+        return batch | {"teacher_logits": otkd.TopKSignal.of(logits, k=VOCAB) if last else logits}
+
+
+def runs(folder):
+    found = {}
+    causal = (folder, tiny_gpt2, CAUSAL)
+    for name, loss in {
+        "kl": otkd.KLLoss(),
+        "jsd": otkd.JSDLoss(),
+        "uld": otkd.UniversalLogitLoss(),
+        "sinkhorn": sinkhorn(),
+        "sparse": sinkhorn(support=TopK(5)),
+        "wasserstein": otkd.WassersteinLoss("discrete"),
+        "sum": otkd.KLLoss(reduction="sum"),
+        "sequence_mean": otkd.KLLoss(reduction="sequence_mean"),
+        "weighted": weighted(),
+        "mixed": otkd.WeightedLoss(
+            {"a": (1.0, otkd.KLLoss(reduction="sequence_mean")), "b": (0.5, otkd.JSDLoss())}
+        ),
+    }.items():
+        rate = 0.001 if name == "sum" else 0.1
+        found[name] = run(*causal, loss, evaluate=EVAL, learning_rate=rate)
+        if name in ("sum", "sequence_mean", "weighted", "mixed"):
+            found[f"{name}, microbatches"] = run(
+                *causal, loss, learning_rate=rate, **microbatches(STEP)
+            )
+    found["batch"] = run(folder, tiny_bert, SENTENCES, batch_weighted(), evaluate=SENTENCES[:10])
+    for reduction in ("sum", "sequence_mean"):
+        loss = otkd.BatchSinkhornLoss(reduction=reduction)
+        found[f"batch, {reduction}"] = run(folder, tiny_bert, SENTENCES, loss)
+    found["classes, sequence_mean"] = run(
+        folder, tiny_bert, SENTENCES, otkd.KLLoss(reduction="sequence_mean"), **microbatches(STEP)
+    )
+    # Nothing to count beforehand but the mask, or the examples.
+    for name, build in {"tokens": masked_lm, "examples": tiny_bert, "causal": tiny_gpt2}.items():
+        options = {} if name == "tokens" else microbatches(STEP)
+        found[f"unlabelled {name}"] = run(
+            folder, build, UNLABELLED, otkd.KLLoss(), evaluate=UNLABELLED[:10], **options
+        )
+    for name, options in {
+        "split": {
+            "accelerator_config": {"split_batches": True},
+            "per_device_train_batch_size": STEP,
+        },
+        "dispatched": {"accelerator_config": {"dispatch_batches": True}},
+    }.items():
+        rows = texts((7,) * 12, empty=(3, 4, 5, 8, 9))
+        found[name] = run(folder, tiny_gpt2, rows, weighted(), evaluate=rows[:10], **options)
+    found["other terms"] = run(*causal, TermsOfItsOwn(), callbacks=[LogOfOne()])
+    teacher = tiny_gpt2(1)
+    found["other teachers"] = run(
+        *causal, otkd.SinkhornLoss("discrete", support=TopK(5)), collate=StoredInTheLast(teacher)
+    )
+    found["accuracy"] = run(
+        folder, tiny_bert, SENTENCES, otkd.KLLoss(), evaluate=SENTENCES[:10], metrics=accuracy
+    )
+    # These see other things on purpose, so that they are no run of one process.
+    found["labels in the first alone"] = run(
+        folder, tiny_bert, sentences(lengths=LENGTHS), otkd.KLLoss(),
+        evaluate=SENTENCES[:10], metrics=accuracy, collate=without_labels_but_in_the_first,
+    )  # fmt: skip
+    found["means of processes"] = run(*causal, otkd.KLLoss(), average_tokens_across_devices=False)
+    return found
+
+
+def fail(folder, fault):
+    """A training in which the last process alone meets something that it cannot train on."""
+
+    class Broken(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if RANK == WORLD - 1 and state.global_step == 1:
+                for parameter in model.parameters():
+                    parameter.data.fill_(float("nan"))
+
+    rows, build, loss = CAUSAL, tiny_gpt2, otkd.KLLoss()
+    if fault == "batch":
+        rows, build, loss = SENTENCES, tiny_bert, otkd.BatchSinkhornLoss()
+    run(folder, build, rows, loss, callbacks=[Broken()])
+
+
+def main():
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    if len(sys.argv) > 2:
+        fail(folder, sys.argv[2])
+    torch.save(runs(folder), folder / f"runs-{WORLD}-{RANK}.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
