@@ -1,7 +1,6 @@
 import copy
 import importlib
 import os
-import subprocess
 import sys
 
 import pytest
@@ -212,48 +211,6 @@ def test_sequence_means_of_microbatches_are_averaged(arguments):
         for b, n in ((8, 1), (2, 4))
     ]
     torch.testing.assert_close(weights(runs[1].model), weights(runs[0].model), rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(
-        """
-import os, sys, torch, otkd
-from transformers import TrainingArguments
-from otkd.integrations.transformers import DistillationTrainer
-from tests.models import tiny_llama
-from tests.test_trainer import mixed_loss, pad, texts, weights
-
-torch.set_num_threads(1)
-processes = int(os.environ.get("WORLD_SIZE", 1))
-trainer = DistillationTrainer(
-    tiny_llama(0),
-    TrainingArguments(
-        sys.argv[1], use_cpu=True, report_to="none", optim="sgd", learning_rate=0.1,
-        lr_scheduler_type="constant", per_device_train_batch_size=2, logging_steps=1,
-        gradient_accumulation_steps=4 // processes, train_sampling_strategy="sequential",
-        num_train_epochs=2, save_strategy="no", ddp_backend="gloo" if processes > 1 else None,
-    ),
-    train_dataset=texts(), data_collator=pad, teacher=tiny_llama(1), loss=mixed_loss(),
-)
-trainer.train()
-logs = [[e["loss"], e["loss/kl"], e["loss/ce"]] for e in trainer.state.log_history if "loss" in e]
-if trainer.is_world_process_zero():
-    torch.save((weights(trainer.model), torch.tensor(logs)), sys.argv[1] + ".pt")
-if processes > 1:
-    torch.distributed.destroy_process_group()
-"""
-    )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    results = []
-    for name, launch in (("one", []), ("two", launcher)):
-        command = [sys.executable, *launch, str(script), str(tmp_path / name)]
-        subprocess.run(command, env=environment, check=True, timeout=300)
-        results.append(torch.load(tmp_path / f"{name}.pt"))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
 
 
 # What the loss is called with
