@@ -30,7 +30,11 @@ app.add_typer(report_app, name="report")
 
 OutputDir = Annotated[Path, typer.Option(help="Where results are written and looked for.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Redo runs of other settings or another teacher.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Redo runs of other settings or another teacher, and those that diverged.",
+    ),
 ]
 
 

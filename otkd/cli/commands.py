@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Collection, Sequence
@@ -167,6 +168,11 @@ def train(
     with held(_claim(experiment, [run])), StepBar() as bar:
         teacher, done = _prepare(experiment, [run], bar, overwrite=overwrite)
         done |= _do(experiment, teacher, [run], done, 1, bar)
+    if done[run].diverged:
+        raise CommandError(
+            f"The student {_outcome(done[run])}. It is not saved; {run.result} says so. Change "
+            "settings, such as a lower --learning-rate, or do it again with --overwrite."
+        )
     _print_report(teacher.result, [done[run]])
     notice(f"The student is in {run.model}, its result in {run.result}.")
 
@@ -222,7 +228,10 @@ def _run(folder: Path, objective: Objective, seed: int, candidate: int | None = 
 
 
 def best_candidate(objective: Objective, done: dict[Run, Result]) -> Objective:
-    """The objective with the best of its candidates; the first of equals."""
+    """The objective with the best of its candidates; the first of equals.
+
+    One that diverged is worse than any other.
+    """
     if not objective.candidates:
         return objective
     tried = {
@@ -230,7 +239,16 @@ def best_candidate(objective: Objective, done: dict[Run, Result]) -> Objective:
         for run, result in done.items()
         if run.tuning and run.objective.name == objective.name
     }
-    best = max(sorted(tried, key=int), key=lambda number: tried[number].score)
+    scores = {
+        number: -math.inf if tried[number].diverged else tried[number].score
+        for number in sorted(tried, key=int)
+    }
+    best = max(scores, key=lambda number: scores[number])
+    if tried[best].diverged:
+        notice(
+            f"All {len(tried)} candidates of {objective.name} diverged; its students are trained "
+            "with the first."
+        )
     return objective.tried()[int(best)]
 
 
@@ -290,12 +308,20 @@ def _do(
     with closing(run_all(experiment, teacher, folder, pending, workers, bar)) as outcomes:
         for run, result in outcomes:
             finished[run] = result
-            if not err.is_terminal:
+            if result.diverged:
+                notice(f"{experiment.task.name}: {run}: {_outcome(result)}")
+            elif not err.is_terminal:
                 # A log has no bar to look at.
                 minutes = (time.monotonic() - start) / 60
                 left = minutes / len(finished) * (len(pending) - len(finished))
                 notice(
-                    f"{experiment.task.name}: {run}: {result.headline} {result.score:.4f} "
+                    f"{experiment.task.name}: {run}: {_outcome(result)} "
                     f"({len(finished)} of {len(pending)}, about {left:.0f} min left)"
                 )
     return finished
+
+
+def _outcome(result: Result) -> str:
+    if result.diverged:
+        return f"diverged after {result.steps} steps: {result.reason}"
+    return f"{result.headline} {result.score:.4f}"

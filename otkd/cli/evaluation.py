@@ -39,12 +39,20 @@ class Predictor:
         ]
 
     def logits(self, model: PreTrainedModel) -> Tensor:
-        """Float32 logits ``(rows, num_labels)``, in the order of the rows."""
-        return self._outputs(model, features=False)["logits"]
+        """Float32 logits ``(rows, num_labels)``, in the order of the rows.
+
+        Raises:
+            FloatingPointError: if one is not finite.
+        """
+        return _finite("logits", self._outputs(model, features=False)["logits"])
 
     def features(self, model: PreTrainedModel) -> Tensor:
-        """Float32 states ``(rows, width)``, as losses over representations compare them."""
-        return self._outputs(model, features=True)["features"]
+        """Float32 states ``(rows, width)``, as losses over representations compare them.
+
+        Raises:
+            FloatingPointError: if one is not finite.
+        """
+        return _finite("states", self._outputs(model, features=True)["features"])
 
     @torch.no_grad()
     def _outputs(self, model: PreTrainedModel, *, features: bool) -> dict[str, Tensor]:
@@ -66,3 +74,13 @@ class Predictor:
                     parts.setdefault(name, []).append(values.float())
         model.train(was_training)
         return {name: torch.cat(values).cpu()[self._back] for name, values in parts.items()}
+
+
+def _finite(what: str, values: Tensor) -> Tensor:
+    # The largest of numbers with a NaN among them is NaN: no score would tell.
+    bad = int((~values.isfinite()).any(-1).sum())
+    if bad:
+        raise FloatingPointError(
+            f"the model's {what} on {bad} of {len(values)} rows are not finite"
+        )
+    return values

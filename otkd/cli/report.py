@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from otkd.cli.results import Result
-from otkd.cli.stats import Estimate, summarise
+from otkd.cli.stats import Estimate, LossSummary, summarise
 from otkd.data import get_task
 from otkd.files import written_whole
 
@@ -43,19 +43,23 @@ def comparison_table(teacher: Result, results: Sequence[Result]) -> Table:
         end_section=True,
     )
     for summary in summaries:
+        scores = [_percent(value) for value in summary.metrics.values()]
+        if summary.diverged:
+            scores = [_diverged(summary), *["–"] * (len(teacher.metrics) - 1)]
         table.add_row(
             summary.loss,
-            *(_percent(value) for value in summary.metrics.values()),
-            _percent(summary.agreement),
-            f"{summary.seconds_per_step:.3f}",
-            f"{summary.seconds:.1f}",
+            *scores,
+            "–" if summary.agreement is None else _percent(summary.agreement),
+            "–" if summary.seconds_per_step is None else f"{summary.seconds_per_step:.3f}",
+            "–" if summary.seconds is None else f"{summary.seconds:.1f}",
         )
     return table
 
 
 def explanation(teacher: Result, results: Sequence[Result]) -> str:
     """What the numbers are, in a few sentences."""
-    seeds = {summary.loss: len(summary.seeds) for summary in summarise(results)}
+    summaries = summarise(results)
+    seeds = {each.loss: len(each.seeds) + len(each.diverged) for each in summaries}
     counts = sorted(set(seeds.values()))
     count = " or ".join(map(str, counts))
     settings = results[0].settings
@@ -65,6 +69,7 @@ def explanation(teacher: Result, results: Sequence[Result]) -> str:
         f" {results[0].precision}.",
         "± is the half-width of the 95 % t-interval over seeds"
         + (" (– with one seed)." if counts[0] == 1 else "."),
+        *_divergence(summaries),
         *_objective(results),
         "Agreement: development rows on which student and teacher choose the same class.",
     ]
@@ -73,6 +78,24 @@ def explanation(teacher: Result, results: Sequence[Result]) -> str:
     if len({tuple(run.versions.items()) for run in (teacher, *results)}) > 1:
         sentences.append("The runs were made with different versions; each file has its own.")
     return " ".join(sentences)
+
+
+def _divergence(summaries: Sequence[LossSummary]) -> list[str]:
+    """Which runs diverged, and what that means for the table."""
+    found = [
+        f"{each.loss}, seed {run['seed']}, after {run['step']} steps ({run['reason']})"
+        for each in summaries
+        for run in each.diverged
+    ]
+    if not found:
+        return []
+    shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+    return [f"Diverged: {shown}. No mean is given over the other seeds of such a loss."]
+
+
+def _diverged(summary: LossSummary) -> str:
+    total = len(summary.seeds) + len(summary.diverged)
+    return f"{len(summary.diverged)} of {total} diverged"
 
 
 def _objective(results: Sequence[Result]) -> list[str]:
@@ -103,7 +126,9 @@ def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
     for place, summary in enumerate(summaries):
         points = [score * 100 for score in summary.scores]
         axes.plot([place] * len(points), points, "o", color="C0", alpha=0.45, markersize=5)
-        mean = summary.metrics[teacher.headline]
+        mean = summary.metrics.get(teacher.headline)
+        if mean is None:
+            continue
         axes.errorbar(
             place + 0.18,
             mean.mean * 100,
@@ -116,7 +141,10 @@ def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
     # Stand-ins for the legend: one point and one mean, however many losses there are.
     axes.plot([], [], "o", color="C0", alpha=0.45, label="seed")
     axes.plot([], [], "D", color="C1", label="mean, 95 % t-interval")
-    axes.set_xticks(range(len(summaries)), [summary.loss for summary in summaries])
+    names = [
+        f"{each.loss}\n{_diverged(each)}" if each.diverged else each.loss for each in summaries
+    ]
+    axes.set_xticks(range(len(summaries)), names)
     axes.set_xlim(-0.5, len(summaries) - 0.3)
     axes.set_ylabel(f"{metric_title(teacher.headline)} × 100")
     axes.set_title(get_task(teacher.task).title)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from otkd.cli.console import notice
+from otkd.cli.fields import DIVERGED
 from otkd.cli.objectives import (
     annealed_term,
     build_objective,
@@ -17,15 +18,25 @@ from otkd.cli.objectives import (
     objective_options,
 )
 from otkd.cli.ownership import remove
-from otkd.cli.results import TEACHER, Result, find_result, write_result
+from otkd.cli.results import (
+    TEACHER,
+    Result,
+    changed_file,
+    file_digests,
+    files_below,
+    find_result,
+    write_result,
+)
 from otkd.cli.teachers import Teacher
 from otkd.cli.traces import check_work, claim, common_fields, save_model
-from otkd.cli.training import fit
+from otkd.cli.training import DivergedError, Fit, fit
 from otkd.data import agreement, score
 from otkd.integrations.annealing import TemperatureAnnealing
 
 if TYPE_CHECKING:
-    from otkd.cli.experiment import Experiment
+    from transformers import PreTrainedModel
+
+    from otkd.cli.experiment import Experiment, Rows
     from otkd.cli.protocols import Objective
 
 
@@ -85,10 +96,31 @@ def find_student(
     """
     settings = experiment.as_run(run.settings(experiment))
     wanted = settings if teacher is None else {**settings, TEACHER: teacher.digest}
-    result = find_result(run.result, wanted, overwrite=overwrite, notice=notice)
+    result = find_result(
+        run.result,
+        wanted,
+        loss=run.objective.name,
+        overwrite=overwrite,
+        notice=notice,
+    )
     if result is None:
         check_work(run.work, settings, overwrite=overwrite)
-    elif run.model is not None and not (run.model / "config.json").is_file():
+    elif result.diverged and overwrite:
+        notice(f"{run.result} is of a run that diverged; it is done again.")
+        return None
+    elif run.model is not None and not result.diverged:
+        return _with_model(run.result, run.model, result)
+    return result
+
+
+def _with_model(path: Path, model: Path, result: Result) -> Result | None:
+    """The result, or None if the student saved in ``model`` is not the one that it is of."""
+    if f"{model.name}/config.json" not in result.files:
+        notice(f"{path} does not say which student it is of; the run is done again.")
+        return None
+    changed = changed_file(path.parent, result.files)
+    if changed is not None:
+        notice(f"{changed} is not the file that {path} was written with; the run is done again.")
         return None
     return result
 
@@ -96,47 +128,78 @@ def find_student(
 def run_student(
     experiment: Experiment, teacher: Teacher, run: Run, on_steps: Callable[[int], None]
 ) -> Result:
-    """Distil one student, evaluate it and write its result."""
-    chosen = run.objective.settings
-    loss = run.objective.loss
-    options = objective_options(loss, chosen)
+    """Distil one student, evaluate it and write its result, that it diverged if it did."""
     rows = experiment.tuning_rows if run.tuning else experiment.student_rows
-    signal = teacher.on(rows, features=run.needs_features)
     student = experiment.build_student(run.seed)
+    outcome: dict[str, Any]
+    try:
+        took = _distil(experiment, teacher, run, rows, student, on_steps)
+        score_by = run.objective.settings.score
+        headline = experiment.task.headline
+        best = max(took.evaluations, key=lambda evaluation: evaluation[1][headline])
+        predicted = torch.cat(list(rows.predict(student).values()))
+        outcome = {
+            "metrics": (best if score_by == "best" else took.evaluations[-1])[1],
+            "agreement": agreement(predicted, teacher.on_dev(rows)),
+        }
+    except DivergedError as error:
+        took = error.took
+        outcome = {"metrics": {}, "agreement": None, "status": DIVERGED, "reason": error.reason}
+    # The result vouches for the student beside it, so it goes first and comes back last.
+    run.result.unlink(missing_ok=True)
+    if run.model is not None:
+        if outcome["metrics"]:
+            save_model(run.model, student, experiment.student_tokenizer)
+            outcome["files"] = file_digests(run.result.parent, files_below(run.model))
+        else:
+            remove(run.model)
+    result = Result(
+        loss=run.objective.name,
+        seed=run.seed,
+        settings=run.settings(experiment),
+        teacher_metrics=teacher.result.metrics,
+        teacher_logits=teacher.digest,
+        **outcome,
+        **common_fields(experiment, rows, took),
+    )
+    write_result(run.result, result)
+    remove(run.work)
+    return result
+
+
+def _distil(
+    experiment: Experiment,
+    teacher: Teacher,
+    run: Run,
+    rows: Rows,
+    student: PreTrainedModel,
+    on_steps: Callable[[int], None],
+) -> Fit:
+    loss, options = (
+        run.objective.loss,
+        objective_options(run.objective.loss, run.objective.settings),
+    )
+    signal = teacher.on(rows, features=run.needs_features)
     widths = None
     if signal.features is not None:
         widths = (student.config.hidden_size, signal.features.shape[-1])
-    objective = build_objective(loss, options, teacher.class_rows, widths)
+    try:
+        objective = build_objective(loss, options, teacher.class_rows, widths)
+    except ValueError as error:
+        # The options were tried before; what is new are the numbers of this teacher.
+        raise DivergedError(Fit(0, 0.0), f"the teacher does not suit the loss: {error}") from error
     callbacks = []
     if options.get("anneal"):
         callbacks.append(TemperatureAnnealing(annealed_term(loss, objective)))
-    settings = run.settings(experiment)
-    took = fit(
+    return fit(
         student,
         rows.train,
         experiment.student_tokenizer,
         experiment.student_schedule(run.objective, run.seed),
-        claim(run.work, {**experiment.as_run(settings), TEACHER: teacher.digest}),
+        claim(run.work, {**experiment.as_run(run.settings(experiment)), TEACHER: teacher.digest}),
         loss=objective,
         teacher=signal,
         callbacks=callbacks,
         evaluate=lambda model: score(experiment.task, rows.predict(model), rows.labels),
         on_steps=on_steps,
     )
-    headline = experiment.task.headline
-    best = max(took.evaluations, key=lambda evaluation: evaluation[1][headline])
-    result = Result(
-        loss=run.objective.name,
-        seed=run.seed,
-        settings=settings,
-        metrics=(best if chosen.score == "best" else took.evaluations[-1])[1],
-        teacher_metrics=teacher.result.metrics,
-        agreement=agreement(torch.cat(list(rows.predict(student).values())), teacher.on_dev(rows)),
-        teacher_logits=teacher.digest,
-        **common_fields(experiment, rows, took),
-    )
-    if run.model is not None:
-        save_model(run.model, student, experiment.student_tokenizer)
-    write_result(run.result, result)
-    remove(run.work)
-    return result

@@ -37,15 +37,28 @@ class PairedDifference(Estimate):
 
 @dataclass(frozen=True)
 class LossSummary:
-    """One loss over its seeds; metrics and agreement are fractions of one."""
+    """One loss over its seeds; metrics and agreement are fractions of one.
+
+    Attributes:
+        loss: its name.
+        seeds: those whose training came to its end.
+        scores: the headline number of each of them.
+        metrics: mean and interval over all seeds; none where a seed diverged, as the mean of the
+            others would be that of a selection.
+        agreement: likewise.
+        seconds_per_step: mean over the seeds that came to their end, or None.
+        seconds: likewise.
+        diverged: the other seeds, each with the ``step`` and the ``reason``.
+    """
 
     loss: str
     seeds: tuple[int, ...]
     scores: tuple[float, ...]
     metrics: dict[str, Estimate]
-    agreement: Estimate
-    seconds_per_step: float
-    seconds: float
+    agreement: Estimate | None
+    seconds_per_step: float | None
+    seconds: float | None
+    diverged: tuple[dict[str, Any], ...] = ()
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -84,15 +97,24 @@ def summarise(results: Sequence[Result]) -> list[LossSummary]:
     summaries = []
     for loss in dict.fromkeys(result.loss for result in results):
         runs = sorted((run for run in results if run.loss == loss), key=lambda run: run.seed)
+        ended = [run for run in runs if not run.diverged]
+        whole = ended if len(ended) == len(runs) else []
+        agreements = [run.agreement for run in whole if run.agreement is not None]
+        names = whole[0].metrics if whole else ()
         summaries.append(
             LossSummary(
                 loss,
-                tuple(run.seed for run in runs),
-                tuple(run.score for run in runs),
-                {name: estimate([run.metrics[name] for run in runs]) for name in runs[0].metrics},
-                estimate([run.agreement for run in runs]),
-                fmean(run.seconds_per_step for run in runs),
-                fmean(run.seconds for run in runs),
+                tuple(run.seed for run in ended),
+                tuple(run.score for run in ended),
+                {name: estimate([run.metrics[name] for run in whole]) for name in names},
+                estimate(agreements) if agreements else None,
+                fmean(run.seconds_per_step for run in ended) if ended else None,
+                fmean(run.seconds for run in ended) if ended else None,
+                tuple(
+                    {"seed": run.seed, "step": run.steps, "reason": run.reason}
+                    for run in runs
+                    if run.diverged
+                ),
             )
         )
     return summaries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,17 @@ from otkd.cli import models
 from otkd.cli.console import CommandError, notice
 from otkd.cli.evaluation import Predictor
 from otkd.cli.ownership import remove
-from otkd.cli.results import Result, file_digest, find_result, write_result
+from otkd.cli.results import (
+    Result,
+    changed_file,
+    file_digest,
+    file_digests,
+    files_below,
+    find_result,
+    write_result,
+)
 from otkd.cli.traces import check_work, claim, common_fields, save_model
-from otkd.cli.training import Fit, device, fit
+from otkd.cli.training import DivergedError, Fit, device, fit
 from otkd.data import majority_score, score
 from otkd.signals import DenseSignal
 from otkd.signals.files import load_tensors, save_tensors
@@ -24,9 +33,13 @@ from otkd.signals.files import load_tensors, save_tensors
 if TYPE_CHECKING:
     from otkd.cli.experiment import Experiment, Rows
 
+_RESULT = "result.json"
+_MODEL = "model"
 _TRAIN_LOGITS = "train-logits.safetensors"
 _DEV_LOGITS = "dev-logits.safetensors"
 _CLASS_ROWS = "class-rows.safetensors"
+# What every student may need, by the names in the result.
+_OUTPUTS = (_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS)
 _FEATURES = "train-features.safetensors"
 _UNFINISHED = "result.partial"
 
@@ -71,13 +84,13 @@ class Teacher:
 
 def teacher_files(folder: Path) -> list[Path]:
     """Every file that a teacher leaves in ``folder``."""
-    names = ("result.json", _TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS, _FEATURES)
+    names = (_RESULT, _TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS, _FEATURES)
     return [folder / name for name in names]
 
 
 def teacher_folders(folder: Path) -> list[Path]:
     """Every folder that a teacher makes in ``folder``: its weights, its checkpoints."""
-    return [folder / "model", unfinished(folder)]
+    return [folder / _MODEL, unfinished(folder)]
 
 
 def unfinished(folder: Path) -> Path:
@@ -91,23 +104,53 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
     Raises:
         CommandError: if it was made with other settings.
     """
-    path = folder / "result.json"
+    path = folder / _RESULT
     settings = experiment.as_run(experiment.teacher_settings)
-    result = find_result(path, settings, overwrite=overwrite, notice=notice)
+    result = find_result(
+        path,
+        settings,
+        loss="teacher",
+        overwrite=overwrite,
+        notice=notice,
+    )
     if result is None:
         check_work(unfinished(folder), settings, overwrite=overwrite)
         return None
-    # Its weights are not asked for: they are needed for states alone, and not always kept.
-    for name in (_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS):
-        file = folder / name
-        if not file.is_file() or file_digest(file) != result.files.get(name):
-            notice(f"{file} is not the file that {path} was written with; the teacher is redone.")
-            return None
-    return _load_teacher(folder, result)
+    files = {name: result.files.get(name, "") for name in _OUTPUTS} | result.files
+    # States can be had again from the weights; these are needed for nothing else, and not always
+    # kept. If some are there, they are to be the teacher's.
+    files.pop(_FEATURES, None)
+    if not (folder / _MODEL).exists():
+        files = {name: digest for name, digest in files.items() if not _is_weights(name)}
+    changed = changed_file(folder, files)
+    if changed is not None:
+        notice(f"{changed} is not the file that {path} was written with; the teacher is redone.")
+        return None
+    try:
+        return _load_teacher(experiment, folder, result)
+    except ValueError as error:
+        notice(f"{error}; the teacher is redone.")
+        return None
 
 
 def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int], None]) -> Teacher:
-    """Fine-tune the teacher, or take it as it is, and cache its outputs in ``folder``."""
+    """Fine-tune the teacher, or take it as it is, and cache its outputs in ``folder``.
+
+    Raises:
+        CommandError: if its training diverges, or its logits are not finite.
+    """
+    try:
+        return _train_teacher(experiment, folder, on_steps)
+    except (DivergedError, FloatingPointError) as error:
+        remedy = f"lower --teacher-learning-rate ({experiment.settings.teacher_learning_rate:g})"
+        if not experiment.settings.finetune_teacher:
+            remedy = f"name another than {experiment.teacher_source} with --teacher"
+        raise CommandError(f"The teacher diverged, {error}: {remedy}.") from error
+
+
+def _train_teacher(
+    experiment: Experiment, folder: Path, on_steps: Callable[[int], None]
+) -> Teacher:
     chosen = experiment.settings
     seed = chosen.teacher_seed
     tokenizer = experiment.teacher_tokenizer
@@ -115,7 +158,7 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
     model = models.load_classifier(experiment.teacher_source, experiment.task, seed)
     took = Fit(0, 0.0)
     # The result vouches for the files beside it, so it goes first and comes back last.
-    (folder / "result.json").unlink(missing_ok=True)
+    (folder / _RESULT).unlink(missing_ok=True)
     (folder / _FEATURES).unlink(missing_ok=True)
     if chosen.finetune_teacher:
         if chosen.freeze_embeddings:
@@ -128,15 +171,16 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
             claim(unfinished(folder), experiment.as_run(experiment.teacher_settings)),
             on_steps=on_steps,
         )
-        save_model(folder / "model", model, tokenizer)
+        save_model(folder / _MODEL, model, tokenizer)
     train = Predictor(rows.train, tokenizer, bf16=experiment.precision.bf16).logits(model)
     dev = rows.predict(model)
     DenseSignal(train).save(folder / _TRAIN_LOGITS)
     DenseSignal(torch.cat(list(dev.values()))).save(folder / _DEV_LOGITS)
     save_tensors(folder / _CLASS_ROWS, {"class_rows": models.class_embedding(model)})
-    kept = [folder / name for name in (_TRAIN_LOGITS, _DEV_LOGITS, _CLASS_ROWS)]
-    kept += sorted((folder / "model").glob("*.safetensors")) if chosen.finetune_teacher else []
-    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in kept}
+    kept = [folder / name for name in _OUTPUTS]
+    files = file_digests(
+        folder, kept + (files_below(folder / _MODEL) if chosen.finetune_teacher else [])
+    )
     metrics = score(experiment.task, dev, rows.labels)
     labels = torch.tensor(rows.train["labels"][:])
     result = Result(
@@ -151,35 +195,76 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
         files=files,
         **common_fields(experiment, rows, took),
     )
-    write_result(folder / "result.json", result)
+    write_result(folder / _RESULT, result)
     remove(unfinished(folder))
-    return _load_teacher(folder, result)
+    return _load_teacher(experiment, folder, result)
 
 
-def _load_teacher(folder: Path, result: Result) -> Teacher:
+def _load_teacher(experiment: Experiment, folder: Path, result: Result) -> Teacher:
+    """The teacher whose files were found to be as they were written.
+
+    Raises:
+        ValueError: if they do not hold numbers for these rows and classes.
+    """
+    data, classes = experiment.data, experiment.task.num_labels
+    train, dev = (DenseSignal.load(folder / name) for name in (_TRAIN_LOGITS, _DEV_LOGITS))
+    rows = load_tensors(folder / _CLASS_ROWS, "class_rows")[0]["class_rows"]
+    _check(folder / _TRAIN_LOGITS, train.values, (len(data.train), classes))
+    _check(folder / _DEV_LOGITS, dev.values, (data.dev_rows, classes))
+    _check(folder / _CLASS_ROWS, rows, (classes, *rows.shape[-1:]))
+    features = None
+    if _FEATURES in result.files:
+        features = _load_features(folder, result.files[_FEATURES], len(data.train))
+    return Teacher(result, train, dev, rows, features)
+
+
+def _load_features(folder: Path, digest: str, rows: int) -> Tensor | None:
+    """The stored states, or None if they are to be computed again."""
     path = folder / _FEATURES
-    return Teacher(
-        result,
-        DenseSignal.load(folder / _TRAIN_LOGITS),
-        DenseSignal.load(folder / _DEV_LOGITS),
-        load_tensors(folder / _CLASS_ROWS, "class_rows")[0]["class_rows"],
-        load_tensors(path, "features")[0]["features"] if path.is_file() else None,
-    )
+    if not path.is_file():
+        return None
+    try:
+        if file_digest(path) != digest:
+            raise ValueError(f"{path} is not the file that was written")
+        features = load_tensors(path, "features")[0]["features"]
+        _check(path, features, (rows, *features.shape[-1:]))
+    except ValueError as error:
+        notice(f"{error}; where a loss needs the teacher's states, they are computed again.")
+        return None
+    return features
+
+
+def _check(path: Path, values: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(values.shape) != shape or not values.is_floating_point():
+        raise ValueError(
+            f"{path} holds {values.dtype} of shape {tuple(values.shape)}, not numbers of shape "
+            f"{shape}"
+        )
+    if not values.isfinite().all():
+        raise ValueError(f"{path} holds numbers that are not finite")
+
+
+def _is_weights(name: str) -> bool:
+    return name.startswith(f"{_MODEL}/")
 
 
 def with_features(experiment: Experiment, folder: Path, teacher: Teacher) -> Teacher:
     """The teacher with its states on the training rows, which are kept in ``folder``.
 
     Raises:
-        CommandError: if its weights, which give them, are gone.
+        CommandError: if its weights, which give them, are gone or are not the teacher's.
     """
     if teacher.features is not None:
         return teacher
+    if _FEATURES not in teacher.result.files and (folder / _FEATURES).exists():
+        notice(f"{folder / _FEATURES} is not listed in {folder / _RESULT} and is computed again.")
     source = experiment.teacher_source
     if experiment.settings.finetune_teacher:
-        source = str(folder / "model")
-        weights = [folder / name for name in teacher.result.files if name.startswith("model/")]
-        if not all(path.is_file() for path in weights):
+        source = str(folder / _MODEL)
+        weights = {
+            name: digest for name, digest in teacher.result.files.items() if _is_weights(name)
+        }
+        if not weights or changed_file(folder, weights) is not None:
             raise CommandError(
                 "A loss compares states, and the weights of the teacher that give them are not in "
                 f"{folder}. Remove that folder to train it again, and the students with it; or "
@@ -189,5 +274,14 @@ def with_features(experiment: Experiment, folder: Path, teacher: Teacher) -> Tea
     model.to(device())  # pyright: ignore[reportArgumentType]
     rows, tokenizer = experiment.teacher_rows.train, experiment.teacher_tokenizer
     predictor = Predictor(rows, tokenizer, bf16=experiment.precision.bf16)
-    save_tensors(folder / _FEATURES, {"features": predictor.features(model).half()})
-    return _load_teacher(folder, teacher.result)
+    try:
+        states = predictor.features(model)
+    except FloatingPointError as error:
+        raise CommandError(f"A loss compares states, but {error}: leave it out.") from error
+    # Half the size where half precision can hold them.
+    half = states.half()
+    save_tensors(folder / _FEATURES, {"features": half if half.isfinite().all() else states})
+    files = {**teacher.result.files, _FEATURES: file_digest(folder / _FEATURES)}
+    result = dataclasses.replace(teacher.result, files=files)
+    write_result(folder / _RESULT, result)
+    return _load_teacher(experiment, folder, result)

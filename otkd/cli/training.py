@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import time
 import warnings
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
@@ -20,7 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from otkd.cli.checkpoints import last_whole_checkpoint, seal
+from otkd.cli.console import notice
 from otkd.files import errors_about
 from otkd.integrations.transformers import DistillationTrainer
 
@@ -65,6 +68,23 @@ class Fit:
     evaluations: tuple[tuple[int, dict[str, float]], ...] = ()
 
 
+# How torch, scipy, POT and the losses name a number that is not finite.
+_NOT_FINITE = re.compile(r"\b(nans?|infs?|infinit\w*|(not|non)[- ]finite|overflow\w*)\b", re.I)
+
+
+class DivergedError(ArithmeticError):
+    """A training that gives numbers that are not finite.
+
+    Attributes:
+        took: the training until then; its steps are those made before it failed.
+        reason: what is not finite.
+    """
+
+    def __init__(self, took: Fit, reason: str):
+        super().__init__(f"after {took.steps} steps: {reason}")
+        self.took, self.reason = took, reason
+
+
 class _Progress(TrainerCallback, ExportableState):
     """Reports steps; keeps the time spent in them and the evaluations, across interruptions too."""
 
@@ -79,7 +99,7 @@ class _Progress(TrainerCallback, ExportableState):
         self.evaluate, self.every = evaluate, every
         self.seconds: float = saved.get("seconds", 0.0)
         self.evaluations = [(step, metrics) for step, metrics in saved.get("evaluations", ())]
-        self._start = 0.0
+        self._start: float | None = None
 
     def state(self) -> dict[str, Any]:
         attributes = {"seconds": self.seconds, "evaluations": self.evaluations}
@@ -93,7 +113,16 @@ class _Progress(TrainerCallback, ExportableState):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # Read before Trainer writes the checkpoint, whose time is no part of a step's.
-        self.seconds += time.perf_counter() - self._start
+        self.stop()
+
+    def stop(self) -> None:
+        """Count the time since the epoch began, if one is under way."""
+        if self._start is not None:
+            self.seconds += time.perf_counter() - self._start
+            self._start = None
+
+    def on_save(self, args, state, control, **kwargs):
+        seal(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.on_steps(1)
@@ -102,7 +131,58 @@ class _Progress(TrainerCallback, ExportableState):
             return
         begun = time.perf_counter()
         self.evaluations.append((state.global_step, self.evaluate(kwargs["model"])))
-        self._start += time.perf_counter() - begun
+        if self._start is not None:
+            self._start += time.perf_counter() - begun
+
+    def took(self, steps: int) -> Fit:
+        """What the training took up to now."""
+        self.stop()
+        return Fit(steps, self.seconds, tuple(self.evaluations))
+
+
+class _Watched:
+    """A trainer that stops at the first step whose numbers are not finite."""
+
+    _logits: Tensor | None = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Keep the logits of the last call of ``model``, to tell why a step failed."""
+        model.register_forward_hook(self._keep_logits)
+
+    def _keep_logits(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
+        self._logits = getattr(outputs, "logits", None)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's step.
+
+        Raises:
+            FloatingPointError: if it gives a loss that is not finite, or fails because of a number
+                that is not.
+        """
+        try:
+            loss = super().training_step(*args, **kwargs)  # pyright: ignore
+        except Exception as error:
+            if self._is_finite(error):
+                raise
+            raise FloatingPointError(str(error)) from error
+        # In the place of logging_nan_inf_filter, which waits for the same number.
+        if not loss.isfinite():
+            raise FloatingPointError(f"the training loss is {loss.item()}")
+        return loss
+
+    def _is_finite(self, error: Exception) -> bool:
+        """Whether an error has another cause than a number that is not finite."""
+        if isinstance(error, ArithmeticError) or _NOT_FINITE.search(str(error)):
+            return False
+        return self._logits is None or bool(self._logits.isfinite().all())
+
+
+class _WatchedTrainer(_Watched, Trainer):
+    pass
+
+
+class _WatchedDistillationTrainer(_Watched, DistillationTrainer):
+    pass
 
 
 def fit(
@@ -132,6 +212,9 @@ def fit(
         evaluate: gives the metrics of a model; called every ``schedule.evaluate_every`` steps, if
             any, and at the end.
         on_steps: called with the number of steps just done or, at the start, done before.
+
+    Raises:
+        DivergedError: if the loss or the logits of an evaluation are not finite.
     """
     options: dict[str, Any] = {
         "model": model,
@@ -141,23 +224,25 @@ def fit(
         "callbacks": list(callbacks),
     }
     if loss is None:
-        trainer = Trainer(**options)
+        trainer = _WatchedTrainer(**options)
     else:
-        trainer = DistillationTrainer(**options, loss=loss, teacher=teacher)
-    checkpoint = last_complete_checkpoint(folder)
+        trainer = _WatchedDistillationTrainer(**options, loss=loss, teacher=teacher)
+    trainer.watch(model)
+    checkpoint = last_whole_checkpoint(folder, notice)
     saved = _saved_progress(checkpoint) if checkpoint else {}
     progress = _Progress(on_steps, evaluate, schedule.evaluate_every, saved)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
-    with warnings.catch_warnings():
-        # The scheduler is restored before the first step of a resumed run, as Trainer does it.
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-        with errors_about(folder):
+    try:
+        with warnings.catch_warnings(), errors_about(folder):
+            # The scheduler is restored before the first step of a resumed run, as Trainer does it.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    steps = trainer.state.global_step
-    if evaluate is not None:
-        progress.evaluations.append((steps, evaluate(model)))
-    return Fit(steps, progress.seconds, tuple(progress.evaluations))
+        if evaluate is not None:
+            progress.evaluations.append((trainer.state.global_step, evaluate(model)))
+    except FloatingPointError as error:
+        raise DivergedError(progress.took(trainer.state.global_step), str(error)) from error
+    return progress.took(trainer.state.global_step)
 
 
 def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
@@ -174,13 +259,14 @@ def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
         length_column_name="length",
         seed=schedule.seed,
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,  # should the last one be damaged
         bf16=schedule.bf16,
         use_cpu=device().type == "cpu",
         dataloader_pin_memory=device().type == "cuda",
         disable_tqdm=True,
         logging_strategy="no",
         report_to="none",
+        logging_nan_inf_filter=False,
     )
     # Several GPUs train several students; one process never spreads a batch over them.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -190,24 +276,6 @@ def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
 def device() -> torch.device:
     """Where training happens: the accelerator if there is one."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that was written to its end; later, incomplete ones are removed."""
-    numbered = sorted(
-        (int(number), path)
-        for path in folder.glob("checkpoint-*")
-        if (number := path.name.removeprefix("checkpoint-")).isdigit()
-    )
-    for _, path in reversed(numbered):
-        try:
-            # Trainer writes this file last.
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            shutil.rmtree(path)
-        else:
-            return path
-    return None
 
 
 def _saved_progress(checkpoint: Path) -> dict[str, Any]:

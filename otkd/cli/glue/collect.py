@@ -225,6 +225,11 @@ class _Reader:
         if (result.task, result.loss) != (task.name, loss):
             self._leave_out(path, f"it says that it is of {result.task}, {result.loss}")
             return None
+        if result.diverged:
+            self._leave_out(
+                path, f"its training diverged after {result.steps} steps: {result.reason}"
+            )
+            return None
         metrics = {
             task.metric_key(split, metric) for split in task.dev_splits for metric in task.metrics
         }
