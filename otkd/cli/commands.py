@@ -21,7 +21,7 @@ from otkd.cli.protocols import Objective, Protocol
 from otkd.cli.report import comparison_table, explanation, save_plot
 from otkd.cli.results import Result, write_json
 from otkd.cli.runs import Run, find_student
-from otkd.cli.settings import Settings
+from otkd.cli.settings import Settings, check_range
 from otkd.cli.stats import summary_json
 from otkd.cli.teachers import (
     Teacher,
@@ -66,8 +66,7 @@ def compare(
     quiet_libraries()
     if seeds is None:
         seeds = protocol.seeds if protocol else 5
-    if seeds < 1:
-        raise CommandError(f"--seeds must be at least 1, got {seeds}.")
+    check_range("seeds", seeds)
     count = worker_count(workers)
     check_writable(output_dir)
     root = output_dir / protocol.name if protocol else output_dir
@@ -152,8 +151,7 @@ def train(
         DataError: for rows that cannot be read.
     """
     quiet_libraries()
-    if seed < 0:
-        raise CommandError(f"--seed must not be negative, got {seed}.")
+    check_range("seed", seed)
     check_writable(output_dir)
     objective = Objective(loss, loss, settings)
     experiment = Experiment(settings, [objective], output_dir)

@@ -109,14 +109,23 @@ class Experiment:
         if not settings.finetune_teacher:
             config = models.load_config(self.teacher_source)
             models.check_is_classifier(self.teacher_source, config, self.task)
-        # Made once for its complaints, before an hour goes into a teacher.
+        # Made once for their complaints, before an hour goes into a teacher.
         self.build_student(0)
+        if any(objective.candidates for objective in objectives):
+            self.train_rows(tuning=True)
 
     def _tokenizer(self, source: str) -> PreTrainedTokenizerBase:
         tokenizer = models.load_tokenizer(source)
         if tokenizer.pad_token is None:
             raise CommandError(f"The tokenizer of {source!r} has no padding token.")
         config = models.load_config(source)
+        special = tokenizer.num_special_tokens_to_add(pair=len(self.task.sentences) > 1)
+        least = special + len(self.task.sentences)
+        if self.settings.max_length < least:
+            raise CommandError(
+                f"--max-length {self.settings.max_length}: an input of {source!r} has at least "
+                f"{least} tokens, {special} of them of its own."
+            )
         limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
         longest = min(limit for limit in limits if limit is not None)
         if self.settings.max_length > longest:
@@ -288,4 +297,9 @@ class Experiment:
         order = list(range(len(self.data.train)))
         random.Random(SAMPLE_SEED).shuffle(order)
         held_out = max(1, round(len(order) * self.tuning.held_out))
+        if held_out >= len(order):
+            raise CommandError(
+                f"[tuning] held_out = {self.tuning.held_out:g} leaves none of {len(order)} training "
+                "rows to train on."
+            )
         return order[held_out:][: self.tuning.train_rows], order[:held_out]

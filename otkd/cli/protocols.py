@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 import stat
 import sys
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +14,8 @@ from otkd.checks import did_you_mean
 from otkd.cli.console import CommandError
 from otkd.cli.failures import sentence
 from otkd.cli.names import check_file_names
-from otkd.cli.settings import Settings
+from otkd.cli.ranges import shown
+from otkd.cli.settings import RANGES, Settings
 from otkd.data.tasks import get_task
 
 if sys.version_info >= (3, 11):
@@ -286,7 +286,7 @@ def _tuning(values: Any) -> Tuning:
 def _checked(where: str, values: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
     """A table's values, of the kinds these names have, and whole numbers as floats where wanted."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a table, not {_shown(values)}")
+        raise ValueError(f"{where} must be a table, not {shown(values)}")
     return {name: _entry(where, name, value, kinds) for name, value in values.items()}
 
 
@@ -294,23 +294,17 @@ def _entry(where: str, name: str, value: Any, kinds: Mapping[str, Any]) -> Any:
     if name not in kinds:
         hint = did_you_mean(name, kinds)
         raise ValueError(
-            f"{where} has an unknown entry {_shown(name)}{hint} Known are {', '.join(kinds)}"
+            f"{where} has an unknown entry {shown(name)}{hint} Known are {', '.join(kinds)}"
         )
     allowed = get_args(kinds[name]) or (kinds[name],)
-    if type(value) is int and float in allowed:
-        try:
-            return float(value)
-        except OverflowError:
-            raise ValueError(f"{where}: {name} is too large: {_shown(value)}") from None
     # Not isinstance: true and false are no numbers.
-    if type(value) not in allowed:
-        raise ValueError(f"{where}: {name} must be {_KINDS[allowed[0]]}, not {_shown(value)}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    """A value as a message shows it: a line, however large or deep it is."""
+    whole = type(value) is int and float in allowed
+    if type(value) not in allowed and not whole:
+        raise ValueError(f"{where}: {name} must be {_KINDS[allowed[0]]}, not {shown(value)}")
+    complaint = RANGES[name].complaint(value) if name in RANGES else None
+    if complaint:
+        raise ValueError(f"{where}: {name} {complaint}")
     try:
-        return reprlib.repr(value)
-    except ValueError:  # a number of more digits than Python turns into text
-        return f"a number of {value.bit_length():,} bits"
+        return float(value) if whole else value
+    except OverflowError:
+        raise ValueError(f"{where}: {name} is too large: {shown(value)}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -13,6 +12,19 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from otkd.cli.console import CommandError
+from otkd.cli.ranges import (
+    BATCH,
+    COUNT,
+    EPOCHS,
+    EPSILON,
+    RATE,
+    SEED,
+    SEEDS,
+    SHARE,
+    TEMPERATURE,
+    WEIGHT,
+    Range,
+)
 
 _DATA = "Data"
 _MODELS = "Models"
@@ -20,7 +32,6 @@ _TRAINING = "Training"
 _LOSSES = "Losses"
 _SCORE = "Evaluation"
 
-_TEMPERATURES = ("temperature", "batch_temperature")
 # Costs between the samples of a batch; "hidden" reads the states of both models.
 SAMPLE_COSTS = ("l1", "euclidean", "sqeuclidean", "hidden")
 
@@ -40,13 +51,15 @@ class Settings:
     max_train_rows: Annotated[
         int | None,
         typer.Option(help="Train on a fixed sample of this size.", rich_help_panel=_DATA),
+        COUNT,
     ] = None
     max_dev_rows: Annotated[
         int | None,
         typer.Option(help="Evaluate on a fixed sample of this size.", rich_help_panel=_DATA),
+        COUNT,
     ] = None
     max_length: Annotated[
-        int, typer.Option(help="Longest input in tokens.", rich_help_panel=_DATA)
+        int, typer.Option(help="Longest input in tokens.", rich_help_panel=_DATA), Range(1, 10**6)
     ] = 128
     teacher: Annotated[
         str | None,
@@ -75,9 +88,14 @@ class Settings:
         typer.Option(
             help="Layers of the student, where --student is not given.", rich_help_panel=_MODELS
         ),
+        Range(1, 1000),
     ] = 3
-    epochs: Annotated[int, typer.Option(help="Epochs of a student.", rich_help_panel=_TRAINING)] = 3
-    batch_size: Annotated[int, typer.Option(help="Rows in a step.", rich_help_panel=_TRAINING)] = 32
+    epochs: Annotated[
+        int, typer.Option(help="Epochs of a student.", rich_help_panel=_TRAINING), EPOCHS
+    ] = 3
+    batch_size: Annotated[
+        int, typer.Option(help="Rows in a step.", rich_help_panel=_TRAINING), BATCH
+    ] = 32
     learning_rate: Annotated[
         float,
         typer.Option(
@@ -85,6 +103,7 @@ class Settings:
             "wants 2e-5 to 5e-5.",
             rich_help_panel=_TRAINING,
         ),
+        RATE,
     ] = 1e-4
     group_by_length: Annotated[
         bool,
@@ -95,16 +114,18 @@ class Settings:
         ),
     ] = True
     teacher_epochs: Annotated[
-        int, typer.Option(help="Epochs of the teacher.", rich_help_panel=_TRAINING)
+        int, typer.Option(help="Epochs of the teacher.", rich_help_panel=_TRAINING), EPOCHS
     ] = 3
     teacher_batch_size: Annotated[
-        int, typer.Option(help="Rows in a step of the teacher.", rich_help_panel=_TRAINING)
+        int, typer.Option(help="Rows in a step of the teacher.", rich_help_panel=_TRAINING), BATCH
     ] = 32
     teacher_learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate of the teacher.", rich_help_panel=_TRAINING)
+        float,
+        typer.Option(help="Peak learning rate of the teacher.", rich_help_panel=_TRAINING),
+        RATE,
     ] = 1e-4
     teacher_seed: Annotated[
-        int, typer.Option(help="Seed of the teacher.", rich_help_panel=_TRAINING)
+        int, typer.Option(help="Seed of the teacher.", rich_help_panel=_TRAINING), SEED
     ] = 0
     freeze_embeddings: Annotated[
         bool,
@@ -125,6 +146,7 @@ class Settings:
         typer.Option(
             help="Softens student and teacher, for losses that take it.", rich_help_panel=_LOSSES
         ),
+        TEMPERATURE,
     ] = 2.0
     anneal: Annotated[
         bool,
@@ -146,15 +168,19 @@ class Settings:
             help="Weight of the distillation loss; hard-label cross-entropy has the rest.",
             rich_help_panel=_LOSSES,
         ),
+        SHARE,
     ] = 0.9
     sinkhorn_weight: Annotated[
-        float, typer.Option(help="Weight of batch transport in sinkd.", rich_help_panel=_LOSSES)
+        float,
+        typer.Option(help="Weight of batch transport in sinkd.", rich_help_panel=_LOSSES),
+        WEIGHT,
     ] = 0.8
     epsilon: Annotated[
         float,
         typer.Option(
             help="Entropic regularisation, for losses that take it.", rich_help_panel=_LOSSES
         ),
+        EPSILON,
     ] = 0.1
     author: Annotated[
         bool,
@@ -174,6 +200,7 @@ class Settings:
     batch_temperature: Annotated[
         float,
         typer.Option(help="Softens the samples of batch transport.", rich_help_panel=_LOSSES),
+        TEMPERATURE,
     ] = 2.0
     sample_cost: Annotated[
         float,
@@ -182,6 +209,7 @@ class Settings:
             "transport.",
             rich_help_panel=_LOSSES,
         ),
+        WEIGHT,
     ] = 0.0
     debias: Annotated[
         bool,
@@ -198,6 +226,7 @@ class Settings:
             "so many otherwise (1,000).",
             rich_help_panel=_LOSSES,
         ),
+        Range(1, 10**6),
     ] = None
     evaluate_every: Annotated[
         int | None,
@@ -205,6 +234,7 @@ class Settings:
             help="Steps between evaluations. Without it there is one, at the end.",
             rich_help_panel=_SCORE,
         ),
+        COUNT,
     ] = None
     score: Annotated[
         str,
@@ -220,22 +250,10 @@ class Settings:
         Raises:
             CommandError: naming the first option that cannot be meant.
         """
-        counts = ("max_length", "student_layers", "epochs", "batch_size")
-        counts += ("teacher_epochs", "teacher_batch_size", "iterations", "evaluate_every")
-        for name in (*counts, "max_train_rows", "max_dev_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CommandError(f"{option(name)} must be at least 1, got {value}.")
-        for name in ("learning_rate", "teacher_learning_rate", *_TEMPERATURES, "epsilon"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise CommandError(f"{option(name)} must be a number above 0, got {value}.")
-        if not 0 <= self.alpha <= 1:
-            raise CommandError(f"--alpha must lie between 0 and 1, got {self.alpha}.")
-        for name in ("sinkhorn_weight", "sample_cost"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise CommandError(f"{option(name)} must be a number of at least 0, got {value}.")
+        for name in RANGES:
+            value = getattr(self, name, None)
+            if value is not None:
+                check_range(name, value)
         choices = {
             "precision": ("auto", "fp32", "bf16"),
             "batch_cost": SAMPLE_COSTS,
@@ -251,13 +269,31 @@ class Settings:
             raise CommandError(
                 "--score best needs --evaluate-every, the steps between evaluations."
             )
-        if self.teacher_seed < 0:
-            raise CommandError(f"--teacher-seed must not be negative, got {self.teacher_seed}.")
         if not self.finetune_teacher and self.teacher is None:
             raise CommandError(
                 "--no-finetune-teacher needs --teacher, a classifier already trained for the task: "
                 "the default teacher has no classification head."
             )
+
+
+# Of every number that the command line or a protocol file may hold, by name.
+RANGES: dict[str, Range] = {
+    name: bounds
+    for name, hint in get_type_hints(Settings, include_extras=True).items()
+    for bounds in getattr(hint, "__metadata__", ())
+    if isinstance(bounds, Range)
+} | {"seeds": SEEDS, "seed": SEED, "train_rows": COUNT}
+
+
+def check_range(name: str, value: float) -> None:
+    """Check that an option's value is in its range.
+
+    Raises:
+        CommandError: naming the option, the range and the value.
+    """
+    complaint = RANGES[name].complaint(value)
+    if complaint:
+        raise CommandError(f"{option(name)} {complaint}.")
 
 
 def option(name: str) -> str:
