@@ -299,7 +299,7 @@ class Experiment:
         held_out = max(1, round(len(order) * self.tuning.held_out))
         if held_out >= len(order):
             raise CommandError(
-                f"[tuning] held_out = {self.tuning.held_out:g} leaves none of {len(order)} training "
-                "rows to train on."
+                f"[tuning] held_out = {self.tuning.held_out:g} leaves none of {len(order)} "
+                "training rows to train on."
             )
         return order[held_out:][: self.tuning.train_rows], order[:held_out]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otkd.cli.console import CommandError
+from otkd.cli.console import CommandError, notice
 from otkd.cli.machine import machine, versions
 from otkd.cli.ownership import WORK, check_own, mark, remove
 from otkd.cli.results import TEACHER, mismatch_message, write_json
@@ -55,8 +55,10 @@ def check_work(work: Path, settings: Mapping[str, Any], *, overwrite: bool) -> N
     check_own(work)
     try:
         found = dict(json.loads((work / _SETTINGS).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
-        # Nothing there, or stopped before its first step.
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        # Nothing there, or stopped before its first step; or damaged since.
+        if any(work.glob("checkpoint-*")):
+            notice(f"{work} does not say what its checkpoints are of; the training begins anew.")
         remove(work)
         return
     if TEACHER not in settings:
