@@ -317,30 +317,39 @@ def test_a_task_that_was_not_run_says_why(tree, page):
     assert section(text, "### QQP").endswith("Not run (0 of 5 seeds).\n")
 
 
+def rewritten(path, **fields):
+    write_result(path, dataclasses.replace(read_result(path), **fields))
+
+
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
         (lambda path: path.write_text(path.read_text()[:99]), "is not whole JSON"),
         (
             lambda path: path.write_text(path.read_text().replace('"epochs": ', '"epochs": 9')),
-            "does not fit its own settings hash",
+            "does not fit its content hash",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"accuracy": 0.9', '"f1": 0.9')),
+            "does not fit its content hash",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace(": 0.95", ": NaN")),
+            "is not whole JSON (NaN is no number of JSON)",
         ),
         (lambda path: path.rename(path.with_name("7.json")), "says that it is of seed 1"),
         (lambda path: path.rename(path.with_name("x.json")), "its name is not a number"),
         (lambda path: shutil.copy(path, path.parent.parent / "jsd"), "it is of rte, kl"),
+        (lambda path: rewritten(path, teacher_logits="u"), "another teacher"),
         (
-            lambda path: path.write_text(
-                path.read_text().replace('"teacher_logits": "t"', '"teacher_logits": "u"')
-            ),
-            "another teacher",
-        ),
-        (
-            lambda path: path.write_text(path.read_text().replace('"accuracy": 0.9', '"f1": 0.9')),
-            "field of the wrong kind",
-        ),
-        (
-            lambda path: path.write_text(path.read_text().replace(": 0.95", ": NaN")),
+            lambda path: rewritten(path, headline="f1", metrics={"f1": 0.95}),
             "does not have a number",
+        ),
+        (
+            lambda path: rewritten(
+                path, metrics={}, agreement=None, status="diverged", reason="the loss is nan"
+            ),
+            "its training diverged after 10 steps: the loss is nan",
         ),
     ],
 )
