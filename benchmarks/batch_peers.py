@@ -117,7 +117,14 @@ def _otkd(
     limits = {"tolerance": tolerance, "max_iterations": 2000}
     if iterations is not None:
         limits = {"tolerance": _NEVER, "max_iterations": iterations}
-    return otkd.BatchSinkhornLoss(spec.cost, TEMPERATURE, spec.epsilon, value=value, **limits)
+    return otkd.BatchSinkhornLoss(
+        spec.cost,
+        temperature=TEMPERATURE,
+        epsilon=spec.epsilon,
+        debias=False,
+        value=value,
+        **limits,
+    )
 
 
 def _unrolled(spec: BatchSpec, *, iterations: int) -> Function:

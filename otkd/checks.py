@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from otkd.scalars import as_not_negative, as_positive
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -17,39 +19,27 @@ IGNORE_INDEX = -100
 
 
 def check_positive(**values: float) -> None:
-    """Raise ``ValueError`` unless every value given by name is a finite number above 0.
-
-    Like the next, it raises ``TypeError`` for what is no number.
-    """
+    """:func:`as_positive` for every value given by name."""
     for name, value in values.items():
-        if not (_is_finite(name, value) and value > 0):
-            raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+        as_positive(name, value)
 
 
 def check_not_negative(**values: float) -> None:
-    """Raise ``ValueError`` unless every value given by name is a finite number of at least 0."""
+    """:func:`as_not_negative` for every value given by name."""
     for name, value in values.items():
-        if not (_is_finite(name, value) and value >= 0):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-
-
-def _is_finite(name: str, value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+        as_not_negative(name, value)
 
 
 def check_temperatures(temperature: float, teacher_temperature: float | None) -> float:
     """The teacher's temperature, by default the student's.
 
     Raises:
-        ValueError: unless both are finite numbers above 0.
+        TypeError, ValueError: unless both are finite numbers above 0.
     """
+    temperature = as_positive("temperature", temperature)
     if teacher_temperature is None:
-        teacher_temperature = temperature
-    check_positive(temperature=temperature, teacher_temperature=teacher_temperature)
-    return teacher_temperature
+        return temperature
+    return as_positive("teacher_temperature", teacher_temperature)
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:

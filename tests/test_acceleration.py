@@ -102,7 +102,9 @@ def test_the_unbalanced_solution_is_that_of_long_plain_iterations(penalty):
 
 def test_the_accelerated_adjoint_has_the_gradient_of_unrolled_iterations():
     a, b, cost = clusters(1, n=8)
-    options = Options(0.15, 1e-11, 5000, value="sharp", debias=False)
+    options = Options(
+        epsilon=0.15, tolerance=1e-11, max_iterations=5000, value="sharp", debias=False
+    )
     leaves = [x.clone().requires_grad_() for x in (a, cost)]
     solution = solve_divergence(leaves[0], b, CostMatrices(leaves[1]), options)
     gradient = torch.autograd.grad(solution.value.sum(), leaves)

@@ -340,7 +340,13 @@ def test_refused_anchors():
     bad[7, 2] = torch.nan
     for error, message, source, target, options in (
         (ValueError, "method must be one of", x, y, {"method": "affine"}),
-        (ValueError, "ridge must be a finite number above 0", x, y, {"ridge": 0.0}),
+        (ValueError, "ridge= is the penalty of method='least_squares'", x, y, {"ridge": 0.1}),
+        (
+            ValueError,
+            "ridge must be a finite number above 0",
+            *(x, y),
+            {"method": "least_squares", "ridge": 0.0},
+        ),
         (ValueError, "row 7 of the source anchors holds NaN", bad, y, {}),
         (ValueError, "row 7 of the target anchors holds NaN", y, bad, {}),
         (ValueError, "row for every anchor, got 20 and 19", x, y[1:], {}),
@@ -411,13 +417,13 @@ def test_padding_rows_are_never_anchors():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_cost_is_that_of_the_mapped_embedding(method, metric):
     pair = Pair()
-    options = {"method": method, "ridge": 0.1}
+    options = {"method": method, "ridge": 0.1 if method == "least_squares" else None}
     student = pair.student.clone().requires_grad_()
     teacher = pair.teacher.clone().requires_grad_()
     cost = aligned_cost(student, teacher, *pair.tokenizers, **options, metric=metric)
     mapped, _ = align_embeddings(student, teacher, *pair.tokenizers, **options)
     assert not mapped.requires_grad
-    expected = EmbeddingCost(mapped, pair.teacher, metric)
+    expected = EmbeddingCost(mapped, pair.teacher, metric=metric)
     shape = len(mapped), len(pair.teacher)
     close(cost(*shape), expected(*shape))
     assert not cost.one_vocabulary

@@ -20,7 +20,7 @@ def test_embedding_cost_is_a_distance_in_units_of_its_mean(seed, metric, two):
     plain = [naive.embedding_cost(u, v, metric) for u, v in pairs]
     sizes = plain[0].shape
     for normalize, scale in ((None, 1.0), ("mean", plain[0].mean())):
-        cost = EmbeddingCost(x, y if two else None, metric, normalize)
+        cost = EmbeddingCost(x, y if two else None, metric=metric, normalize=normalize)
         matrices = cost.matrices(*sizes, **F64, self_terms=True)
         for actual, expected in zip(matrices, plain, strict=True):
             # One number, the mean of the cross cost over all entries, for all three.
@@ -50,14 +50,14 @@ def test_large_offsets_and_low_precision(metric):
 def test_the_mean_euclidean_distance_of_many_tokens_is_sampled_with_a_seed(monkeypatch):
     x, y = points(1, 300, 4), points(2, 400, 4)
     exact = torch.cdist(x, y).mean().item()
-    assert EmbeddingCost(x, y, "euclidean").scale == pytest.approx(exact, rel=1e-12)
+    assert EmbeddingCost(x, y, metric="euclidean").scale == pytest.approx(exact, rel=1e-12)
     monkeypatch.setattr("otkd.costs.embedding._SAMPLED_PAIRS", 2**15)
-    sampled = EmbeddingCost(x, y, "euclidean").scale
+    sampled = EmbeddingCost(x, y, metric="euclidean").scale
     assert sampled != exact
     assert sampled == pytest.approx(exact, rel=0.01)
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    assert EmbeddingCost(x, y, "euclidean").scale == sampled
+    assert EmbeddingCost(x, y, metric="euclidean").scale == sampled
     assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
 
 
@@ -122,7 +122,7 @@ def test_powers():
     assert not base.power(3).keeps_divergence_positive(0.1)
     for make in (OrdinalCost, lambda p: PowerCost(base, p)):
         for p in (0.0, -1.0, float("nan")):
-            with pytest.raises(ValueError, match="p must be above 0"):
+            with pytest.raises(ValueError, match="p must be a finite number above 0"):
                 make(p)
 
 

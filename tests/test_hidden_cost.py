@@ -147,7 +147,16 @@ def test_logits_are_not_compared():
     loss = otkd.BatchSinkhornLoss(cost="hidden")
     expected = loss(**batch)
     assert loss(**batch | {"teacher_logits": logits(8, 7, 9)}) == expected
-    assert otkd.BatchSinkhornLoss(cost="hidden", temperature=9.0)(**batch) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 9.0}, {"teacher_temperature": 2.0}, {"vocab_size": 5}, {"rescale_t2": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_settings_of_logits_are_refused_beside_states(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}= is about logits"):
+        otkd.BatchSinkhornLoss(cost="hidden", **options)
 
 
 def test_what_all_states_share_is_not_rounded_away():

@@ -62,7 +62,7 @@ def test_every_registered_loss_has_the_protocol(name):
 
 
 def test_a_weighted_loss_follows_from_its_terms():
-    ce, kl = otkd.get_loss("ce"), otkd.KLLoss(reduction="sum")
+    ce, kl = otkd.get_loss("ce"), otkd.KLLoss()
     uld, hidden = otkd.UniversalLogitLoss(), otkd.BatchSinkhornLoss(cost="hidden")
 
     def weighted(*losses):
@@ -81,7 +81,7 @@ def test_a_weighted_loss_follows_from_its_terms():
         assert make(ce, uld).bridges_vocabularies
         assert not make(kl, uld).bridges_vocabularies
         assert not make(ce).bridges_vocabularies
-        assert make(ce, kl).reductions == {"mean", "sum"}
+        assert make(ce, kl).reductions == {"mean"}
     assert otkd.SinKDLoss(transport=sinkhorn()).reads_stored
 
 
@@ -212,7 +212,7 @@ def test_a_trainer_refuses_a_term_that_is_not_reduced(tmp_path):
     from otkd.integrations.transformers import DistillationTrainer
     from tests.models import tiny_llama
 
-    loss = otkd.WeightedLoss({"kl": (1.0, otkd.KLLoss(reduction="none")), "ce": (1.0, "ce")})
+    loss = otkd.WeightedLoss({"kl": (1.0, otkd.KLLoss(reduction="none"))})
     with pytest.raises(ValueError, match='reduction="none"'):
         DistillationTrainer(
             tiny_llama(0),

@@ -8,6 +8,7 @@ import torch
 
 import otkd
 from otkd import costs
+from otkd.functional import formulas
 from tests.problems import logits, points
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -589,21 +590,22 @@ def test_registry():
 
 def test_where_settings_are_at_their_defaults():
     defaults = {
-        otkd.JSDLoss: {"beta": 0.5},
-        otkd.SkewKLLoss: {"alpha": 0.1},
-        otkd.SkewReverseKLLoss: {"alpha": 0.1},
-        otkd.AdaptiveKLLoss: {"head_mass": 0.5},
+        otkd.JSDLoss: formulas.JensenShannon(beta=0.5),
+        otkd.SkewKLLoss: formulas.SkewKL(alpha=0.1),
+        otkd.SkewReverseKLLoss: formulas.SkewReverseKL(alpha=0.1),
+        otkd.AdaptiveKLLoss: formulas.AdaptiveKL(head_mass=0.5),
     }
-    for build, options in defaults.items():
-        assert build().options == options
+    for build, formula in defaults.items():
+        assert build().formula == formula
     for build in map(otkd.losses.loss_class, RESCALED):
         if build not in (otkd.SinkhornLoss, otkd.WassersteinLoss):
             assert build().temperature == (2.0 if build is otkd.BatchSinkhornLoss else 1.0)
             assert build().reduction == "mean"
     token, batch = otkd.SinkhornLoss(embedding=points(1, 4)), otkd.BatchSinkhornLoss()
+    expected = {"epsilon": 0.1, "tolerance": 1e-4, "value": "dual"}
     options = otkd.ot.divergence.Options
-    assert token.solver_options == options(0.1, 1e-4, 200, "dual", True)
-    assert batch.solver_options == options(0.1, 1e-4, 1000, "dual", False)
+    assert token.solver_options == options(**expected, debias=True, max_iterations=200)
+    assert batch.solver_options == options(**expected, debias=False, max_iterations=1000)
     assert batch.cost == "l1"
 
 

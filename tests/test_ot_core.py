@@ -262,7 +262,9 @@ def test_the_sharp_gradient_is_as_good_as_the_tolerance(epsilon, dtype):
 
     def gradients(tolerance, dtype):
         a_, b_, cost_ = (v.to(dtype).requires_grad_() for v in (a, b, cost))
-        options = Options(epsilon, tolerance, 20_000, "sharp", debias=False)
+        options = Options(
+            epsilon=epsilon, tolerance=tolerance, max_iterations=20_000, value="sharp", debias=False
+        )
         value = solve_divergence(a_, b_, CostMatrices(cost_), options).value
         return [g.double() for g in torch.autograd.grad(value, (a_, b_, cost_))]
 

@@ -1,12 +1,19 @@
 """What ``help()``, an editor and a type checker see of every public function and class."""
 
+import functools
 import inspect
 import typing
 
+import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
+import otkd
 from otkd import functional
+from otkd.ot.divergence import Options, Report
+
+NEEDS_COST = ("sinkhorn", "wasserstein")
 
 SHAPED_FUNCTIONS = [getattr(functional, name) for name in functional.__all__]
 
@@ -24,3 +31,135 @@ def test_functions_of_logits_name_every_parameter_and_every_shape(function):
     for name in ("student_logits", "teacher_logits", "return"):
         assert hints[name].array_type is Tensor
     assert "*batch" in str(signature)
+
+
+POSITIONAL = {
+    otkd.SinkhornLoss: ["cost", "embedding"],
+    otkd.WassersteinLoss: ["cost"],
+    otkd.BatchSinkhornLoss: ["cost"],
+    otkd.JSDLoss: ["beta"],
+    otkd.SkewKLLoss: ["alpha"],
+    otkd.SkewReverseKLLoss: ["alpha"],
+    otkd.AdaptiveKLLoss: ["head_mass"],
+    otkd.AlphaBetaLoss: ["alpha", "beta"],
+    otkd.SinKDLoss: ["alpha", "sinkhorn_weight"],
+    otkd.WeightedLoss: ["terms"],
+    otkd.costs.EmbeddingCost: ["source", "target"],
+    otkd.costs.MatrixCost: ["matrix"],
+    otkd.costs.OrdinalCost: ["p"],
+    otkd.costs.PowerCost: ["base", "p"],
+    otkd.supports.TopK: ["k"],
+    otkd.supports.NearestNeighbours: ["k"],
+    otkd.ot.sinkhorn: ["a", "b", "cost"],
+    otkd.ot.sinkhorn_divergence: ["a", "b", "cost"],
+    otkd.ot.wasserstein: ["a", "b", "cost"],
+    Options: [],
+    Report: [],
+}
+
+
+@pytest.mark.parametrize("callable_", POSITIONAL, ids=lambda callable_: callable_.__name__)
+def test_settings_are_given_by_name(callable_):
+    by_position = [
+        parameter.name
+        for parameter in inspect.signature(callable_).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    assert by_position == POSITIONAL[callable_]
+
+
+def test_losses_without_parameters_take_nothing_by_position():
+    for name in otkd.list_losses():
+        build = otkd.losses.loss_class(name)
+        if build not in POSITIONAL:
+            with pytest.raises(TypeError, match="positional"):
+                build(2.0)
+
+
+X = torch.randn(5, 3)
+A = torch.full((5,), 0.2)
+COST = otkd.costs.DiscreteCost()
+SOLVED = [
+    lambda **options: otkd.SinkhornLoss(embedding=X, **options),
+    otkd.BatchSinkhornLoss,
+    lambda **options: otkd.functional.sinkhorn_divergence(X, X, cost=COST, **options),
+    lambda **options: otkd.functional.batch_sinkhorn_distance(X, X, **options),
+    lambda **options: otkd.ot.sinkhorn_divergence(A, A, COST, **options),
+]
+TEMPERED = [
+    *(otkd.losses.loss_class(name) for name in otkd.list_losses() if name not in NEEDS_COST),
+    lambda **options: otkd.SinkhornLoss(embedding=X, **options),
+    lambda **options: otkd.WassersteinLoss(COST, **options),
+    *(
+        functools.partial(getattr(functional, name), X, X)
+        for name in functional.__all__
+        if name not in ("sinkhorn_divergence", "wasserstein_distance")
+    ),
+]
+NO_NUMBERS = (
+    True,
+    "2",
+    None,
+    1j,
+    [2.0],
+    torch.ones(2),
+    torch.ones(()).requires_grad_(),
+    X[0, 0] > 9,
+)
+REFUSED = [
+    *((build, "debias", value) for build in SOLVED for value in (1000, 1, "yes", None, 0.5)),
+    *((build, "max_iterations", value) for build in SOLVED for value in (3.7, True, "3", 2.0)),
+    *(
+        (build, name, value)
+        for build in SOLVED
+        for name in ("epsilon", "tolerance")
+        for value in NO_NUMBERS
+    ),
+    *(
+        (build, "temperature", value)
+        for build in TEMPERED
+        for value in NO_NUMBERS
+        if not (value is None and build is otkd.SinKDLoss)
+    ),
+    *((otkd.KLLoss, "rescale_t2", value) for value in (1, 4.0, "no")),
+    *((otkd.JSDLoss, "beta", value) for value in NO_NUMBERS),
+    *((otkd.SkewKLLoss, "alpha", value) for value in NO_NUMBERS),
+    *((otkd.SkewReverseKLLoss, "alpha", value) for value in NO_NUMBERS),
+    *((otkd.AdaptiveKLLoss, "head_mass", value) for value in NO_NUMBERS),
+    *((otkd.AlphaBetaLoss, name, value) for name in ("alpha", "beta") for value in NO_NUMBERS),
+    *(
+        (otkd.SinKDLoss, name, value)
+        for name in ("alpha", "sinkhorn_weight")
+        for value in NO_NUMBERS
+    ),
+    *(
+        (otkd.supports.TopK, name, value)
+        for name in ("k", "clusters")
+        for value in (2.5, True, "3", 2.0)
+    ),
+    *((otkd.supports.NearestNeighbours, "k", value) for value in (2.5, True, "3", 2.0)),
+    (otkd.supports.TopK, "tail", 0),
+    (otkd.costs.OrdinalCost, "p", True),
+    (otkd.BatchSinkhornLoss, "gather", 1),
+    (otkd.BatchSinkhornLoss, "sample_cost", True),
+]
+
+
+@pytest.mark.parametrize(("build", "name", "value"), REFUSED)
+def test_settings_of_another_type_are_refused(build, name, value):
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        build(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, torch.tensor])
+def test_scalars_of_numpy_and_torch_are_numbers(kind):
+    loss = otkd.SinkhornLoss(
+        embedding=X, temperature=kind(2), epsilon=kind(1), support=otkd.supports.Dense()
+    )
+    assert (loss.temperature, loss.solver_options.epsilon) == (2, 1)
+    assert {type(loss.temperature), type(loss.solver_options.epsilon)} <= {int, float}
+    assert otkd.JSDLoss(np.float32(0.25)).formula.beta == 0.25
+    if kind is not np.float32 and kind is not np.float64:
+        assert otkd.supports.TopK(kind(3)) == otkd.supports.TopK(3)
+    value = functional.kl_divergence(X, X.flip(0), temperature=kind(2))
+    torch.testing.assert_close(value, functional.kl_divergence(X, X.flip(0), temperature=2.0))

@@ -118,7 +118,12 @@ class Case:
         matrix[:, :-1, :-1] = cost.between(tokens, tokens, ("source", "target"), torch.float64)
         matrix[:, -1, :-1] = matrix[:, :-1, -1] = to_tail[tokens]
         matrix[:, -1, -1] = corner
-        options = Options(case.epsilon, case.tolerance, case.max_iterations, debias=case.debias)
+        options = Options(
+            epsilon=case.epsilon,
+            tolerance=case.tolerance,
+            max_iterations=case.max_iterations,
+            debias=case.debias,
+        )
         a.requires_grad_()
         return a, b, matrix, solve_divergence(a, b, CostMatrices(*(matrix,) * 3), options)
 

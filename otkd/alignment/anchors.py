@@ -23,7 +23,7 @@ def align_embeddings(
     *,
     anchors: tuple[TokenIds, TokenIds] | None = None,
     method: str = "procrustes",
-    ridge: float = 1e-3,
+    ridge: float | None = None,
 ) -> tuple[Float[Tensor, "student_tokens teacher_width"], AnchorMap]:
     """The student's embedding in the teacher's space, by the tokens that both know.
 
@@ -74,7 +74,7 @@ def aligned_cost(
     *,
     anchors: tuple[TokenIds, TokenIds] | None = None,
     method: str = "procrustes",
-    ridge: float = 1e-3,
+    ridge: float | None = None,
     metric: str = "sqeuclidean",
 ) -> EmbeddingCost:
     """The cost between the tokens of two vocabularies, in the teacher's space; a constant.
@@ -104,7 +104,7 @@ def aligned_cost(
         method=method,
         ridge=ridge,
     )
-    return EmbeddingCost(mapped.to(teacher_embedding.device), teacher_embedding, metric)
+    return EmbeddingCost(mapped.to(teacher_embedding.device), teacher_embedding, metric=metric)
 
 
 def _token_ids(side: str, ids: TokenIds, size: int) -> Tensor:

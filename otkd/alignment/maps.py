@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from otkd.checks import check_choice, check_positive
+from otkd.checks import check_choice
+from otkd.scalars import as_positive
 
+_RIDGE = 1e-3
 METHODS = ("procrustes", "least_squares")
 _HELD_OUT = 10
 _BLOCK = 4096
@@ -52,7 +54,7 @@ def fit_map(
     target: Float[Tensor, "anchors target_width"],
     *,
     method: str = "procrustes",
-    ridge: float = 1e-3,
+    ridge: float | None = None,
 ) -> AnchorMap:
     """The map that brings the rows of ``source`` nearest to those of ``target``.
 
@@ -73,7 +75,8 @@ def fit_map(
         source: ``(anchors, source_width)``, the student's rows of the anchors.
         target: ``(anchors, target_width)``, the teacher's rows of the same tokens, in this order.
         method: one of the above.
-        ridge: strength of the penalty of ``"least_squares"``, above 0.
+        ridge: strength of the penalty of ``"least_squares"``, above 0; 1e-3 by default. The other
+            method has none.
 
     Raises:
         TypeError, ValueError: for rows that are no floating-point matrix or not finite, sides of
@@ -84,7 +87,9 @@ def fit_map(
     Translation", for its use between the words of two languages.
     """
     check_choice("method", method, METHODS)
-    check_positive(ridge=ridge)
+    if method != "least_squares" and ridge is not None:
+        raise ValueError(f"ridge= is the penalty of method='least_squares', not of {method!r}")
+    penalty = as_positive("ridge", _RIDGE if ridge is None else ridge)
     check_embedding("source anchors", source)
     check_embedding("target anchors", target)
     count = len(source)
@@ -106,10 +111,10 @@ def fit_map(
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(source.device)
     held, kept = order.tensor_split([max(1, count // _HELD_OUT)])
     of_held, of_kept = (_moments(source, target, rows) for rows in (held, kept))
-    weight, bias, mean = _fit(*of_kept, method, ridge)
+    weight, bias, mean = _fit(*of_kept, method, penalty)
     missed = (target[held].double() - source[held].double() @ weight - bias).norm()
     spread = (target[held].double() - mean).norm()
-    weight, bias, _ = _fit(of_held[0] + of_kept[0], of_held[1] + of_kept[1], method, ridge)
+    weight, bias, _ = _fit(of_held[0] + of_kept[0], of_held[1] + of_kept[1], method, penalty)
     dtype = torch.promote_types(source.dtype, torch.float32)
     residual = (missed / spread.clamp(min=torch.finfo(spread.dtype).tiny)).item()
     return AnchorMap(weight.to(dtype), bias.to(dtype), residual, count)

@@ -32,10 +32,18 @@ def objective_options(name: str, settings: Settings) -> dict[str, Any]:
         ValueError: for an unknown name; the message has the nearest one.
     """
     options = {option: getattr(settings, option) for option in _option_names(name, settings.author)}
+    if options.get("sinkhorn_weight", 0.0) is None:
+        options["sinkhorn_weight"] = _sinkhorn_weight(settings.author)
     if not options.get("sample_cost"):
         # Results made before there was such a cost are results without it.
         options.pop("sample_cost", None)
     return options
+
+
+def _sinkhorn_weight(author: bool) -> float:
+    """The weight of batch transport where none is given: that of the objective itself."""
+    objective = otkd.SinKDLoss.author() if author else otkd.SinKDLoss()
+    return objective.weights["sinkhorn"]
 
 
 def _option_names(name: str, author: bool) -> list[str]:
@@ -132,7 +140,8 @@ def _sinkd(
         soft, transport = otkd.KLLoss(**common), _batch_transport(options, widths)
     else:
         # SinKDLoss.author(), with the settings of its parts that a study varies.
-        soft = SoftCrossEntropyLoss(**{"rescale_t2": False, **_without_none(common)})
+        of_soft: dict[str, Any] = {"rescale_t2": False, **_without_none(common)}
+        soft = SoftCrossEntropyLoss(**of_soft)
         transport = UnrolledBatchSinkhornLoss(
             temperature=options["batch_temperature"],
             epsilon=options["epsilon"],

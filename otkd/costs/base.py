@@ -32,7 +32,7 @@ class Cost(nn.Module, ABC):
     shape: tuple[int, int] | None = None
     width: int = 1
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.tail_constants: dict[tuple, Any] = {}  # see otkd.costs.tails
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from otkd.checks import check_choice
 from otkd.costs.base import Cost, CostMatrices, Side, hold, same_for_all
 from otkd.precision import without_autocast
+from otkd.scalars import as_flag
 
 METRICS = ("sqeuclidean", "euclidean", "cosine")
 _SAMPLED_PAIRS = 2**20
@@ -54,15 +55,16 @@ class EmbeddingCost(Cost):
         self,
         source: Float[Tensor, "source width"],
         target: Float[Tensor, "target width"] | None = None,
+        *,
         metric: str = "sqeuclidean",
         normalize: str | None = "mean",
         learnable: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         check_choice("metric", metric, METRICS)
         if normalize not in ("mean", None):
             raise ValueError(f"normalize must be 'mean' or None, got {normalize!r}")
-        self.metric, self.learnable = metric, learnable
+        self.metric, self.learnable = metric, as_flag("learnable", learnable)
         _check_embedding("source", source, metric)
         if target is not None:
             _check_embedding("target", target, metric)

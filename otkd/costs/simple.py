@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from otkd.costs.base import Cost, CostMatrices, hold, same_for_all
 from otkd.costs.checks import check_self_cost, has_positive_kernel
+from otkd.scalars import as_positive
 
 
 class DiscreteCost(Cost):
@@ -34,14 +35,12 @@ class OrdinalCost(Cost):
         p: the exponent, above 0; at most 2 for a debiased divergence that is ≥ 0.
 
     Raises:
-        ValueError: if ``p`` is not above 0.
+        TypeError, ValueError: if ``p`` is not a finite number above 0.
     """
 
-    def __init__(self, p: float = 1.0):
+    def __init__(self, p: float = 1.0) -> None:
         super().__init__()
-        if not p > 0:
-            raise ValueError(f"p must be above 0, got {p!r}")
-        self.p = float(p)
+        self.p = float(as_positive("p", p))
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`."""
@@ -80,7 +79,9 @@ class MatrixCost(Cost):
 
     matrix: Tensor
 
-    def __init__(self, matrix: Float[Tensor, "source target"], learnable: bool | None = None):
+    def __init__(
+        self, matrix: Float[Tensor, "source target"], *, learnable: bool | None = None
+    ) -> None:
         super().__init__()
         if matrix.ndim != 2 or not matrix.is_floating_point() or not matrix.isfinite().all():
             raise ValueError(
@@ -129,11 +130,9 @@ class MatrixCost(Cost):
 class PowerCost(Cost):
     """Another cost raised to the power ``p``, entry by entry."""
 
-    def __init__(self, base: Cost, p: float):
+    def __init__(self, base: Cost, p: float) -> None:
         super().__init__()
-        if not p > 0:
-            raise ValueError(f"p must be above 0, got {p!r}")
-        self.base, self.p, self.shape = base, float(p), base.shape
+        self.base, self.p, self.shape = base, float(as_positive("p", p)), base.shape
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`."""

@@ -37,7 +37,7 @@ def batch_sinkhorn_distance(
     cost: str = "l1",
     sample_cost: float = 0.0,
     epsilon: float = 0.1,
-    debias: bool = False,
+    debias: bool = True,
     value: str = "dual",
     max_iterations: int = 1000,
     tolerance: float = 1e-4,
@@ -55,7 +55,8 @@ def batch_sinkhorn_distance(
         cost: ``"l1"``, ``"euclidean"`` or ``"sqeuclidean"`` distance of the distributions.
         sample_cost: what it costs, on top, to move mass from one sample to another.
         epsilon: entropic strength, in units of the cost.
-        debias: subtract half the transport of each side to itself.
+        debias: subtract half the transport of each side to itself, so that the distance is 0 where
+            the two sides agree.
         value: ``"dual"`` or ``"sharp"``; see :func:`otkd.ot.sinkhorn_divergence`.
         max_iterations: limit of the solver.
         tolerance: L1 marginal error at which a batch is solved.
@@ -77,7 +78,13 @@ def batch_sinkhorn_distance(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
     )
-    options = Options(epsilon, tolerance, max_iterations, value, debias)
+    options = Options(
+        epsilon=epsilon,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        value=value,
+        debias=debias,
+    )
     return transport_between_points(q, p, cost, options, sample_cost=sample_cost).value
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from otkd.functional.rowwise import Formula, Pair
+from otkd.scalars import as_number, settle
 
 _HEAD = 64  # tokens among which to look first for half of the mass
 
@@ -47,6 +48,7 @@ class JensenShannon(Formula):
     beta: float = 0.5
 
     def __post_init__(self) -> None:
+        settle(self, beta=as_number("beta", self.beta))
         if not 0 < self.beta < 1:
             raise ValueError(
                 f"beta must lie strictly between 0 and 1, got {self.beta!r}; at the ends the "
@@ -79,7 +81,7 @@ class SkewKL(Formula):
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_skew(self.alpha)
+        settle(self, alpha=_as_skew(self.alpha))
 
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """See :class:`~otkd.functional.rowwise.Formula`."""
@@ -99,7 +101,7 @@ class SkewReverseKL(Formula):
     alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_skew(self.alpha)
+        settle(self, alpha=_as_skew(self.alpha))
 
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """See :class:`~otkd.functional.rowwise.Formula`."""
@@ -119,6 +121,7 @@ class AdaptiveKL(Formula):
     head_mass: float = 0.5
 
     def __post_init__(self) -> None:
+        settle(self, head_mass=as_number("head_mass", self.head_mass))
         if not 0 <= self.head_mass <= 1:
             raise ValueError(f"head_mass must lie between 0 and 1, got {self.head_mass!r}")
 
@@ -143,6 +146,7 @@ class AlphaBeta(Formula):
     beta: float = 0.5
 
     def __post_init__(self) -> None:
+        settle(self, alpha=as_number("alpha", self.alpha), beta=as_number("beta", self.beta))
         if not (math.isfinite(self.alpha) and math.isfinite(self.beta)):
             raise ValueError(f"alpha and beta must be finite, got {self.alpha!r} and {self.beta!r}")
 
@@ -217,9 +221,11 @@ def _sum_over_head(values: Tensor, p: Tensor, mass: float, most: int = _HEAD) ->
     return sums
 
 
-def _check_skew(alpha: float) -> None:
+def _as_skew(alpha: float) -> float:
+    alpha = as_number("alpha", alpha)
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be at least 0 and below 1, got {alpha!r}")
+    return alpha
 
 
 def _vanishes(exponent: float) -> bool:

@@ -58,7 +58,14 @@ def sinkhorn_divergence(
         TypeError, ValueError: for input that does not fit, parameters out of range, NaN in a
             counted position.
     """
-    options = Options(epsilon, tolerance, max_iterations, value, debias, unbalanced)
+    options = Options(
+        epsilon=epsilon,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        value=value,
+        debias=debias,
+        unbalanced=unbalanced,
+    )
     values, _ = sinkhorn_with_report(
         student_logits,
         teacher_logits,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from otkd.checks import check_choice, check_positive
 from otkd.costs.embedding import METRICS
-from otkd.ot.problem import check_solver_options
+from otkd.scalars import as_whole
 
 LARGEST_HEAD = 128
 """The most tokens a position may have."""
@@ -89,8 +89,8 @@ def topk_sinkhorn(
     Divergences".
     """
     check_choice("metric", metric, METRICS)
-    check_positive(scale=scale)
-    check_solver_options(epsilon, tolerance, max_iterations)
+    check_positive(scale=scale, epsilon=epsilon, tolerance=tolerance)
+    max_iterations = as_whole("max_iterations", max_iterations)
     corner = torch.as_tensor(corner_cost, dtype=torch.float32, device=a.device).reshape(1)
     _check(a, b, tokens, embedding, tail_cost, centre)
     positions, size = tokens.shape

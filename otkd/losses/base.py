@@ -5,21 +5,37 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import ClassVar
 
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from otkd.checks import check_choice, check_logits, check_one_logits, check_positive
+from otkd.checks import check_choice, check_logits, check_one_logits
 from otkd.ot.divergence import Report
 from otkd.reductions import REDUCTIONS, ItemCounts, counted_positions, reduce_positions
+from otkd.scalars import as_flag, as_positive, as_whole
 from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
 from otkd.signals.protocol import teacher_features_of
 
 
-@dataclass(frozen=True)
+class SettingsBesideTemperature(TypedDict, total=False):
+    """What every loss takes by name, but for its temperature."""
+
+    teacher_temperature: float | None
+    rescale_t2: bool | None
+    reduction: str
+    vocab_size: int | tuple[int, int] | None
+
+
+class CommonSettings(SettingsBesideTemperature, total=False):
+    """What every loss takes by name; see :class:`DistillationLoss`."""
+
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Batch:
     """What a loss is computed from, checked.
 
@@ -41,6 +57,23 @@ class Batch:
     student_features: Tensor | None = None
     teacher_features: Tensor | None = None
     stored: TopKSignal | None = None
+
+
+class _WholeSignature:
+    """What help() shows of a loss: for its ``**common``, what its bases take by name."""
+
+    def __get__(self, loss: object, kind: type) -> inspect.Signature:
+        if loss is not None:  # the call of a loss has its own signature
+            raise AttributeError("__signature__")
+        own = inspect.signature(kind.__init__)
+        parameters = list(own.parameters.values())[1:]
+        whole = [p for p in parameters if p.kind != p.VAR_KEYWORD]
+        bases = (base for base in kind.__mro__[1:] if issubclass(base, DistillationLoss))
+        if len(whole) < len(parameters) and (base := next(bases, None)):
+            names = {p.name for p in whole}
+            inherited = inspect.signature(base).parameters.values()
+            whole += [p for p in inherited if p.kind == p.KEYWORD_ONLY and p.name not in names]
+        return own.replace(parameters=whole)
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -69,6 +102,8 @@ class DistillationLoss(nn.Module, ABC):
     reads_stored: ClassVar[bool] = False
     rescales_by_default: ClassVar[bool] = True
 
+    __signature__ = _WholeSignature()
+
     def __init__(
         self,
         *,
@@ -78,19 +113,21 @@ class DistillationLoss(nn.Module, ABC):
         reduction: str = "mean",
         vocab_size: int | tuple[int, int] | None = None,
         **unknown: object,
-    ):
+    ) -> None:
         super().__init__()
         if unknown:
-            raise TypeError(_unknown_argument(type(self), next(iter(unknown))))
-        check_positive(temperature=temperature)
+            known = inspect.signature(type(self)).parameters
+            raise TypeError(unknown_argument(type(self).__name__, next(iter(unknown)), known))
+        self.temperature = as_positive("temperature", temperature)
+        self.teacher_temperature = teacher_temperature
         if teacher_temperature is not None:
-            check_positive(teacher_temperature=teacher_temperature)
+            self.teacher_temperature = as_positive("teacher_temperature", teacher_temperature)
+        if rescale_t2 is None:
+            rescale_t2 = self.rescales_by_default
+        self.rescale_t2 = as_flag("rescale_t2", rescale_t2)
         if vocab_size is not None:
             as_pair(vocab_size)
         check_choice("reduction", reduction, REDUCTIONS)
-        self.temperature = temperature
-        self.teacher_temperature = teacher_temperature
-        self.rescale_t2 = self.rescales_by_default if rescale_t2 is None else rescale_t2
         self.reduction = reduction
         self.vocab_size = vocab_size
         self.last_report: Report | None = None
@@ -210,13 +247,13 @@ class DistillationLoss(nn.Module, ABC):
         if teacher is not None and not self.bridges_vocabularies:
             self._check_one_vocabulary(student.shape[-1], teacher.shape[-1])
         return Batch(
-            student,
-            teacher,  # pyright: ignore[reportArgumentType]  (checked above where needed)
-            counted,
-            labels,  # pyright: ignore[reportArgumentType]
-            student_features,
-            teacher_features,
-            stored,
+            student_logits=student,
+            teacher_logits=teacher,  # pyright: ignore[reportArgumentType]  (checked where needed)
+            counted=counted,
+            labels=labels,  # pyright: ignore[reportArgumentType]
+            student_features=student_features,
+            teacher_features=teacher_features,
+            stored=stored,
         )
 
     def _slice(self, logits: Tensor, side: int) -> Tensor:
@@ -244,13 +281,11 @@ class DistillationLoss(nn.Module, ABC):
         return f"temperature={self.temperature}, reduction={self.reduction!r}"
 
 
-def _unknown_argument(loss: type[DistillationLoss], name: str) -> str:
-    signatures = [inspect.signature(each) for each in (loss, DistillationLoss)]
-    known = [p.name for s in signatures for p in s.parameters.values() if p.kind != p.VAR_KEYWORD]
-    known = list(dict.fromkeys(known))
+def unknown_argument(owner: str, name: str, known: Collection[str]) -> str:
+    """The message for an argument that ``owner`` does not take, with the nearest that it does."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
-    return f"{loss.__name__} has no argument {name!r}: {hint}"
+    return f"{owner} has no argument {name!r}: {hint}"
 
 
 def as_pair(vocab_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -260,9 +295,11 @@ def as_pair(vocab_size: int | tuple[int, int]) -> tuple[int, int]:
         ValueError: if it is neither a whole number of at least 1 nor a pair of them.
     """
     sizes = vocab_size if isinstance(vocab_size, Sequence) else (vocab_size, vocab_size)
-    if len(sizes) == 2 and all(isinstance(size, Integral) and size >= 1 for size in sizes):
-        return sizes[0], sizes[1]
-    raise ValueError(
-        "vocab_size must be at least 1: a whole number, or two (student, teacher), got "
-        f"{vocab_size!r}"
-    )
+    try:
+        student, teacher = (as_whole("vocab_size", size) for size in sizes)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "vocab_size must be at least 1: a whole number, or two (student, teacher), got "
+            f"{vocab_size!r}"
+        ) from None
+    return student, teacher

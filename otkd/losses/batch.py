@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import replace
 
-from otkd.checks import check_choice, check_not_negative, check_positive
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from otkd.checks import check_choice
 from otkd.functional.batch_transport import (
     BATCH_COSTS,
     point_distances,
     transport_between_points,
 )
 from otkd.functional.transport import distributions
-from otkd.losses.base import Batch, DistillationLoss
+from otkd.losses.base import Batch, CommonSettings, DistillationLoss, SettingsBesideTemperature
 from otkd.losses.gathering import GatheredBatch, spans_processes
 from otkd.ot.divergence import Options
 from otkd.precision import compute_dtype, without_autocast
 from otkd.reductions import ItemCounts, reduce_positions
+from otkd.scalars import as_flag, as_not_negative, as_positive, as_whole
+
+_TEMPERATURE = 2.0  # of SinKD's public code
+
+
+class BatchSettings(SettingsBesideTemperature, total=False):
+    """What every loss over a batch takes by name, but for its temperature."""
+
+    gather: bool
 
 
 class BatchLoss(DistillationLoss):
@@ -39,9 +51,9 @@ class BatchLoss(DistillationLoss):
 
     rescales_by_default = False
 
-    def __init__(self, *, gather: bool = True, **common):
+    def __init__(self, *, gather: bool = True, **common: Unpack[CommonSettings]) -> None:
         super().__init__(**common)
-        self.gather = gather
+        self.gather = as_flag("gather", gather)
 
     def per_position(self, batch: Batch) -> Tensor:
         """Shares ``(*batch,)``, adding up to b times the value of the batch."""
@@ -108,14 +120,15 @@ class BatchSinkhornLoss(BatchLoss):
         cost: ``"l1"``, ``"euclidean"`` or ``"sqeuclidean"`` distance between distributions, or
             ``"hidden"``: the loss is then called with ``student_features=`` and
             ``teacher_features=``, ``(*batch, width)``, or with a stored teacher that has features.
-        temperature: divides the logits of both; of no effect with ``cost="hidden"``.
+        temperature: divides the logits of both. Not with ``cost="hidden"``, which reads no logits;
+            nor are ``teacher_temperature``, ``vocab_size`` and ``rescale_t2=True``.
         sample_cost: what it costs, on top, to move mass from one sample to another. At 0, as in
             SinKD, the plan does not know which sample is which, and only the batch as a whole is
             matched; the larger it is, the more each sample is matched to itself, in the end with
             the mean of its own distances.
         epsilon: entropic strength in units of the cost.
-        debias: subtract half the transport of each side to itself, so that the value is 0 where
-            the two sets of points agree.
+        debias: subtract half the transport of each side to itself, so that the value is 0, with no
+            gradient, where the two sets of points agree. With False, as in SinKD, it is not.
         value: ``"dual"``, or ``"sharp"`` for ⟨P, C⟩ (gradients by implicit differentiation).
         max_iterations: limit of the solver.
         tolerance: L1 marginal error at which the batch is solved.
@@ -136,16 +149,17 @@ class BatchSinkhornLoss(BatchLoss):
     def __init__(
         self,
         cost: str = "l1",
-        temperature: float = 2.0,
+        *,
+        temperature: float = _TEMPERATURE,
         epsilon: float = 0.1,
-        debias: bool = False,
+        debias: bool = True,
         value: str = "dual",
         max_iterations: int = 1000,
         tolerance: float = 1e-4,
         sample_cost: float = 0.0,
         projection: nn.Module | None = None,
-        **common,
-    ):
+        **common: Unpack[BatchSettings],
+    ) -> None:
         super().__init__(temperature=temperature, **common)
         check_choice("cost", cost, (*BATCH_COSTS, "hidden"))
         if projection is not None and not isinstance(projection, nn.Module):
@@ -155,11 +169,18 @@ class BatchSinkhornLoss(BatchLoss):
             )
         if projection is not None and cost != "hidden":
             raise ValueError(f'a projection is for cost="hidden", not {cost!r}')
-        check_not_negative(sample_cost=sample_cost)
+        if cost == "hidden":
+            _refuse_settings_of_logits(self)
         self.cost = cost
-        self.sample_cost = sample_cost
+        self.sample_cost = as_not_negative("sample_cost", sample_cost)
         self.projection = projection
-        self.solver_options = Options(epsilon, tolerance, max_iterations, value, debias)
+        self.solver_options = Options(
+            epsilon=epsilon,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            value=value,
+            debias=debias,
+        )
 
     @property
     def needs_features(self) -> bool:
@@ -206,7 +227,8 @@ class BatchSinkhornLoss(BatchLoss):
             normalize=normalize,
             sample_cost=self.sample_cost,
         )
-        self.last_report = solution.report
+        support = f"the {len(student)} samples of the batch"
+        self.last_report = replace(solution.report, support=support)
         source, target = solution.shares()
         return solution.value, source + target
 
@@ -233,15 +255,17 @@ class UnrolledBatchSinkhornLoss(BatchLoss):
 
     def __init__(
         self,
-        temperature: float = 2.0,
+        *,
+        temperature: float = _TEMPERATURE,
         epsilon: float = 0.1,
         iterations: int = 20,
         factor: float = 0.001,
-        **common,
-    ):
+        **common: Unpack[BatchSettings],
+    ) -> None:
         super().__init__(temperature=temperature, **common)
-        check_positive(epsilon=epsilon, iterations=iterations, factor=factor)
-        self.epsilon, self.iterations, self.factor = epsilon, iterations, factor
+        self.epsilon = as_positive("epsilon", epsilon)
+        self.iterations = as_whole("iterations", iterations)
+        self.factor = as_positive("factor", factor)
 
     def transport(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`BatchLoss`."""
@@ -253,6 +277,20 @@ class UnrolledBatchSinkhornLoss(BatchLoss):
                 plan = plan / plan.sum(-2, keepdim=True)
             shares = len(student) * self.factor * (plan * distances).sum(-1)
         return shares.mean(), shares
+
+
+def _refuse_settings_of_logits(loss: DistillationLoss) -> None:
+    without_effect = {
+        "temperature": loss.temperature != _TEMPERATURE,
+        "teacher_temperature": loss.teacher_temperature is not None,
+        "vocab_size": loss.vocab_size is not None,
+        "rescale_t2": loss.rescale_t2,
+    }
+    for name, given in without_effect.items():
+        if given:
+            raise ValueError(
+                f'{name}= is about logits, and cost="hidden" compares states: leave it out'
+            )
 
 
 def _counted(batch: Batch, *values: Tensor) -> list[Tensor]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from typing_extensions import Unpack
 
 from otkd.checks import as_class_labels, check_class_labels, check_finite_rows
 from otkd.functional import formulas
 from otkd.functional.rowwise import Formula, rowwise_divergence
-from otkd.losses.base import Batch, DistillationLoss
+from otkd.losses.base import Batch, CommonSettings, DistillationLoss
 from otkd.precision import compute_dtype
 from otkd.reductions import IGNORE_INDEX
 
@@ -23,7 +25,7 @@ class DivergenceLoss(DistillationLoss):
         **common: see :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    def __init__(self, formula: Formula, **common):
+    def __init__(self, formula: Formula, **common: Unpack[CommonSettings]) -> None:
         super().__init__(**common)
         self.formula = formula
 
@@ -51,7 +53,7 @@ class KLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    def __init__(self, **common):
+    def __init__(self, **common: Unpack[CommonSettings]) -> None:
         super().__init__(formulas.KL(), **common)
 
 
@@ -62,7 +64,7 @@ class ReverseKLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    def __init__(self, **common):
+    def __init__(self, **common: Unpack[CommonSettings]) -> None:
         super().__init__(formulas.ReverseKL(), **common)
 
 
@@ -73,7 +75,7 @@ class JSDLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    def __init__(self, beta: float = 0.5, **common):
+    def __init__(self, beta: float = 0.5, **common: Unpack[CommonSettings]) -> None:
         super().__init__(formulas.JensenShannon(beta=beta), **common)
 
 
@@ -86,7 +88,7 @@ class TVDLoss(DivergenceLoss):
 
     rescales_by_default = False
 
-    def __init__(self, **common):
+    def __init__(self, **common: Unpack[CommonSettings]) -> None:
         super().__init__(formulas.TotalVariation(), **common)
 
 
@@ -97,7 +99,7 @@ class SkewKLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    def __init__(self, alpha: float = 0.1, **common):
+    def __init__(self, alpha: float = 0.1, **common: Unpack[CommonSettings]) -> None:
         super().__init__(formulas.SkewKL(alpha=alpha), **common)
 
 
@@ -108,7 +110,7 @@ class SkewReverseKLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    def __init__(self, alpha: float = 0.1, **common):
+    def __init__(self, alpha: float = 0.1, **common: Unpack[CommonSettings]) -> None:
         super().__init__(formulas.SkewReverseKL(alpha=alpha), **common)
 
 
@@ -119,7 +121,7 @@ class AdaptiveKLLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    def __init__(self, head_mass: float = 0.5, **common):
+    def __init__(self, head_mass: float = 0.5, **common: Unpack[CommonSettings]) -> None:
         super().__init__(formulas.AdaptiveKL(head_mass=head_mass), **common)
 
 
@@ -130,7 +132,9 @@ class AlphaBetaLoss(DivergenceLoss):
     :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    def __init__(self, alpha: float = 0.5, beta: float = 0.5, **common):
+    def __init__(
+        self, alpha: float = 0.5, beta: float = 0.5, **common: Unpack[CommonSettings]
+    ) -> None:
         super().__init__(formulas.AlphaBeta(alpha=alpha, beta=beta), **common)
 
 
@@ -143,7 +147,7 @@ class UniversalLogitLoss(DivergenceLoss):
 
     rescales_by_default = False
 
-    def __init__(self, **common):
+    def __init__(self, **common: Unpack[CommonSettings]) -> None:
         super().__init__(formulas.UniversalLogit(), **common)
 
     @property
@@ -156,15 +160,25 @@ class CrossEntropyLoss(DistillationLoss):
     """−log q(label): hard labels only, in the common call; the teacher is not used.
 
     ``temperature`` divides the student's logits; arguments as
-    :class:`~otkd.losses.base.DistillationLoss`.
+    :class:`~otkd.losses.base.DistillationLoss`, but for ``teacher_temperature`` and a
+    ``vocab_size`` of the teacher, which are refused.
     """
 
     needs_teacher = False
     needs_labels = True
     rescales_by_default = False
 
-    def __init__(self, **common):
+    def __init__(self, **common: Unpack[CommonSettings]) -> None:
         super().__init__(**common)
+        if self.teacher_temperature is not None:
+            raise ValueError(
+                "CrossEntropyLoss does not use the teacher: leave out teacher_temperature="
+            )
+        if isinstance(self.vocab_size, Sequence):
+            raise ValueError(
+                "CrossEntropyLoss reads the logits of the student alone: pass one number of tokens "
+                f"as vocab_size=, got {self.vocab_size!r}"
+            )
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""

@@ -143,7 +143,11 @@ class ForeignLoss:
         if own is None:
             return dict(_reports_inside(self._module, ""))
         if not isinstance(own, Report):  # a Solution of otkd.ot, or what looks like one
-            own = Report(own.iterations, own.marginal_error.max(), own.converged)
+            own = Report(
+                iterations=own.iterations,
+                marginal_error=own.marginal_error.max(),
+                converged=own.converged,
+            )
         return {"": own}
 
     @property

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from torch import nn
 
 from otkd.checks import did_you_mean
+from otkd.losses.base import unknown_argument
 from otkd.losses.batch import BatchSinkhornLoss
 from otkd.losses.composite import SinKDLoss
 from otkd.losses.divergences import (
@@ -19,7 +23,7 @@ from otkd.losses.divergences import (
     TVDLoss,
     UniversalLogitLoss,
 )
-from otkd.losses.transport import SinkhornLoss, WassersteinLoss
+from otkd.losses.transport import MissingCost, SinkhornLoss, WassersteinLoss
 
 LOSSES: dict[str, type[nn.Module]] = {
     "ce": CrossEntropyLoss,
@@ -56,10 +60,28 @@ def loss_class(name: str) -> type[nn.Module]:
     raise ValueError(f"unknown loss {name!r}{hint} The losses are {', '.join(LOSSES)}")
 
 
-def get_loss(name: str, **options) -> nn.Module:
+def get_loss(name: str, **options: Any) -> nn.Module:
     """A loss by its registry name: ``get_loss("jsd", beta=0.1, temperature=2)``.
 
+    ``get_loss("sinkhorn", embedding=W)`` and ``get_loss("wasserstein", cost=C)`` need what their
+    losses need.
+
     Raises:
-        TypeError, ValueError: for an unknown name (with the nearest) or options the loss refuses.
+        TypeError, ValueError: for an unknown name (with the nearest), options the loss refuses, or
+            one that it needs and was not given.
     """
-    return loss_class(name)(**options)
+    build = loss_class(name)
+    parameters = inspect.signature(build).parameters
+    for option in options:
+        if option not in parameters:
+            raise TypeError(unknown_argument(f"the loss {name!r}", option, parameters))
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise TypeError(
+                f"the loss {name!r} needs {parameter.name}=: write "
+                f"get_loss({name!r}, {parameter.name}=...); see {build.__name__}"
+            )
+    try:
+        return build(**options)
+    except MissingCost:
+        raise MissingCost(f"get_loss({name!r}, ") from None

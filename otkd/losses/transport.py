@@ -7,17 +7,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from otkd.checks import check_choice, check_positive
+from otkd.checks import check_choice
 from otkd.costs import Cost, DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost
 from otkd.functional.transport import sinkhorn_with_report, wasserstein_distance
-from otkd.losses.base import Batch, DistillationLoss
+from otkd.losses.base import Batch, CommonSettings, DistillationLoss
 from otkd.losses.explain import Explanation, explain_position
 from otkd.ot.divergence import Options
+from otkd.scalars import as_positive
 from otkd.signals import TeacherSignal
 from otkd.supports import Support, as_support
 
 COSTS = ("embedding", "discrete", "ordinal")
+
+
+class MissingCost(ValueError):
+    """A loss between tokens was made without the cost between them.
+
+    Attributes:
+        advice: a sentence with what to pass.
+    """
+
+    def __init__(self, call: str = "SinkhornLoss(") -> None:
+        self.advice = (
+            f"Write {call}embedding=teacher.get_input_embeddings().weight), the vectors of the "
+            f"tokens (vocab, width), or {call}cost=...) with 'discrete', 'ordinal', a "
+            "(vocab, vocab) tensor or an object of otkd.costs"
+        )
+        super().__init__(f'cost="embedding", the default, needs embedding=. {self.advice}')
 
 
 def make_cost(cost: str | Tensor | Cost, embedding: Tensor | None = None) -> Cost:
@@ -31,10 +49,7 @@ def make_cost(cost: str | Tensor | Cost, embedding: Tensor | None = None) -> Cos
         check_choice("cost", cost, COSTS)
         if cost == "embedding":
             if embedding is None:
-                raise ValueError(
-                    'cost="embedding" needs embedding=, the vectors of the tokens (vocab, width): '
-                    "for example teacher.get_input_embeddings().weight"
-                )
+                raise MissingCost
             return EmbeddingCost(embedding)
     if embedding is not None:
         raise ValueError('embedding= is used by cost="embedding" only')
@@ -96,6 +111,7 @@ class SinkhornLoss(DistillationLoss):
         self,
         cost: str | Tensor | Cost = "embedding",
         embedding: Tensor | None = None,
+        *,
         epsilon: float = 0.1,
         debias: bool = True,
         value: str = "dual",
@@ -104,11 +120,17 @@ class SinkhornLoss(DistillationLoss):
         tolerance: float = 1e-4,
         backend: str = "auto",
         unbalanced: float | None = None,
-        **common,
-    ):
+        **common: Unpack[CommonSettings],
+    ) -> None:
         super().__init__(**common)
         self.solver_options = Options(
-            epsilon, tolerance, max_iterations, value, debias, unbalanced, backend
+            epsilon=epsilon,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            value=value,
+            debias=debias,
+            unbalanced=unbalanced,
+            backend=backend,
         )
         self.cost = make_cost(cost, embedding)
         self.support = as_support(support)
@@ -200,14 +222,15 @@ class WassersteinLoss(DistillationLoss):
 
     rescales_by_default = False
 
-    def __init__(self, cost: str | Tensor | Cost, p: float = 1.0, **common):
+    def __init__(
+        self, cost: str | Tensor | Cost, *, p: float = 1.0, **common: Unpack[CommonSettings]
+    ) -> None:
         super().__init__(**common)
-        check_positive(p=p)
+        self.p = as_positive("p", p)
         if isinstance(cost, str) and cost == "embedding":
             raise ValueError("pass otkd.costs.EmbeddingCost(embedding) as the cost")
         self.cost = make_cost(cost)
-        self.p = p
-        self.cost.power(p)
+        self.cost.power(self.p)
 
     @property
     def bridges_vocabularies(self) -> bool:

@@ -13,16 +13,17 @@ from otkd.checks import check_choice, check_positive
 from otkd.costs import CostMatrices
 from otkd.ot.gradients import dual_value, sharp_value
 from otkd.ot.kernels import Kernel
-from otkd.ot.problem import Problem, check_solver_options, flatten_problem
+from otkd.ot.problem import Problem, flatten_problem
 from otkd.ot.solution import warn_not_converged
 from otkd.ot.solver import Potentials, solve_potentials
 from otkd.precision import without_autocast
+from otkd.scalars import as_flag, as_positive, as_whole, settle
 
 VALUES = ("dual", "sharp")
 BACKENDS = ("auto", "torch", "keops", "triton")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """How the entropic problem is set and solved; one object from the loss down to the solver.
 
@@ -39,7 +40,13 @@ class Options:
     plain_steps: int = 0
 
     def __post_init__(self):
-        check_solver_options(self.epsilon, self.tolerance, self.max_iterations)
+        settle(
+            self,
+            epsilon=as_positive("epsilon", self.epsilon),
+            tolerance=as_positive("tolerance", self.tolerance),
+            max_iterations=as_whole("max_iterations", self.max_iterations),
+            debias=as_flag("debias", self.debias),
+        )
         check_choice("value", self.value, VALUES)
         check_choice("backend", self.backend, BACKENDS)
         if self.unbalanced is not None:
@@ -53,7 +60,7 @@ class Options:
         return math.inf if self.unbalanced is None else self.unbalanced
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """What the solver did, for logs.
 
@@ -61,7 +68,7 @@ class Report:
         iterations: the most iterations any of the solves took.
         marginal_error: the largest L1 marginal error of any problem, a scalar tensor.
         converged: whether every marginal error is within the tolerance.
-        support: which tokens took part.
+        support: what took part: tokens, or the samples of a batch.
         backend: what computed the kernel products.
         coverage: mean over the positions of the mass that the head has, on the side that has less
             of it; a scalar tensor, None where every token took part.
@@ -71,7 +78,7 @@ class Report:
     iterations: int
     marginal_error: Tensor
     converged: bool
-    support: str = "Dense()"
+    support: str = "every point"
     backend: str = "torch"
     coverage: Tensor | None = None
     worst_coverage: Tensor | None = None

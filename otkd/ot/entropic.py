@@ -45,7 +45,7 @@ def sinkhorn(
     Source: Cuturi (2013), "Sinkhorn Distances: Lightspeed Computation of Optimal Transport" (with
     λ = 1/ε); Feydy et al. (2019) for the objective with KL(P‖a⊗b).
     """
-    options = Options(epsilon, tolerance, max_iterations)
+    options = Options(epsilon=epsilon, tolerance=tolerance, max_iterations=max_iterations)
     check_masses(a, b)
     costs = CostMatrices(as_cost_matrices(cost, a, b).cross)
     check_costs(a.shape[-1], b.shape[-1], costs)
@@ -107,7 +107,13 @@ def sinkhorn_divergence(
     Source: Feydy et al. (2019), "Interpolating between Optimal Transport and MMD using Sinkhorn
     Divergences"; Genevay et al. (2018) for the sharp variant.
     """
-    options = Options(epsilon, tolerance, max_iterations, value, debias)
+    options = Options(
+        epsilon=epsilon,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        value=value,
+        debias=debias,
+    )
     check_masses(a, b)
     matrices = as_cost_matrices(cost, a, b, self_terms=debias)
     check_costs(a.shape[-1], b.shape[-1], matrices)

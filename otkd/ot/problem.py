@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from otkd.checks import check_cost_shape, check_positive
+from otkd.checks import check_cost_shape
 from otkd.costs import CostMatrices
 from otkd.ot.dense import dense_kernel
 from otkd.ot.kernels import Kernel
@@ -167,13 +167,6 @@ def _common_shape(a: Tensor, b: Tensor, cost: Tensor | LazyCost) -> tuple[int, .
             "the batch shapes do not fit: "
             f"a {tuple(a.shape)}, b {tuple(b.shape)}, cost {tuple(cost.shape)}"
         ) from None
-
-
-def check_solver_options(epsilon: float, tolerance: float, max_iterations: int) -> None:
-    """Raise ``ValueError`` for ε, tolerance or iterations out of range."""
-    check_positive(epsilon=epsilon, tolerance=tolerance)
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations!r}")
 
 
 def _check_distribution(name: str, masses: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from otkd.costs.base import Side, same_for_all
 from otkd.costs.tails import sample_tokens
 from otkd.ot.divergence import Options, Report
 from otkd.ot.sparse import Graph, SparseCost
+from otkd.scalars import as_whole, settle
 from otkd.supports.base import Positions, Support
 from otkd.supports.dense import transport_distributions
 from otkd.supports.neighbour_index import nearest
@@ -47,16 +48,17 @@ class NearestNeighbours(Support):
             ``$OTKD_CACHE``, else ``~/.cache/otkd``.
 
     Raises:
+        TypeError: if ``k`` is no whole number.
         ValueError: if ``k`` is less than 1, or the cost is not a constant ``EmbeddingCost``.
         ImportError: if faiss is not installed and the neighbours are not yet known.
     """
 
     k: int = 256
+    _: KW_ONLY
     cache_dir: Path | str | None = None
 
-    def __post_init__(self):
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k!r}")
+    def __post_init__(self) -> None:
+        settle(self, k=as_whole("k", self.k))
 
     def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
         """See :class:`Support`."""

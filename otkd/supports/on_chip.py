@@ -53,7 +53,11 @@ def solve_on_chip(
     value, error, iterations = TopKSinkhorn.apply(
         a, b, heads.tokens, embedding, to_tail, corner, settings
     )
-    report = Report(int(iterations.max()), error.max(), bool((error <= options.tolerance).all()))
+    report = Report(
+        iterations=int(iterations.max()),
+        marginal_error=error.max(),
+        converged=bool((error <= options.tolerance).all()),
+    )
     if not report.converged:
         warn_not_converged(report.iterations, error, options.tolerance)
     return value, report

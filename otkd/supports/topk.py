@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, cast
 
 import torch
@@ -20,6 +20,7 @@ from otkd.costs.clusters import (
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
 from otkd.ot.divergence import Options, Report, solve_divergence
 from otkd.ot.problem import check_costs
+from otkd.scalars import as_flag, as_whole, settle
 from otkd.supports.base import Atoms, Positions, Support
 from otkd.supports.coverage import warn_of_coverage
 from otkd.supports.heads import HeadMasses, Heads, select_heads
@@ -50,21 +51,30 @@ class TopK(Support):
             logits, not a stored teacher.
 
     Raises:
-        ValueError: if ``k`` or ``clusters`` is less than 1.
+        TypeError: if ``k`` or ``clusters`` is no whole number, or ``tail`` neither True nor False.
+        ValueError: if ``k`` or ``clusters`` is less than 1, or ``clusters`` are asked of no tail.
     """
 
     backends: ClassVar[tuple[str, ...]] = ("triton",)
     reads_stored: ClassVar[bool] = True
 
     k: int = 64
+    _: KW_ONLY
     tail: bool = True
     clusters: int = 1
 
-    def __post_init__(self):
-        if self.clusters < 1:
-            raise ValueError(f"clusters must be at least 1, got {self.clusters!r}")
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k!r}")
+    def __post_init__(self) -> None:
+        settle(
+            self,
+            k=as_whole("k", self.k),
+            tail=as_flag("tail", self.tail),
+            clusters=as_whole("clusters", self.clusters),
+        )
+        if self.clusters > 1 and not self.tail:
+            raise ValueError(
+                f"clusters={self.clusters} divide the tail, which tail=False drops: leave out one "
+                "of the two"
+            )
 
     def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
         """See :class:`Support`."""
