@@ -49,7 +49,10 @@ def stored_divergence(student, teacher, cost, k, stored, epsilon=0.5, temperatur
     )
     for q, p in pairs:
         kept = p.topk(stored).indices.tolist()
-        head = sorted({*kept, *q.topk(k).indices.tolist()})
+        # Of the student's heavy tokens those that the teacher cannot have so heavy.
+        lightest = p[kept].sort().values[1:2].tolist()
+        most = min([1 - p[kept].sum().item(), *lightest])
+        head = sorted({*kept, *(t for t in q.topk(k).indices.tolist() if q[t] > most + 1e-12)})
         rest = [token for token in range(len(q)) if token not in head]
         a = torch.stack([*(q[token] for token in head), q[rest].sum()])
         b = torch.stack([p[t] if t in kept else torch.zeros_like(p[0]) for t in head])
@@ -280,7 +283,7 @@ def test_padded_vocabularies():
     close(loss(student, signal), topk_loss()(student[:, :VOCAB], signal), rtol=0, atol=0)
     padded = TopKSignal.of(logits(2, 3, VOCAB + 4), 5)
     with pytest.raises(
-        ValueError, match=r"has 16 tokens, of which the loss uses 12: store it from"
+        ValueError, match=r"mass on tokens of the padding, from 12 on.*rebuild the signal from"
     ):
         loss(student, padded)
     with pytest.raises(ValueError, match="the student has 16 tokens and the teacher 12"):
@@ -335,7 +338,7 @@ def test_damaged_positions_that_count_raise():
         ("no softmax|without a softmax", changed(log_masses=(2, torch.nan))),
         ("no softmax|without a softmax", changed(log_masses=(slice(None), -torch.inf))),
         ("add up to", changed(log_masses=(slice(None), 0.0))),
-        ("tokens from -1 to", changed(tokens=(0, -1))),
+        ("tokens from -2 to", changed(tokens=(0, -2))),
         ("to 12, but there are 12 tokens", changed(tokens=(0, VOCAB))),
         ("a token twice", changed(tokens=(0, signal.tokens[1, 1].item()))),
     ]
@@ -604,6 +607,6 @@ def test_signals_of_batches_become_one():
     assert repr(whole) == f"TopKSignal((5, 3, {VOCAB}), k=4, temperature=1.0)"
     with pytest.raises(ValueError, match="got none"):
         TopKSignal.cat([])
-    for other in (whole.with_length(2), TopKSignal.of(teacher, 3), whole.with_self_term(loss)):
+    for other in (whole.with_length(2), TopKSignal.of(teacher, 4, 2.0), whole.with_self_term(loss)):
         with pytest.raises(ValueError, match="number of examples alone"):
             TopKSignal.cat([whole, other])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from otkd.functional.rowwise import Formula, Pair
+from otkd.functional.rowwise import LOG_ZERO, Formula, Pair
 from otkd.scalars import as_number, settle
 
 _HEAD = 64  # tokens among which to look first for half of the mass
@@ -69,7 +69,7 @@ class TotalVariation(Formula):
 
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """See :class:`~otkd.functional.rowwise.Formula`."""
-        difference = pair.q - pair.p
+        difference = pair.difference
         value = difference.abs().sum(-1) / 2
         return value, difference.sign_().mul_(pair.q).div_(2)
 
@@ -129,7 +129,8 @@ class AdaptiveKL(Formula):
         """See :class:`~otkd.functional.rowwise.Formula`."""
         p, q = pair.p, pair.q
         gap = (p - q).abs()
-        head_gap = _sum_over_head(gap, p, self.head_mass)
+        tokens = slice(p.shape[-1] - pair.tail)  # a tail is no part of the head
+        head_gap = _sum_over_head(gap[:, tokens], p[:, tokens], self.head_mass)
         total_gap = gap.sum(-1, keepdim=True)
         head_weight = torch.where(total_gap > 0, head_gap / total_gap, 0.5).clamp(max=1)
         log_ratio = pair.log_q - pair.log_p
@@ -153,6 +154,9 @@ class AlphaBeta(Formula):
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """See :class:`~otkd.functional.rowwise.Formula`."""
         log_q, log_p = pair.log_q.double(), pair.log_p.double()
+        # Where neither has mass there is nothing to compare, which no power of 0 says.
+        absent = (log_q <= LOG_ZERO) & (log_p <= LOG_ZERO)
+        log_q, log_p = log_q.masked_fill_(absent, 0), log_p.masked_fill_(absent, 0)
         return self._value(log_q, log_p), self._weighted_gradient(log_q, log_p)
 
     def _value(self, log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -189,6 +193,8 @@ class UniversalLogit(Formula):
 
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """See :class:`~otkd.functional.rowwise.Formula`."""
+        if pair.tail:  # the atoms are ranks already
+            return pair.difference.abs().sum(-1), pair.difference.sign().mul_(pair.q)
         q, order = pair.q.sort(-1, descending=True)
         p = pair.p.sort(-1, descending=True).values
         longer = max(q.shape[-1], p.shape[-1])

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,9 +46,14 @@ class Pair:
     A softmax and the logits less their maximum cost half of a log-softmax and its exponentials.
 
     Attributes:
-        q, log_q: of the student, ``(positions, vocab)``.
+        q, log_q: of the student, ``(positions, atoms)``.
         p, log_p: of the teacher. The logarithms are floored at ``LOG_ZERO``.
+        difference: q − p.
+        tail: whether the last atom stands for all tokens that are not among the others. Without it
+            the atoms are the tokens of the vocabulary.
     """
+
+    tail: ClassVar[bool] = False
 
     def __init__(self, student: Tensor, teacher: Tensor):
         self._student, self._teacher = student, teacher
@@ -73,6 +78,11 @@ class Pair:
         """Logarithms of the teacher's probabilities."""
         return _floored_log(self._teacher, self.p)
 
+    @functools.cached_property
+    def difference(self) -> Tensor:
+        """What the student has more than the teacher."""
+        return self.q - self.p
+
 
 def _floored_log(logits: Tensor, probabilities: Tensor) -> Tensor:
     """The logits less their maximum, plus log max q, which is of at least 1/V and exact."""
@@ -93,7 +103,37 @@ class Formula(ABC):
 
     @abstractmethod
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """The values D, ``(positions,)``, and q·∂D/∂q, ``(positions, vocab)``."""
+        """The values D, ``(positions,)``, and q·∂D/∂q, ``(positions, atoms)``."""
+
+
+class Teacher(ABC):
+    """The teacher's side of all positions, compared with the student's a block at a time."""
+
+    @abstractmethod
+    def compare(
+        self, student: Tensor, rows: slice | Tensor, formula: Formula
+    ) -> tuple[Pair, Spread | None]:
+        """Both distributions over the atoms of a block, given the student's logits over T.
+
+        And what takes the gradient in the atoms' logits to the tokens'; None where atoms are
+        tokens.
+        """
+
+
+Spread = Callable[[Tensor], Tensor]
+
+
+class DenseTeacher(Teacher):
+    """A teacher whose logits ``(positions, vocab)`` are known: the atoms are the tokens."""
+
+    def __init__(self, logits: Tensor, temperature: float):
+        self.logits, self.temperature = logits, temperature
+
+    def compare(
+        self, student: Tensor, rows: slice | Tensor, formula: Formula
+    ) -> tuple[Pair, Spread | None]:
+        """See :class:`Teacher`."""
+        return Pair(student, _scaled(self.logits[rows], self.temperature, student.dtype)), None
 
 
 def rowwise_divergence(
@@ -112,20 +152,35 @@ def rowwise_divergence(
     """
     check_logits(student_logits, teacher_logits, same_vocabulary=formula.same_vocabulary)
     teacher_temperature = check_temperatures(temperature, teacher_temperature)
+    teacher = DenseTeacher(_rows(teacher_logits.detach()), teacher_temperature)
+    return compare_rowwise(formula, student_logits, teacher, temperature=temperature, mask=mask)
+
+
+def compare_rowwise(
+    formula: Formula,
+    student_logits: Tensor,
+    teacher: Teacher,
+    *,
+    temperature: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """The divergence of the student from ``teacher`` at every position, ``(*batch,)``."""
     batch_shape = student_logits.shape[:-1]
     check_mask(mask, batch_shape)
-    positions = math.prod(batch_shape)
     values: Any = _Rowwise.apply(
-        student_logits.reshape(positions, student_logits.shape[-1]),
-        teacher_logits.detach().reshape(positions, teacher_logits.shape[-1]),
+        _rows(student_logits),
+        teacher,
         None if mask is None else mask.reshape(-1),
         formula,
         temperature,
-        teacher_temperature,
         torch.is_grad_enabled() and student_logits.requires_grad,
     )
     check_finite_rows(values, "a loss that is not finite")
     return values.reshape(batch_shape)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
 
 
 def _blocks(positions: int, vocab: int, mask: Tensor | None, device: str) -> Iterator:
@@ -146,9 +201,7 @@ def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
 
 class _Rowwise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, student, teacher, mask, formula, temperature, teacher_temperature, with_gradient
-    ):
+    def forward(ctx, student, teacher, mask, formula, temperature, with_gradient):
         dtype = compute_dtype(student)
         positions, vocab = student.shape
         values = torch.zeros(positions, dtype=dtype, device=student.device)
@@ -162,21 +215,20 @@ class _Rowwise(torch.autograd.Function):
             ctx.dtype = student.dtype
         with without_autocast(student):
             for rows in _blocks(positions, vocab, mask, student.device.type):
-                pair = Pair(
-                    _scaled(student[rows], temperature, dtype),
-                    _scaled(teacher[rows], teacher_temperature, dtype),
-                )
+                logits = _scaled(student[rows], temperature, dtype)
+                pair, spread = teacher.compare(logits, rows, formula)
                 block, weighted = formula(pair)
                 # Every divergence is non-negative: what is below 0 is rounding.
                 values[rows] = block.clamp(min=0).to(dtype)
                 if with_gradient:
                     inner = weighted.sum(-1, keepdim=True)
-                    whole = isinstance(rows, slice) and gradient.dtype == dtype
+                    whole = spread is None and isinstance(rows, slice) and gradient.dtype == dtype
                     out = gradient[rows] if whole else torch.empty_like(weighted)
                     torch.addcmul(weighted, pair.q, inner, value=-1, out=out)
                     if temperature != 1:
                         out /= temperature
                     if not whole:
+                        out = out if spread is None else spread(out)
                         gradient[rows] = out.to(gradient.dtype)
         return values
 
@@ -187,7 +239,7 @@ class _Rowwise(torch.autograd.Function):
         # It is not needed again unless the graph is kept: then no copy is made of it.
         result = torch.empty_like(gradient) if _graph_is_kept() else gradient
         torch.mul(gradient, grad_values.unsqueeze(-1).to(gradient.dtype), out=result)
-        return result.to(ctx.dtype), None, None, None, None, None, None
+        return result.to(ctx.dtype), None, None, None, None, None
 
 
 def _graph_is_kept() -> bool:

@@ -14,6 +14,7 @@ from otkd.ot.divergence import Options, Report
 from otkd.ot.exact import exact_transport
 from otkd.precision import compute_dtype
 from otkd.signals import TopKSignal
+from otkd.signals.beside import evenly_spread_logits, logits_shaped_by
 from otkd.supports import Positions, Support, as_support, choose_support
 
 
@@ -129,7 +130,9 @@ def transport_positions(
 ) -> tuple[Positions, Support]:
     """The positions of :func:`sinkhorn_divergence` and the support that transports them, checked.
 
-    Where the support reads a ``stored`` teacher, ``teacher_logits`` have its shape alone.
+    Where there is a ``stored`` teacher, already validated, ``teacher_logits`` have its shape alone.
+    Supports that do not read it get dense logits, whose tokens that are not stored share their mass
+    as the student's do.
     """
     check_logits(student_logits, teacher_logits, same_vocabulary=False)
     teacher_temperature = check_temperatures(temperature, teacher_temperature)
@@ -141,11 +144,14 @@ def transport_positions(
     support.check(cost, n, m, options)
     counted = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
     if stored is not None and support.reads_stored:
-        stored.check_vocabulary(m)
         stored = stored.flatten()
-        (stored if counted is None else stored[counted]).validate()
     elif stored is not None:
-        teacher_logits, stored = stored.logits()[..., :m], None
+        teacher_logits = (
+            logits_shaped_by(stored, student_logits, temperature)
+            if cost.one_vocabulary
+            else evenly_spread_logits(stored)
+        )
+        stored = None
     positions = Positions(
         student_logits.reshape(-1, n),
         teacher_logits.detach().reshape(-1, m),

@@ -99,7 +99,8 @@ def _refuse_left_padding(attention_mask: Any, rows: Sequence[Any]) -> None:
         return
     if isinstance(rows[0], SignalRow):
         # All entries of a signal have one length: one is enough, as it may be costly to expand.
-        rows = [rows[0].signal[rows[0].index].logits()]
+        row = rows[0].signal[rows[0].index]
+        rows = [row.without_logits() if isinstance(row, TopKSignal) else row.logits()]
     length = attention_mask.shape[1]
     for logits in rows:
         if logits.ndim == 2 and logits.shape[0] != length:

@@ -272,7 +272,7 @@ class DistillationTrainer(Trainer):
             options["student_features"] = student["features"]
             options["teacher_features"] = teacher["features"]
         stored = None if teacher is None else teacher["logits"]
-        given = teacher_for(self.loss, stored, self.args.device)
+        given = teacher_for(self.loss, stored, student["logits"])
         return self.loss(student["logits"], given, **options)
 
     def _teacher_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from otkd.ot.divergence import Report
 from otkd.reductions import REDUCTIONS, ItemCounts, counted_positions, reduce_positions
 from otkd.scalars import as_flag, as_positive, as_whole
 from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
+from otkd.signals.beside import evenly_spread_logits, logits_shaped_by
 from otkd.signals.protocol import teacher_features_of
 
 
@@ -230,7 +231,6 @@ class DistillationLoss(nn.Module, ABC):
             if teacher_logits is None:
                 raise ValueError(f"{name} needs teacher_logits: a tensor or a stored TeacherSignal")
             if isinstance(teacher_logits, TopKSignal):
-                teacher_logits.check_temperature(self.teacher_temperature or self.temperature)
                 signal = teacher_logits.to(student_logits.device)
                 teacher = signal.without_logits()
             else:
@@ -238,14 +238,15 @@ class DistillationLoss(nn.Module, ABC):
             sliced = self.vocab_size is not None
             same_vocabulary = not (sliced or self.bridges_vocabularies)
             check_logits(student_logits, teacher, same_vocabulary=same_vocabulary)
-            if signal is not None and self.reads_stored:
-                stored = signal
-            elif signal is not None:
-                teacher = signal.logits(counted).detach()
             teacher = self._slice(teacher, 1)
         student = self._slice(student_logits, 0)
         if teacher is not None and not self.bridges_vocabularies:
             self._check_one_vocabulary(student.shape[-1], teacher.shape[-1])
+        if signal is not None and teacher is not None:
+            signal.check_temperature(self.teacher_temperature or self.temperature)
+            stored = signal.validate(counted).sliced(teacher.shape[-1], counted)
+            if not self.reads_stored:
+                teacher, stored = self._expanded(stored, student), None
         return Batch(
             student_logits=student,
             teacher_logits=teacher,  # pyright: ignore[reportArgumentType]  (checked where needed)
@@ -255,6 +256,12 @@ class DistillationLoss(nn.Module, ABC):
             teacher_features=teacher_features,
             stored=stored,
         )
+
+    def _expanded(self, stored: TopKSignal, student: Tensor) -> Tensor:
+        """Dense logits of a stored teacher, for a loss that compares all tokens."""
+        if self.bridges_vocabularies:
+            return evenly_spread_logits(stored)
+        return logits_shaped_by(stored, student, self.temperature)
 
     def _slice(self, logits: Tensor, side: int) -> Tensor:
         if self.vocab_size is None:

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from otkd.checks import check_one_logits
-from otkd.functional import kl_divergence
-from otkd.losses.base import Batch, CommonSettings, DistillationLoss, as_pair
+from otkd.losses.base import Batch, DistillationLoss, as_pair
 from otkd.losses.batch import BatchSinkhornLoss, UnrolledBatchSinkhornLoss
 from otkd.losses.divergences import CrossEntropyLoss, KLLoss
 from otkd.losses.protocol import Loss, as_loss, joined, teacher_for, worst_report
@@ -136,7 +134,7 @@ class WeightedLoss(nn.Module):
         for name, loss in self.terms.items():
             value = loss(
                 student_logits,
-                teacher_for(loss, teacher_logits, student_logits.device),
+                teacher_for(loss, teacher_logits, student_logits),
                 labels=labels,
                 mask=mask,
                 num_items_in_batch=num_items_in_batch,
@@ -200,34 +198,29 @@ def _check_one_reduction(terms: nn.ModuleDict) -> None:
         )
 
 
-class SoftCrossEntropyLoss(DistillationLoss):
+class SoftCrossEntropyLoss(KLLoss):
     """−Σ p·log q: KL(p‖q) plus the entropy of the teacher; the same gradient.
 
     Arguments as :class:`~otkd.losses.base.DistillationLoss`.
     """
 
-    def __init__(self, **common: Unpack[CommonSettings]) -> None:
-        super().__init__(**common)
-
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
-        kl = kl_divergence(
-            batch.student_logits,
-            batch.teacher_logits,
-            temperature=self.temperature,
-            teacher_temperature=self.teacher_temperature,
-            mask=batch.counted,
-        )
-        return kl + self._teacher_entropy(batch)
+        return super().per_position(batch) + self._teacher_entropy(batch)
 
     def _teacher_entropy(self, batch: Batch) -> Tensor:
-        logits = batch.teacher_logits
-        if batch.counted is not None:
-            logits = logits.masked_fill(~batch.counted.unsqueeze(-1), 0.0)
-        scaled = logits.to(compute_dtype(batch.student_logits)) / (
-            self.teacher_temperature or self.temperature
-        )
-        log_p = scaled.log_softmax(-1)
+        if batch.stored is not None:
+            log_p = batch.stored.log_atoms().to(compute_dtype(batch.student_logits))
+            if batch.counted is not None:
+                log_p = log_p.masked_fill(~batch.counted.unsqueeze(-1), 0.0)
+        else:
+            logits = batch.teacher_logits
+            if batch.counted is not None:
+                logits = logits.masked_fill(~batch.counted.unsqueeze(-1), 0.0)
+            scaled = logits.to(compute_dtype(batch.student_logits)) / (
+                self.teacher_temperature or self.temperature
+            )
+            log_p = scaled.log_softmax(-1)
         entropy = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
         return entropy if batch.counted is None else entropy * batch.counted
 

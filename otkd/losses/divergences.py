@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from otkd.checks import as_class_labels, check_class_labels, check_finite_rows
 from otkd.functional import formulas
 from otkd.functional.rowwise import Formula, rowwise_divergence
+from otkd.functional.stored_rowwise import stored_divergence
 from otkd.losses.base import Batch, CommonSettings, DistillationLoss
 from otkd.precision import compute_dtype
 from otkd.reductions import IGNORE_INDEX
@@ -20,10 +21,15 @@ from otkd.reductions import IGNORE_INDEX
 class DivergenceLoss(DistillationLoss):
     """A loss whose value at a position is a formula of :mod:`otkd.functional.formulas`.
 
+    A stored top-k teacher is compared over k + 1 atoms, the stored tokens and all others as one:
+    see :mod:`otkd.functional.stored_rowwise`.
+
     Args:
         formula: the divergence with its parameters.
         **common: see :class:`~otkd.losses.base.DistillationLoss`.
     """
+
+    reads_stored = True
 
     def __init__(self, formula: Formula, **common: Unpack[CommonSettings]) -> None:
         super().__init__(**common)
@@ -31,6 +37,14 @@ class DivergenceLoss(DistillationLoss):
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
+        if batch.stored is not None:
+            return stored_divergence(
+                self.formula,
+                batch.student_logits,
+                batch.stored,
+                temperature=self.temperature,
+                mask=batch.counted,
+            )
         return rowwise_divergence(
             self.formula,
             batch.student_logits,
@@ -117,6 +131,9 @@ class SkewReverseKLLoss(DivergenceLoss):
 class AdaptiveKLLoss(DivergenceLoss):
     """(g_h·KL + g_t·RKL)/(g_h + g_t): adaptive KL, weighted by the gaps in head and tail.
 
+    From a stored top-k teacher it is non-negative, and 0 and flat where the student has the stored
+    masses, but no bound of the dense value: the tokens that are not stored belong to the tail.
+
     See :func:`otkd.functional.adaptive_kl_divergence`; other arguments as
     :class:`~otkd.losses.base.DistillationLoss`.
     """
@@ -127,6 +144,9 @@ class AdaptiveKLLoss(DivergenceLoss):
 
 class AlphaBetaLoss(DivergenceLoss):
     """α-β-divergence: a family with KL at (1, 0) and reverse KL at (0, 1).
+
+    From a stored top-k teacher it is non-negative, and 0 and flat where the student has the stored
+    masses; unless it is KL or another f-divergence (α + β = 1) it is no bound of the dense value.
 
     See :func:`otkd.functional.alpha_beta_divergence`; other arguments as
     :class:`~otkd.losses.base.DistillationLoss`.
@@ -140,6 +160,9 @@ class AlphaBetaLoss(DivergenceLoss):
 
 class UniversalLogitLoss(DivergenceLoss):
     """Σ|sorted p − sorted q|: universal logit distillation (ULD), across any two vocabularies.
+
+    A stored top-k teacher must hold the k heaviest tokens: they are compared with the student's k
+    heaviest, and the mass of all others with that of all others, a lower bound of the whole.
 
     See :func:`otkd.functional.universal_logit_distance`; arguments as
     :class:`~otkd.losses.base.DistillationLoss`. Its logit gradient falls as 1/T: no T² by default.

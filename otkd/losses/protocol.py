@@ -73,18 +73,24 @@ def as_loss(module: nn.Module) -> Loss:
 
 
 def teacher_for(
-    loss: nn.Module, teacher: Tensor | TeacherSignal | None, device: torch.device
+    loss: nn.Module, teacher: Tensor | TeacherSignal | None, student_logits: Tensor
 ) -> Tensor | TeacherSignal | None:
     """The teacher in the form that ``loss`` reads.
 
-    Losses with the protocol take any; another module gets dense logits. One whose call hands the
-    teacher on to losses of otkd gets a stored top-k as it is if it says ``reads_stored = True``.
+    Losses with the protocol take any; another module gets dense logits, those of a stored top-k
+    :meth:`~otkd.signals.TopKSignal.logits_beside` the student's. One whose call hands the teacher
+    on to losses of otkd gets a stored top-k as it is if it says ``reads_stored = True``.
     """
     if teacher is None or has_protocol(loss):
         return teacher
-    if isinstance(teacher, TopKSignal) and as_loss(loss).reads_stored:
+    if not isinstance(teacher, TopKSignal):
+        return teacher_logits_of(teacher, student_logits.device)
+    if as_loss(loss).reads_stored:
         return teacher
-    return teacher_logits_of(teacher, device)
+    teacher = teacher.to(student_logits.device)
+    if teacher.vocab_size != student_logits.shape[-1]:
+        return teacher.logits()
+    return teacher.logits_beside(student_logits)
 
 
 class ForeignLoss:

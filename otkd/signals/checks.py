@@ -51,21 +51,54 @@ def check_shapes(signal: TopKSignal) -> None:
 def check_distributions(signal: TopKSignal) -> None:
     """Raise ``ValueError`` unless every position is a distribution over distinct tokens."""
     flat = signal.flatten()
-    for start in range(0, len(flat), max(1, _BLOCK_ELEMENTS // signal.k)):
-        block = slice(start, start + max(1, _BLOCK_ELEMENTS // signal.k))
-        tokens = flat.tokens[block].sort(-1).values
-        low, high = tokens.min().item(), tokens.max().item()
-        if low < 0 or high >= signal.vocab_size:
-            raise ValueError(
-                f"TopKSignal holds tokens from {low} to {high}, but there are "
-                f"{signal.vocab_size} tokens in its vocabulary"
-            )
-        if (tokens[:, 1:] == tokens[:, :-1]).any():
-            raise ValueError("TopKSignal holds a token twice at one position")
-        total = flat.log_masses[block].to(compute_dtype(signal.log_masses)).exp().sum(-1)
-        if (total > 1 + MASS_SLACK).any():
-            raise ValueError(
-                "log_masses must be log-probabilities, but those of a position add up to "
-                f"{total.nan_to_num().max().item():.4g}: subtract the log-sum-exp of all "
-                "logits over the temperature"
-            )
+    size = max(1, _BLOCK_ELEMENTS // signal.k)
+    for start in range(0, len(flat), size):
+        _check_block(flat[start : start + size])
+
+
+def check_self_term(signal: TopKSignal) -> None:
+    """Raise ``ValueError`` unless the self-term is finite wherever there is a teacher."""
+    if signal.self_potential is None:
+        return
+    there = ~signal.log_masses.isnan().any(-1, keepdim=True)
+    if (there & ~signal.self_potential.isfinite()).any():
+        raise ValueError(
+            "self_potential is not finite where there is a teacher: make it anew with "
+            "with_self_term(loss)"
+        )
+
+
+def _check_block(block: TopKSignal) -> None:
+    # The tokens of empty slots, and where there is no teacher, may be anything: distinct numbers
+    # below 0 stand for them.
+    nothing = block.slots.empty.all(-1)
+    empty = block.slots.empty | block.log_masses.isnan().any(-1, keepdim=True)
+    places = torch.arange(-block.k, 0, device=empty.device)
+    tokens = torch.where(empty, places, block.tokens.long())
+    outside = (tokens >= block.vocab_size) | (~empty & (tokens < 0))
+    ordered = tokens.sort(-1).values
+    repeated = ordered[:, 1:] == ordered[:, :-1]
+    log_masses = block.log_masses.to(compute_dtype(block.log_masses))
+    total = log_masses.masked_fill(empty, -torch.inf).exp().sum(-1)
+    heavy = total > 1 + MASS_SLACK
+    if not (outside.any() | repeated.any() | heavy.any() | nothing.any()):  # a device waits once
+        return
+    if outside.any():
+        known = tokens[~empty]
+        raise ValueError(
+            f"TopKSignal holds tokens from {int(known.min())} to {int(known.max())}, but there "
+            f"are {block.vocab_size} tokens in its vocabulary"
+        )
+    if repeated.any():
+        raise ValueError("TopKSignal holds a token twice at one position")
+    if nothing.any():
+        raise ValueError(
+            f"{int(nothing.sum())} of {len(nothing)} positions have stored masses without a "
+            "softmax, because all of their slots are empty. Where there is no teacher log_masses "
+            "are NaN, and a mask or labels of −100 leave the position out"
+        )
+    raise ValueError(
+        "log_masses must be log-probabilities, but those of a position add up to "
+        f"{total.nan_to_num().max().item():.4g}: subtract the log-sum-exp of all "
+        "logits over the temperature"
+    )

@@ -74,7 +74,11 @@ class DenseSignal:
         return self.values
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write logits and features to a safetensors file, whole or not at all."""
+        """Write logits, features and their checksum to a safetensors file, whole or not at all.
+
+        Raises:
+            ImportError: without the package safetensors.
+        """
         tensors = {"logits": self.values}
         if self.features is not None:
             tensors["features"] = self.features
@@ -85,7 +89,9 @@ class DenseSignal:
         """Read what :meth:`save` has written.
 
         Raises:
-            ValueError: if it is no safetensors file, or holds no tensor named ``logits``.
+            ImportError: without the package safetensors.
+            ValueError: if it is no safetensors file, was changed after it was saved, or holds no
+                tensor named ``logits``.
         """
         tensors, _ = load_tensors(path, "logits")
         return cls(tensors["logits"], tensors.get("features"))

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from otkd.files import written_whole
+
+_CHECKSUM = "checksum"
 
 
 def save_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors to a safetensors file, whole or not at all; its folder is made."""
+    """Write tensors to a safetensors file, whole or not at all; its folder is made.
+
+    Raises:
+        ImportError: without the package safetensors.
+    """
+    _check_safetensors()
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = metadata or {}
     with written_whole(path) as partial:
-        save_file(plain, partial, metadata)
+        save_file(plain, partial, {**metadata, _CHECKSUM: _checksum(plain, metadata)})
 
 
 def load_tensors(path: str | os.PathLike, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
+    Files of versions that wrote no checksum are read without comparing it.
+
     Raises:
-        ValueError: if it is no safetensors file, or holds no tensor of one of the ``names``.
+        ImportError: without the package safetensors.
+        ValueError: if it is no safetensors file, holds something else than was written, or holds no
+            tensor of one of the ``names``.
     """
+    _check_safetensors()
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -38,4 +53,30 @@ def load_tensors(path: str | os.PathLike, *names: str) -> tuple[dict[str, Tensor
     for name in names:
         if name not in tensors:
             raise ValueError(f"{path} holds {sorted(tensors)}, but no tensor named {name!r}")
+    written = metadata.pop(_CHECKSUM, None)
+    if written is not None and written != _checksum(tensors, metadata):
+        raise ValueError(
+            f"{path} is damaged or was changed after it was saved: its contents do not have its "
+            "checksum. Copy the file again, or store the teacher anew"
+        )
     return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of all tensors, their names, types and shapes, and of the metadata."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _check_safetensors() -> None:
+    try:
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "stored teachers are kept in safetensors files, and the package safetensors is not "
+            "installed: pip install '.[train]' in otkd's checkout"
+        ) from error

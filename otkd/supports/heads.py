@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from otkd.precision import without_autocast
+from otkd.signals.beside import certainly_heavier
 from otkd.supports.base import Positions, check_softmax, over_temperature
 
 _BLOCK_ELEMENTS_ON_CPU = 2**19  # about what a core's cache holds
@@ -45,32 +46,52 @@ def block_size(vocab: int, device: torch.device) -> int:
 def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, Heads]:
     """The k heaviest tokens of student and teacher, or of both the union of the two.
 
+    Of a stored teacher they are the stored tokens. Its mass on other tokens is known together only,
+    in the tail; so in a union the student adds only tokens that are certain to be heavier than in
+    the teacher. Otherwise student = teacher would not be 0.
+
     Raises:
         ValueError: if a row of logits has no softmax.
     """
     size = block_size(positions.student.shape[-1], positions.student.device)
     blocks = [
-        (_heaviest(positions.student_block(rows), k), _teacher_head(positions, rows, k))
-        for rows in positions.blocks(size)
+        _heaviest_of_both(positions, rows, k, shared=shared) for rows in positions.blocks(size)
     ]
-    (q_tokens, q_normaliser), (p_tokens, p_normaliser) = (
-        tuple(torch.cat(parts) for parts in zip(*side, strict=True))
-        for side in zip(*blocks, strict=True)
+    q_tokens, q_normaliser, p_tokens, p_normaliser = (
+        torch.cat(parts) for parts in zip(*blocks, strict=True)
     )
     check_softmax("student_logits", q_normaliser)
     check_softmax("teacher_logits", p_normaliser)
-    if not shared:
-        return _distinct(q_tokens, q_normaliser), _distinct(p_tokens, p_normaliser)
-    union, counts = _union(q_tokens, p_tokens)
-    return Heads(union, counts, q_normaliser), Heads(union, counts, p_normaliser)
+    if shared:
+        union, counts = _union(q_tokens, p_tokens)
+        student, teacher = Heads(union, counts, q_normaliser), Heads(union, counts, p_normaliser)
+    else:
+        student = _distinct(q_tokens, q_normaliser)
+        # Where slots are empty stored tokens repeat.
+        teacher = (
+            _distinct(p_tokens, p_normaliser)
+            if positions.stored is None
+            else Heads(*_union(p_tokens, p_tokens[:, :0]), p_normaliser)
+        )
+    return student, teacher
 
 
-def _teacher_head(positions: Positions, rows: slice | Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _heaviest_of_both(
+    positions: Positions, rows: slice | Tensor, k: int, *, shared: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens and normalisers of the student and of the teacher, ``(rows, k)`` and ``(rows,)``."""
+    logits = positions.student_block(rows)
+    q_tokens, q_normaliser = _heaviest(logits, k)
     if positions.stored is None:
-        return _heaviest(positions.teacher_block(rows), k)
-    # Its log-masses are normalised: what they add up to is there to be checked alone.
+        return q_tokens, q_normaliser, *_heaviest(positions.teacher_block(rows), k)
     stored = positions.stored[rows]
-    return stored.tokens.long(), stored.log_masses.to(positions.dtype).logsumexp(-1)
+    p_tokens = stored.slots.tokens
+    if shared:
+        log_q = logits.gather(-1, q_tokens) - q_normaliser.unsqueeze(-1)
+        # One of the stored tokens stands for those that may well be as heavy in the teacher.
+        q_tokens = q_tokens.where(certainly_heavier(log_q, stored), p_tokens[:, :1])
+    # Stored masses are normalised: their sum is there to be checked alone.
+    return q_tokens, q_normaliser, p_tokens, stored.masses(positions.dtype).sum(-1)
 
 
 def _heaviest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
