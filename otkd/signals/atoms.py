@@ -54,3 +54,13 @@ def rounding_of(p: Tensor, log_p: Tensor, stored_dtype: torch.dtype) -> Tensor:
     absolute = (p * relative)[..., :-1]
     of_sum = absolute.sum(-1, keepdim=True) + _ROUNDING * torch.finfo(p.dtype).eps
     return torch.cat([absolute + p[..., :-1] * of_sum, of_sum], -1)
+
+
+def same_up_to_rounding(q: Tensor, p: Tensor, log_p: Tensor, stored_dtype: torch.dtype) -> Tensor:
+    """Where the student has the stored masses, ``(*batch, 1)``.
+
+    Its own masses are taken for the teacher's there. Absolute values, exact transport and transport
+    at costs far above ε have gradients that depend on the sign of a difference, even of rounding.
+    """
+    rounding = rounding_of(p, log_p, stored_dtype)
+    return ((q - p).abs() <= rounding).all(-1, keepdim=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from otkd.precision import compute_dtype
-from otkd.signals.atoms import rounding_of
+from otkd.signals.atoms import rounding_of, same_up_to_rounding
 from otkd.signals.slots import Slots
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def logits_shaped_by(signal: TopKSignal, student_logits: Tensor, temperature: fl
         scaled - log_q[..., -1:] + log_p[..., -1:],
     )
     logits = slots.write(others, log_p[..., :-1]).mul_(signal.temperature)
-    # Where the student has the stored masses it is the student to the last bit: the gradients of
-    # absolute values and of exact transport depend on the sign of a difference.
-    same = ((q - p).abs() <= rounding_of(p, log_p, signal.log_masses.dtype)).all(-1, keepdim=True)
+    same = same_up_to_rounding(q, p, log_p, signal.log_masses.dtype)
     return torch.where(same, student * (signal.temperature / temperature), logits)
 
 

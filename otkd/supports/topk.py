@@ -21,6 +21,7 @@ from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
 from otkd.ot.divergence import Options, Report, solve_divergence
 from otkd.ot.problem import check_costs
 from otkd.scalars import as_flag, as_whole, settle
+from otkd.signals.atoms import same_up_to_rounding
 from otkd.supports.base import Atoms, Positions, Support
 from otkd.supports.coverage import warn_of_coverage
 from otkd.supports.heads import HeadMasses, Heads, select_heads
@@ -167,7 +168,11 @@ class TopK(Support):
         else:
             if self.clusters > 1:
                 raise ValueError("a stored teacher knows its left-over mass as one: use clusters=1")
-            b = stored_masses(positions.counted_stored(), teacher, positions.dtype)
+            stored = positions.counted_stored()
+            b = stored_masses(stored, teacher, positions.dtype)
+            if cost.one_vocabulary:
+                same = same_up_to_rounding(a.detach(), b, b.log(), stored.log_masses.dtype)
+                b = torch.where(same, a.detach(), b)
         return (student, a), (teacher, b.detach())
 
     def _stored_self_values(self, positions, cost, options) -> Tensor | None:
