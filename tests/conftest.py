@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -13,6 +15,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("otkd")
+
+
+def pytest_collection_finish():
+    """What is imported stays: Trainer collects garbage in every run, most of whose time it took."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture
