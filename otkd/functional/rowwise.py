@@ -115,12 +115,12 @@ class Teacher(ABC):
     ) -> tuple[Pair, Spread | None]:
         """Both distributions over the atoms of a block, given the student's logits over T.
 
-        And what takes the gradient in the atoms' logits to the tokens'; None where atoms are
-        tokens.
+        And what takes the gradient in the atoms' logits to that in the tokens', written where the
+        second argument says, if it does; None where atoms are tokens.
         """
 
 
-Spread = Callable[[Tensor], Tensor]
+Spread = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class DenseTeacher(Teacher):
@@ -222,13 +222,16 @@ class _Rowwise(torch.autograd.Function):
                 values[rows] = block.clamp(min=0).to(dtype)
                 if with_gradient:
                     inner = weighted.sum(-1, keepdim=True)
-                    whole = spread is None and isinstance(rows, slice) and gradient.dtype == dtype
-                    out = gradient[rows] if whole else torch.empty_like(weighted)
+                    whole = isinstance(rows, slice) and gradient.dtype == dtype
+                    place = gradient[rows] if whole else None
+                    direct = place is not None and spread is None
+                    out = place if direct else torch.empty_like(weighted)
                     torch.addcmul(weighted, pair.q, inner, value=-1, out=out)
                     if temperature != 1:
                         out /= temperature
-                    if not whole:
-                        out = out if spread is None else spread(out)
+                    if spread is not None:
+                        out = spread(out, place)
+                    if place is None:
                         gradient[rows] = out.to(gradient.dtype)
         return values
 

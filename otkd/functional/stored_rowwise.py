@@ -72,10 +72,11 @@ class StoredTeacher(Teacher):
         return pair, functools.partial(_spread, slots, shares)
 
 
-def _spread(slots: Slots, shares: Tensor, gradient: Tensor) -> Tensor:
+def _spread(slots: Slots, shares: Tensor, gradient: Tensor, place: Tensor | None) -> Tensor:
     """The gradient in the logits of all tokens, from that in those of the atoms."""
     gradient = gradient.to(shares.dtype)
-    return slots.write(shares.mul_(gradient[:, -1:]), gradient[:, : slots.tokens.shape[-1]])
+    everywhere = torch.mul(shares, gradient[:, -1:], out=shares if place is None else place)
+    return slots.write(everywhere, gradient[:, : slots.tokens.shape[-1]])
 
 
 def stored_divergence(
