@@ -72,7 +72,7 @@ def _error_number(error: Exception, path: Path) -> int | None:
     text = str(error)
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
         return int(found[1])
-    if isinstance(error, RuntimeError) and ("inline_container" in text or "StreamWriter" in text):
+    if isinstance(error, RuntimeError) and ("unexpected pos" in text or "StreamWriter" in text):
         # torch.save keeps no number, so the likely causes are looked at.
         return _likely_cause(path)
     return None

@@ -388,7 +388,8 @@ def test_a_request_to_end_is_answered_like_ctrl_c(arguments, tmp_path):
         thread.join()
     assert begun.is_set()
     assert result.exit_code == 143, result.output
-    assert "finished runs are kept" in said(result)
+    assert "Ended by SIGTERM: what is finished stays in" in said(result)
+    assert "the same command continues" in said(result)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with FileLock(tmp_path / "out" / "rte" / LOCK, timeout=0):
         pass

@@ -58,8 +58,12 @@ def _reporting(output_dir: Path | None = None) -> Iterator[None]:
         _show_error(f"{sentence(error)}{kept and f' What is done is not lost: {kept}.'}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interrupt:
-        number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
-        _say(f"Interrupted{kept and f': {kept}; the same command continues'}.")
+        if isinstance(interrupt, Interrupted):
+            name, number = f"Ended by {signal.Signals(interrupt.number).name}", interrupt.number
+            kept = kept and f"what is finished stays in {output_dir}"
+        else:
+            name, number = "Interrupted", signal.SIGINT
+        _say(f"{name}{kept and f': {kept}; the same command continues'}.")
         raise typer.Exit(128 + number) from None
 
 
