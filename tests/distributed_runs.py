@@ -12,20 +12,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import BertForMaskedLM, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import otkd
 from otkd.integrations.transformers import DistillationTrainer
 from otkd.supports import TopK
-from tests.models import VOCAB, tiny_bert, tiny_gpt2
+from tests.models import VOCAB, tiny_bert, tiny_gpt2, tiny_masked_lm
 from tests.test_trainer import pad, sentences, weights
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 STEP, STEPS = 6, 2  # rows of a step, of all processes; and steps
-
-
-def masked_lm(seed):
-    return BertForMaskedLM(tiny_bert(seed).config)
 
 
 def texts(lengths, *, labels=True, empty=()):
@@ -160,6 +156,22 @@ def run(folder, build, rows, loss, *, evaluate=None, metrics=None, callbacks=(),
     return found
 
 
+def refusal(folder, **options):
+    """The error of a trainer with a stored teacher; None if there is none."""
+    try:
+        DistillationTrainer(
+            tiny_bert(0),
+            arguments(folder, **options),
+            train_dataset=SENTENCES,
+            data_collator=pad,
+            teacher=torch.zeros(len(SENTENCES), 3),
+            loss=otkd.KLLoss(),
+        )
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def microbatches(count):
     return {"per_device_train_batch_size": 1, "gradient_accumulation_steps": count // WORLD}
 
@@ -212,7 +224,11 @@ def runs(folder):
         folder, tiny_bert, SENTENCES, otkd.KLLoss(reduction="sequence_mean"), **options
     )
     # Nothing to count beforehand but the mask, or the examples.
-    for name, build in {"tokens": masked_lm, "examples": tiny_bert, "causal": tiny_gpt2}.items():
+    for name, build in {
+        "tokens": tiny_masked_lm,
+        "examples": tiny_bert,
+        "causal": tiny_gpt2,
+    }.items():
         found[f"unlabelled {name}"] = run(
             folder, build, UNLABELLED, otkd.KLLoss(), evaluate=UNLABELLED[:10], **options
         )
@@ -250,6 +266,8 @@ def runs(folder):
         metrics=accuracy,
         collate=without_labels_but_in_the_first,
     )
+    refused = {"even_batches": False}, {"dispatch_batches": True}
+    found["refused"] = [refusal(folder, accelerator_config=config) for config in refused]
     found["means of processes"] = run(*causal, otkd.KLLoss(), average_tokens_across_devices=False)
     return found
 

@@ -38,6 +38,11 @@ def tiny_bert(seed: int = 0, *, dropout: float = 0.0, **config):
     return _built(seed, transformers.BertForSequenceClassification, config, scale=5)
 
 
+def tiny_masked_lm(seed: int = 0):
+    """Predicts tokens where they are: logits for each token, not shifted."""
+    return _built(seed, transformers.BertForMaskedLM, tiny_bert().config)
+
+
 def tiny_distilbert(seed: int = 0):
     """A classifier that, unlike BERT, reads no segments."""
     config = transformers.DistilBertConfig(

@@ -130,8 +130,7 @@ def test_what_is_logged(runs):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_that_see_other_things(runs, processes):
-    _, parts = runs[0], runs[1][processes]
-    assert len(parts) == processes
+    parts = runs[1][processes]
     for name in ("other terms", "other teachers", "labels in the first alone"):
         assert all(part[name]["logs"] == parts[0][name]["logs"] for part in parts)
     for calls, log in enumerate(parts[0]["other terms"]["logs"]):
@@ -144,6 +143,15 @@ def test_processes_that_see_other_things(runs, processes):
     assert log.keys() == whole.keys()
     metrics = parts[0]["labels in the first alone"]["metrics"]
     assert metrics.keys() == {"eval_loss", "eval_cross_entropy", "eval_accuracy"}
+
+
+def test_batches_that_leave_a_process_without_its_part_are_refused(runs):
+    whole, parts = runs
+    assert whole["refused"] == [None, None]
+    for part in (*parts[2], *parts[3]):
+        uneven, dispatched = part["refused"]
+        assert "dataloader_drop_last=True" in uneven
+        assert "dispatch_batches=True" in dispatched
 
 
 @pytest.mark.parametrize("processes", [2, 3])

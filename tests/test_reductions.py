@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from otkd.reductions import IGNORE_INDEX, REDUCTIONS, counted_positions, reduce_positions
+from otkd.reductions import (
+    IGNORE_INDEX,
+    REDUCTIONS,
+    ItemCounts,
+    count_items,
+    counted_positions,
+    reduce_positions,
+)
 from tests.problems import logits
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -54,6 +61,21 @@ def test_sequences_without_a_counted_position_are_left_out_of_the_mean():
     close(reduce_positions(values, counted), torch.tensor(10 / 3))
     ignored = reduce_positions(values, counted, reduction="sequence_mean", num_items_in_batch=99)
     close(ignored, torch.tensor(4.0))
+
+
+@pytest.mark.parametrize("shape", [(7,), (6, 5), (4, 3, 5)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence_mean"])
+def test_microbatches_that_share_their_counts_add_up(shape, reduction):
+    counted = torch.rand(shape) < 0.5
+    counted[1:3] = False  # a microbatch that counts nothing
+    values = logits(1, *shape) * counted
+    items = ItemCounts(*count_items(counted))
+    starts = [slice(0, 1), slice(1, 3), slice(3, None)]
+    parts = [
+        reduce_positions(values[i], counted[i], reduction=reduction, num_items_in_batch=items)
+        for i in starts
+    ]
+    close(sum(parts), reduce_positions(values, counted, reduction=reduction))
 
 
 def test_one_position_without_batch_dimensions():

@@ -1,5 +1,6 @@
 import copy
 import importlib
+import math
 import os
 import sys
 
@@ -26,6 +27,7 @@ from tests.models import (
     tiny_distilbert,
     tiny_gpt2,
     tiny_llama,
+    tiny_masked_lm,
     tiny_t5,
 )
 
@@ -198,19 +200,47 @@ def test_accumulation_of_other_losses(arguments, name):
     )
 
 
-def test_sequence_means_of_microbatches_are_averaged(arguments):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sequence_means_are_over_the_sequences_of_all_microbatches(arguments, mixed):
+    examples = texts()
+    for index in (1, 4, 5):  # of the microbatches of two one counts nothing
+        examples[index]["labels"] = [-100] * len(examples[index]["labels"])
+    loss = otkd.KLLoss(reduction="sequence_mean")
+    if mixed:
+        loss = otkd.WeightedLoss({"sequences": (1.0, loss), "positions": (1.0, otkd.JSDLoss())})
     runs = [
         trained(
             tiny_llama(0),
             arguments(per_device_train_batch_size=b, gradient_accumulation_steps=n),
-            train_dataset=texts(),
+            train_dataset=examples,
             data_collator=pad,
             teacher=tiny_llama(1),
-            loss=otkd.KLLoss(reduction="sequence_mean"),
+            loss=loss,
         )
-        for b, n in ((8, 1), (2, 4))
+        for b, n in ((8, 1), (2, 4), (3, 3))
     ]
-    torch.testing.assert_close(weights(runs[1].model), weights(runs[0].model), rtol=1e-5, atol=1e-7)
+    for run in runs[1:]:
+        torch.testing.assert_close(weights(run.model), weights(runs[0].model), rtol=1e-5, atol=1e-7)
+        assert logged(run, "loss") == pytest.approx(logged(runs[0], "loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence_mean"])
+@pytest.mark.parametrize("build", [tiny_bert, tiny_distilbert, tiny_masked_lm])
+def test_accumulation_without_labels(arguments, build, reduction):
+    runs = [
+        trained(
+            build(0),
+            arguments(
+                per_device_train_batch_size=b, gradient_accumulation_steps=n, learning_rate=1e-2
+            ),
+            train_dataset=texts(labels=False),
+            data_collator=pad,
+            teacher=build(1),
+            loss=otkd.KLLoss(reduction=reduction),
+        )
+        for b, n in ((8, 1), (3, 3))
+    ]
+    torch.testing.assert_close(weights(runs[1].model), weights(runs[0].model), rtol=1e-4, atol=1e-6)
 
 
 # What the loss is called with
@@ -600,6 +630,64 @@ def test_evaluation_of_several_sets_and_of_a_language_model(arguments):
         hard = student.eval()(**batch).loss
     assert metrics["eval_soft_loss"] == pytest.approx(soft.item(), rel=1e-5)
     assert metrics["eval_hard_loss"] == pytest.approx(hard.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("only_losses", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "sequence_mean"])
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_t5, tiny_masked_lm])
+def test_evaluation_is_that_of_the_whole_set_at_once(arguments, build, reduction, only_losses):
+    student, teacher, examples = build(0), build(1), texts()
+    for index in (3, 4):
+        examples[index]["labels"] = [-100] * len(examples[index]["labels"])
+    metrics = []
+    for size in (2, 3, 8):
+        trainer = DistillationTrainer(
+            student,
+            arguments(per_device_eval_batch_size=size, prediction_loss_only=only_losses),
+            eval_dataset={"one": examples, "two": examples[:2]},
+            data_collator=pad,
+            teacher=teacher,
+            loss=otkd.KLLoss(reduction=reduction),
+            compute_metrics=None if only_losses else lambda _: {"mine": 1.0},
+        )
+        metrics.append(trainer.evaluate())
+        assert ("eval_one_mine" in metrics[-1]) != only_losses
+    names = [name for name in metrics[0] if name.endswith(("_loss", "_cross_entropy"))]
+    assert len(names) == 4
+    for name in names:
+        assert [m[name] for m in metrics] == pytest.approx([metrics[-1][name]] * 3, rel=1e-5)
+    with torch.no_grad():
+        hard = student.eval()(**pad(examples)).loss
+    assert metrics[0]["eval_one_cross_entropy"] == pytest.approx(hard.item(), rel=1e-5)
+
+
+def test_evaluation_where_only_some_have_labels_or_nothing_counts(arguments):
+    labelled, student = sentences(), tiny_bert(0)
+    unlabelled = [{k: v for k, v in e.items() if k != "labels"} for e in labelled]
+    nothing = [example | {"labels": -100} for example in labelled]
+    trainer = DistillationTrainer(
+        student,
+        arguments(),
+        eval_dataset=labelled,
+        data_collator=pad,
+        teacher=tiny_bert(1),
+        loss=otkd.KLLoss(),
+        compute_metrics=lambda p: {"labels": (p.label_ids != -100).sum().item()},
+    )
+    expected = trainer.evaluate()
+    # Four examples of each kind, in batches of four.
+    found = trainer.evaluate([*labelled[:4], *unlabelled[4:]])
+    assert found["eval_labels"] == 4
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    assert found["eval_cross_entropy"] != expected["eval_cross_entropy"]
+    found = trainer.evaluate([*labelled[:4], *nothing[4:]])
+    assert found["eval_loss"] == pytest.approx(trainer.evaluate(labelled[:4])["eval_loss"])
+    found = trainer.evaluate(nothing)
+    assert math.isnan(found["eval_loss"])
+    assert math.isnan(found["eval_cross_entropy"])
+    assert "eval_cross_entropy" not in trainer.evaluate(unlabelled)
+    with pytest.raises(ValueError, match="batches without labels before batches with labels"):
+        trainer.evaluate([*unlabelled[:4], *labelled[4:]])
 
 
 def test_prediction_without_labels_gives_logits(arguments):

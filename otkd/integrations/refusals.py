@@ -73,14 +73,18 @@ def refuse_training(
         raise ValueError('reduction="none" gives no scalar to minimise; use "mean" or "sum"')
     if args.world_size > 1 and any(p.requires_grad for p in loss.parameters()):
         raise ValueError(f"{name} has trainable parameters, supported in one process only")
+    evaluated = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
+    if args.world_size > 1:
+        _refuse_uneven(
+            args, stored=any(isinstance(x, WithTeacher) for x in (train_dataset, *evaluated))
+        )
     if protocol.needs_features:
         if teacher is None and not has_features(train_dataset):
             raise ValueError(
                 f"{name} compares features, which stored logits lack: pass the teacher as a model, "
                 "or as DenseSignal(logits, features)"
             )
-        datasets = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
-        if any(isinstance(each, WithTeacher) and not has_features(each) for each in datasets):
+        if any(isinstance(each, WithTeacher) and not has_features(each) for each in evaluated):
             raise ValueError(
                 f"{name} compares features, which the eval_teacher lacks: pass it as "
                 "DenseSignal(logits, features)"
@@ -97,4 +101,21 @@ def refuse_training(
         raise ValueError(
             f"{name} needs a teacher: pass teacher= a model or stored logits, or a train_dataset "
             f"whose examples have a {TEACHER_KEY!r} entry"
+        )
+
+
+def _refuse_uneven(args: Any, *, stored: bool) -> None:
+    """Raise ``ValueError`` for ways to share batches that leave a process without its part."""
+    config = args.accelerator_config
+    if not config.even_batches and not args.dataloader_drop_last:
+        raise ValueError(
+            "even_batches=False gives the processes different numbers of batches where the last "
+            "ones do not go round, and those with more would wait for ever: set "
+            "dataloader_drop_last=True, or leave even_batches on"
+        )
+    if config.dispatch_batches and stored:
+        raise ValueError(
+            "dispatch_batches=True sends tensors from the first process to the others, which a "
+            "stored teacher beside the data set is not: leave it out, or give each example a "
+            f"{TEACHER_KEY!r} entry"
         )
