@@ -211,11 +211,9 @@ def runs(folder):
     found["sinkhorn"] = run(*causal, sinkhorn(), evaluate=EVAL)
     # One process with the whole batch at once, several with microbatches of one row.
     options = microbatches(STEP) if WORLD > 1 else {}
-    mixed = {"a": (1.0, otkd.KLLoss(reduction="sequence_mean")), "b": (0.5, otkd.JSDLoss())}
     for name, loss in {
         "sum": otkd.KLLoss(reduction="sum"),
         "sequence_mean": otkd.KLLoss(reduction="sequence_mean"),
-        "mixed": otkd.WeightedLoss(mixed),
         "weighted": weighted(),
     }.items():
         rate = 0.001 if name == "sum" else 0.1

@@ -200,14 +200,15 @@ def test_accumulation_of_other_losses(arguments, name):
     )
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_sequence_means_are_over_the_sequences_of_all_microbatches(arguments, mixed):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sequence_means_are_over_the_sequences_of_all_microbatches(arguments, weighted):
     examples = texts()
     for index in (1, 4, 5):  # of the microbatches of two one counts nothing
         examples[index]["labels"] = [-100] * len(examples[index]["labels"])
     loss = otkd.KLLoss(reduction="sequence_mean")
-    if mixed:
-        loss = otkd.WeightedLoss({"sequences": (1.0, loss), "positions": (1.0, otkd.JSDLoss())})
+    if weighted:
+        jsd = otkd.JSDLoss(reduction="sequence_mean")
+        loss = otkd.WeightedLoss({"kl": (1.0, loss), "jsd": (1.0, jsd)})
     runs = [
         trained(
             tiny_llama(0),
