@@ -120,7 +120,7 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
     # States can be had again from the weights; these are needed for nothing else, and not always
     # kept. If some are there, they are to be the teacher's.
     files.pop(_FEATURES, None)
-    if not (folder / _MODEL).exists():
+    if not files_below(folder / _MODEL):
         files = {name: digest for name, digest in files.items() if not _is_weights(name)}
     changed = changed_file(folder, files)
     if changed is not None:
