@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from otkd.cli.console import CommandError, notice
 from otkd.cli.machine import machine, versions
 from otkd.cli.ownership import WORK, check_own, mark, remove
-from otkd.cli.results import TEACHER, mismatch_message, write_json
+from otkd.cli.results import TEACHER, files_below, mismatch_message, write_json
 from otkd.cli.training import Fit
 from otkd.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, errors_about
 
@@ -37,6 +38,9 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             mark(partial, (path.name for path in partial.iterdir()))
+            for path in files_below(partial):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
             remove(folder)
             partial.rename(folder)
     finally:
