@@ -3,6 +3,7 @@ import math
 import os
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -433,6 +434,47 @@ def test_a_file_that_cannot_be_right_is_not_believed(table, complaint, own_cache
     save_file({"neighbours": table}, path, {"key": path.stem})
     with pytest.warns(UserWarning, match=complaint):
         assert (nearest(x, x, 5, "sqeuclidean") == found).all()
+
+
+def test_without_a_home_folder_nothing_is_kept(monkeypatch):
+    x = points(1, 20, 3)
+    found = nearest(x, x, 3, "sqeuclidean")
+    for name in ("OTKD_CACHE", "HOME"):
+        monkeypatch.delenv(name)
+
+    def unknown(_):
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.warns(UserWarning, match="no home folder: set OTKD_CACHE"):
+        assert nearest(x, x, 3, "sqeuclidean").equal(found)
+    with pytest.warns(UserWarning, match="no home folder"):
+        value = otkd.SinkhornLoss(embedding=x, support=NearestNeighbours(3))(
+            logits(1, 2, 20), logits(2, 2, 20)
+        )
+    assert value.isfinite()
+
+
+def test_a_cache_that_cannot_be_used_is_done_without(own_cache):
+    x = points(1, 20, 3)
+    found = nearest(x, x, 3, "sqeuclidean")
+    (path,) = files(own_cache)
+    path.unlink()
+    path.mkdir()  # neither read nor written
+    with pytest.warns(UserWarning, match="cannot be read"), pytest.warns(match="not kept"):
+        assert nearest(x, x, 3, "sqeuclidean").equal(found)
+    assert list(path.parent.iterdir()) == [path]
+    if os.path.isdir("/proc"):  # no folder can be made there by anyone
+        with pytest.warns(UserWarning, match="not kept"):
+            assert nearest(x, x, 3, "sqeuclidean", "/proc/otkd").equal(found)
+
+
+def test_several_may_write_at_once(own_cache):
+    x = points(1, 200, 3)
+    with ThreadPoolExecutor(4) as threads:
+        tables = list(threads.map(lambda _: nearest(x, x, 9, "sqeuclidean"), range(8)))
+    assert all(table.equal(tables[0]) for table in tables)
+    assert len(files(own_cache)) == 1
 
 
 def test_a_file_is_there_whole_or_not_at_all(monkeypatch, own_cache):

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 Side = Literal["source", "target"]
+LARGEST_COST = 1e30
+"""Largest cost there may be: sums of costs over ε are to stay within float32."""
+
+Kept = TypeVar("Kept")
 
 
 class CostMatrices(NamedTuple):
@@ -66,14 +71,27 @@ class Cost(nn.Module, ABC):
     def check_within(self) -> None:
         """Raise ``ValueError`` if it says no costs within a side, as debiasing needs them."""
 
-    def kept(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+    def kept(self, key: tuple, make: Callable[[], Kept]) -> Kept:
         """``make()``: of a constant cost once, of one that learns anew, with its gradient."""
         if self.learns:
             return make()
         if key not in self.tail_constants:
-            with torch.no_grad():
+            with as_constant():
                 self.tail_constants[key] = make()
         return self.tail_constants[key]
+
+    def forget(self) -> None:
+        """Drop what was kept of the cost as it was: it has been moved, cast or loaded."""
+        self.tail_constants = {}
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.forget()
+        return self
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles make anew what was kept: it may be larger than the cost by far.
+        return {**self.__dict__, "tail_constants": {}}
 
     @property
     def learns(self) -> bool:
@@ -98,10 +116,15 @@ class Cost(nn.Module, ABC):
     def forward(self, n: int, m: int) -> Float[Tensor, "n m"]:
         """The cost matrix between source and target in float32, on the cost's device."""
         device = next(iter([*self.buffers(), *self.parameters()]), torch.empty(0)).device
-        return self.matrices(n, m, dtype=torch.float32, device=device, self_terms=False).cross
+        matrix = self.matrices(n, m, dtype=torch.float32, device=device, self_terms=False).cross
+        return matrix if self.learns else matrix.clone()  # the caller's, whatever is done to it
+
+    def largest(self, n: int, m: int) -> float:
+        """An upper bound of the costs between n source and m target tokens."""
+        return 0.0
 
     def check_size(self, n: int, m: int) -> None:
-        """Raise ``ValueError`` if the cost is not for n source and m target tokens."""
+        """Raise ``ValueError`` unless it is for n source and m target tokens, and not too large."""
         if self.shape is not None and self.shape != (n, m):
             raise ValueError(
                 f"the cost is for {self.shape[0]} source and {self.shape[1]} target tokens, but "
@@ -113,6 +136,11 @@ class Cost(nn.Module, ABC):
                 f"{type(self).__name__} needs one vocabulary, but source and target have {n} and "
                 f"{m} tokens; use EmbeddingCost(source, target) to bridge two"
             )
+        if not self.largest(n, m) <= LARGEST_COST:
+            raise ValueError(
+                f"{type(self).__name__} has costs up to {self.largest(n, m):.1e} between {n} and "
+                f"{m} tokens; they must be below {LARGEST_COST:.0e}: give the cost in larger units"
+            )
 
 
 def same_for_all(matrix: Tensor, self_terms: bool) -> CostMatrices:
@@ -120,11 +148,30 @@ def same_for_all(matrix: Tensor, self_terms: bool) -> CostMatrices:
     return CostMatrices(matrix, matrix, matrix) if self_terms else CostMatrices(matrix)
 
 
-def hold(module: nn.Module, name: str, tensor: Tensor | None, learnable: bool) -> None:
-    """Keep a tensor with a module: as itself where it learns, else as an unsaved constant."""
+def hold(
+    module: nn.Module, name: str, tensor: Tensor | None, learnable: bool, *, copy: bool = True
+) -> None:
+    """Keep a tensor with a module: as itself where it learns, else a copy, an unsaved constant.
+
+    ``copy=False`` is for a tensor that nobody else has.
+    """
     if learnable and isinstance(tensor, nn.Parameter):
         module.register_parameter(name, tensor)
     elif learnable or tensor is None:
         module.register_buffer(name, tensor, persistent=False)
     else:
-        module.register_buffer(name, tensor.detach(), persistent=False)
+        with as_constant():
+            kept = tensor.detach()
+            if copy:
+                kept = kept.clone(memory_format=torch.contiguous_format)
+        module.register_buffer(name, kept, persistent=False)
+
+
+@contextmanager
+def as_constant() -> Iterator[None]:
+    """Where what is computed is kept for calls to come, whose gradients may pass through it.
+
+    Under ``inference_mode`` it would be good for no backward pass.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -9,13 +9,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from otkd.checks import check_choice
-from otkd.costs.base import Cost, CostMatrices, Side, hold, same_for_all
-from otkd.precision import without_autocast
+from otkd.costs.base import Cost, CostMatrices, Side, as_constant, hold, same_for_all
+from otkd.costs.magnitude import (
+    brought_to_size,
+    check_embedding,
+    largest_distance,
+    mean_cost,
+    needed_centre,
+)
+from otkd.precision import inner_products, without_autocast
 from otkd.scalars import as_flag
 
 METRICS = ("sqeuclidean", "euclidean", "cosine")
-_SAMPLED_PAIRS = 2**20
-_FAR = 10.0
 
 
 class EmbeddingCost(Cost):
@@ -33,15 +38,22 @@ class EmbeddingCost(Cost):
             (closed form for sqeuclidean and cosine; for euclidean a seeded sample of 2²⁰ pairs,
             all pairs where there are no more), so that ε is a fraction of a typical cost. Computed
             once, here; the same number divides the self-costs. ``None`` leaves the units.
-        learnable: let gradients flow into the embeddings; otherwise they are constants. The very
-            tensors given are used, not a copy: a ``Parameter`` becomes a parameter of the loss,
-            and what is trained elsewhere changes the cost. So pass a copy of the teacher's,
-            ``nn.Parameter(weight.detach().clone())``, or of a student's as a constant.
+        learnable: let gradients flow into the embeddings. Otherwise the cost keeps a copy of them
+            as they are now, in their dtype: later changes of the tensors given are not seen.
+            With ``learnable=True`` the very tensors given are used: a ``Parameter`` becomes a
+            parameter of the loss, and every change of it changes the cost of every support. To
+            leave a model's own embedding alone, pass ``nn.Parameter(weight.detach().clone())``.
+
+    Of a learnable cost, distances, mean costs and kernels are computed anew in every call. The
+    number that ``normalize="mean"`` divides by stays that of the construction and is saved with the
+    parameters; the clusters of ``TopK(clusters=…)`` are those of the first call after the cost was
+    built, loaded or moved.
 
     Raises:
         TypeError: if an embedding is no tensor.
-        ValueError: if shapes do not fit, a row is not finite, a row is zero under ``"cosine"``, or
-            all tokens coincide.
+        ValueError: if shapes do not fit, a row is not finite, a row is zero under ``"cosine"``, all
+            tokens coincide, or squared distances would leave the range of float32. (A constant with
+            ``normalize="mean"`` is rescaled by a power of two instead.)
 
     Warns:
         UserWarning: if it is to be learnable and no tensor given requires a gradient.
@@ -65,52 +77,87 @@ class EmbeddingCost(Cost):
         if normalize not in ("mean", None):
             raise ValueError(f"normalize must be 'mean' or None, got {normalize!r}")
         self.metric, self.learnable = metric, as_flag("learnable", learnable)
-        _check_embedding("source", source, metric)
+        check_embedding("source", source, metric)
         if target is not None:
-            _check_embedding("target", target, metric)
+            check_embedding("target", target, metric)
             if source.shape[1] != target.shape[1]:
                 raise ValueError(
                     "source and target embeddings must have the same width, got "
                     f"{source.shape[1]} and {target.shape[1]}; map one into the other's space first"
                 )
-        tensors = [source] if target is None else [source, target]
-        if learnable and not any(tensor.requires_grad for tensor in tensors):
+        given = (source, target)
+        if learnable and not any(side is not None and side.requires_grad for side in given):
             warnings.warn(
                 "learnable=True, but no embedding given requires a gradient: pass "
                 "nn.Parameter(weight.detach().clone())",
                 stacklevel=2,
             )
-        hold(self, "source", source, learnable)
-        hold(self, "target", target, learnable)
-        hold(self, "centre", _needed_centre(source), learnable=False)
+        # The direction of a row has no unit; other distances have none once they are normalised.
+        scale_free = normalize == "mean" or metric == "cosine"
+        sized = brought_to_size(given, metric, rescale=scale_free and not learnable)
+        hold(self, "source", sized[0], learnable, copy=sized[0] is source)
+        hold(self, "target", sized[1], learnable, copy=sized[1] is target)
+        hold(self, "centre", needed_centre(sized[0]), learnable=False, copy=False)
         self.width = source.shape[1]
         self.shape = (source.shape[0], (source if target is None else target).shape[0])
-        self.scale = self._mean_cost() if normalize == "mean" else 1.0
-        if not self.scale > 0:
-            raise ValueError("all tokens have the same embedding: every cost would be 0")
+        self.scale = mean_cost(sized, metric) if normalize == "mean" else 1.0
+        self._bound = largest_distance(sized, metric) / self.scale
+        self.check_size(*self.shape)
         self._cached: dict[tuple, CostMatrices] = {}
-        self._constant_moments: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def largest(self, n: int, m: int) -> float:
+        """An upper bound of the costs as the cost was built."""
+        return self._bound
+
+    def forget(self) -> None:
+        """See :class:`Cost`."""
+        super().forget()
+        self._cached = {}
+
+    def _apply(self, fn, recurse=True):
+        dtype = self.source.dtype
+        super()._apply(fn, recurse)
+        if self.source.dtype != dtype and self.source.device.type != "meta":
+            for name, side in (("source", self.source), ("target", self.target)):
+                if side is not None:
+                    _check_cast(name, side, dtype, self.metric)
+        return self
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_cached": {}}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.learnable:
+            destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        scale = state_dict.pop(prefix + "scale", None)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if scale is not None:
+            self.scale = float(scale)
+        self.forget()
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`. Constant matrices are computed once per device and dtype."""
         self.check_size(n, m)
         key = (dtype, device, self_terms)
-        if key in self._cached:
-            return self._cached[key]
+        if self.learnable:
+            return self._matrices(dtype, device, self_terms)
+        if key not in self._cached:
+            with as_constant():
+                self._cached = {key: self._matrices(dtype, device, self_terms)}
+        return self._cached[key]
+
+    def _matrices(self, dtype, device, self_terms) -> CostMatrices:
         source = self.source.to(device, dtype)
         if self.target is None:
-            result = same_for_all(self._self_distance(source), self_terms)
-        else:
-            target = self.target.to(device, dtype)
-            cross = self._distance(source, target)
-            result = CostMatrices(cross)
-            if self_terms:
-                source_cost = self._self_distance(source)
-                target_cost = self._self_distance(target)
-                result = CostMatrices(cross, source_cost, target_cost)
-        if not self.learnable:
-            self._cached = {key: result}
-        return result
+            return same_for_all(self._self_distance(source), self_terms)
+        target = self.target.to(device, dtype)
+        cross = self._distance(source, target)
+        if not self_terms:
+            return CostMatrices(cross)
+        return CostMatrices(cross, self._self_distance(source), self._self_distance(target))
 
     def between(self, x, y, sides, dtype):
         """See :class:`Cost`."""
@@ -149,20 +196,17 @@ class EmbeddingCost(Cost):
     def _moments(self, side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Mean and variance of the vectors (directions) of a side; those of constants once."""
         y = self._side(side)
-        key = (side, dtype, y.device)
-        if key in self._constant_moments:
-            return self._constant_moments[key]
-        y = y.to(dtype)
-        if self.metric == "cosine":
-            # A product in place of normalised copies: as large as the embedding, with autograd.
-            mean = (1 / y.norm(dim=-1)) @ y / len(y)
-            moments = mean, 1 - mean.square().sum()
-        else:
-            variance, mean = torch.var_mean(y, 0, correction=0)
-            moments = mean, variance.sum()
-        if not self.learnable:
-            self._constant_moments[key] = moments
-        return moments
+
+        def moments() -> tuple[Tensor, Tensor]:
+            rows = y.to(dtype)
+            if self.metric == "cosine":
+                # A product in place of normalised copies: as large as the embedding, with autograd.
+                mean = (1 / rows.norm(dim=-1)) @ rows / len(rows)
+                return mean, 1 - mean.square().sum()
+            variance, mean = torch.var_mean(rows, 0, correction=0)
+            return mean, variance.sum()
+
+        return self.kept(("moments", side, dtype, y.device), moments)
 
     def _side(self, side: str) -> Tensor:
         return self.source if side == "source" or self.target is None else self.target
@@ -189,10 +233,12 @@ class EmbeddingCost(Cost):
         if self.metric == "euclidean":
             return torch.cdist(x, y) / self.scale
         if self.metric == "cosine":
-            return (x @ y.mT).neg_().add_(1).clamp_(min=0).div_(self.scale)
+            return inner_products(x, y).neg_().add_(1).clamp_(min=0).div_(self.scale)
         x_squares = x.square().sum(-1)
         y_squares = x_squares if y is x else y.square().sum(-1)
         squares = x_squares.unsqueeze(-1) + y_squares.unsqueeze(-2)
+        if squares.requires_grad:
+            return (squares - 2 * inner_products(x, y)).clamp(min=0) / self.scale
         product = torch.addmm if x.ndim == 2 else torch.baddbmm
         distance = product(squares, x, y.mT, beta=1 / self.scale, alpha=-2 / self.scale)
         return distance.clamp_(min=0)
@@ -202,56 +248,15 @@ class EmbeddingCost(Cost):
         diagonal = torch.eye(len(x), dtype=torch.bool, device=x.device)
         return distance.masked_fill(diagonal, 0.0)
 
-    @torch.no_grad()
-    def _mean_cost(self) -> float:
-        x = self.source.double()
-        y = x if self.target is None else self.target.double()
-        if self.metric == "cosine":
-            x, y = nn.functional.normalize(x, dim=-1), nn.functional.normalize(y, dim=-1)
-            return (1 - x.mean(0) @ y.mean(0)).item()
-        if self.metric == "sqeuclidean":
-            centre = x.mean(0)
-            x, y = x - centre, y - centre
-            mean_squares = x.square().sum(-1).mean() + y.square().sum(-1).mean()
-            return (mean_squares - 2 * x.mean(0) @ y.mean(0)).item()
-        if len(x) * len(y) <= _SAMPLED_PAIRS:
-            return torch.cdist(x, y).mean().item()
-        generator = torch.Generator().manual_seed(0)
-        i = torch.randint(len(x), (_SAMPLED_PAIRS,), generator=generator).to(x.device)
-        j = torch.randint(len(y), (_SAMPLED_PAIRS,), generator=generator).to(x.device)
-        blocks = zip(i.split(2**14), j.split(2**14), strict=True)
-        return sum((x[r] - y[c]).norm(dim=-1).sum().item() for r, c in blocks) / len(i)
-
     def extra_repr(self) -> str:
         """The settings."""
         return f"{self.shape}, metric={self.metric!r}, scale={self.scale:.4g}"
 
 
-@torch.no_grad()
-def _needed_centre(points: Tensor) -> Tensor | None:
-    """Squared distances do not see the centre, but where it is far off their rounding does."""
-    points = points.double()
-    centre = points.mean(0)
-    spread = (points - centre).square().sum(-1).mean()
-    return centre.float() if centre.square().sum() > _FAR * spread else None
-
-
-def _check_embedding(name: str, embedding: Tensor, metric: str) -> None:
-    if not isinstance(embedding, Tensor):
-        raise TypeError(
-            f"the {name} embedding must be a tensor (tokens, width), got "
-            f"{type(embedding).__name__}: of a module pass its weight"
-        )
-    if embedding.ndim != 2 or not embedding.is_floating_point() or embedding.numel() == 0:
+def _check_cast(name: str, embedding: Tensor, before: torch.dtype, metric: str) -> None:
+    try:
+        check_embedding(name, embedding, metric)
+    except ValueError as error:
         raise ValueError(
-            f"the {name} embedding must be a floating-point matrix (tokens, width), got shape "
-            f"{tuple(embedding.shape)} and dtype {embedding.dtype}"
-        )
-    bad = ~embedding.detach().isfinite().all(-1)
-    problem = "NaN or infinite numbers"
-    if metric == "cosine" and not bad.any():
-        bad = (embedding.detach() == 0).all(-1)
-        problem = "nothing but zeros, which has no direction"
-    if bad.any():
-        row = bad.nonzero()[0].item()
-        raise ValueError(f"row {row} of the {name} embedding holds {problem}")
+            f"after the cast from {before} to {embedding.dtype} {error}: leave the loss in {before}"
+        ) from error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from otkd.costs.base import Cost, CostMatrices, hold, same_for_all
 from otkd.costs.checks import check_self_cost, has_positive_kernel
-from otkd.scalars import as_positive
+from otkd.scalars import as_flag, as_positive
 
 
 class DiscreteCost(Cost):
@@ -18,6 +20,10 @@ class DiscreteCost(Cost):
         """See :class:`Cost`."""
         self.check_size(n, m)
         return same_for_all(1 - torch.eye(n, dtype=dtype, device=device), self_terms)
+
+    def largest(self, n, m):
+        """See :class:`Cost`."""
+        return 1.0
 
     def between(self, x, y, sides, dtype):
         """See :class:`Cost`."""
@@ -41,6 +47,10 @@ class OrdinalCost(Cost):
     def __init__(self, p: float = 1.0) -> None:
         super().__init__()
         self.p = float(as_positive("p", p))
+
+    def largest(self, n, m):
+        """See :class:`Cost`."""
+        return _power(max(n, m) - 1.0, self.p)
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`."""
@@ -71,28 +81,34 @@ class MatrixCost(Cost):
     Args:
         matrix: ``(V_s, V_t)``; square, symmetric and zero on the diagonal where debiasing is to
             be possible.
-        learnable: let gradients flow into it; by default where it is a ``Parameter``.
+        learnable: let gradients flow into the matrix, and see every change of it: the very tensor
+            is used, and a ``Parameter`` becomes a parameter of the loss. Otherwise the cost keeps a
+            copy of it as it is now.
 
     Raises:
-        ValueError: if it is no matrix or holds numbers that are not finite.
+        ValueError: if it is no matrix or holds numbers that are not finite, or beyond 1e30.
     """
 
     matrix: Tensor
 
-    def __init__(
-        self, matrix: Float[Tensor, "source target"], *, learnable: bool | None = None
-    ) -> None:
+    def __init__(self, matrix: Float[Tensor, "source target"], *, learnable: bool = False) -> None:
         super().__init__()
-        if matrix.ndim != 2 or not matrix.is_floating_point() or not matrix.isfinite().all():
+        sound = matrix.ndim == 2 and matrix.is_floating_point() and matrix.numel() > 0
+        if not (sound and matrix.detach().isfinite().all()):
             raise ValueError(
                 "MatrixCost needs a matrix (source, target) of finite floating-point numbers, got "
                 f"shape {tuple(matrix.shape)} and dtype {matrix.dtype}"
             )
         self.shape = (matrix.shape[0], matrix.shape[1])
-        if learnable is None:
-            learnable = isinstance(matrix, nn.Parameter)
-        hold(self, "matrix", matrix, learnable)
+        self.learnable = as_flag("learnable", learnable)
+        hold(self, "matrix", matrix, self.learnable)
+        self._bound = matrix.detach().abs().max().double().item()
+        self.check_size(*self.shape)
         self._checked_within = False
+
+    def largest(self, n, m):
+        """The largest entry when the cost was built, whatever its sign."""
+        return self._bound
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`."""
@@ -119,8 +135,8 @@ class MatrixCost(Cost):
 
     @property
     def learns(self) -> bool:
-        """Whether the matrix was made ``learnable``."""
-        return self.matrix.requires_grad
+        """Whether it was made ``learnable``."""
+        return self.learnable
 
     def keeps_divergence_positive(self, epsilon: float) -> bool:
         """Checked by factorising the kernel, up to 1024 tokens; beyond, taken as not shown."""
@@ -133,6 +149,12 @@ class PowerCost(Cost):
     def __init__(self, base: Cost, p: float) -> None:
         super().__init__()
         self.base, self.p, self.shape = base, float(as_positive("p", p)), base.shape
+        if self.shape is not None:
+            self.check_size(*self.shape)
+
+    def largest(self, n, m):
+        """See :class:`Cost`."""
+        return _power(self.base.largest(n, m), self.p)
 
     def matrices(self, n, m, *, dtype, device, self_terms):
         """See :class:`Cost`."""
@@ -161,3 +183,10 @@ class PowerCost(Cost):
     def keeps_divergence_positive(self, epsilon: float) -> bool:
         """Powers below 1 keep it (Schoenberg, 1938); others are taken as not shown."""
         return self.p <= 1 and self.base.keeps_divergence_positive(epsilon)
+
+
+def _power(base: float, p: float) -> float:
+    try:
+        return base**p
+    except OverflowError:
+        return math.inf

@@ -36,24 +36,43 @@ def nearest(
         ImportError: if faiss is not installed and no file has the answer.
 
     Warns:
-        UserWarning: if a file is damaged (it is made anew) or cannot be written.
+        UserWarning: if a file is damaged or cannot be read (it is made anew), if it cannot be
+            written, or if there is no folder to keep it in.
     """
-    folder = Path(cache_dir or os.environ.get("OTKD_CACHE") or Path.home() / ".cache" / "otkd")
     k = min(k, len(points))
     key = _key(queries, points, k, metric)
-    path = folder / "neighbours" / f"{key}.safetensors"
+    path = _path(cache_dir, key)
+    if path is None:
+        warnings.warn(
+            "the nearest neighbours are computed and not kept, because there is no home folder: "
+            "set OTKD_CACHE, or pass NearestNeighbours(cache_dir=…)",
+            stacklevel=2,
+        )
+        return _search(queries, points, k, metric)
     try:
         return _read(path, key, (len(queries), k), len(points))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         warnings.warn(f"{path} is damaged and is made anew: {error}", stacklevel=2)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be read and is made anew: {error}", stacklevel=2)
     table = _search(queries, points, k, metric)
     try:
         _write(path, key, table)
     except OSError as error:
         warnings.warn(f"the nearest neighbours were not kept in {path}: {error}", stacklevel=2)
     return table
+
+
+def _path(cache_dir: Path | str | None, key: str) -> Path | None:
+    """The file of a table; None where no folder is given and the user has no home."""
+    chosen = cache_dir or os.environ.get("OTKD_CACHE") or "~/.cache/otkd"
+    try:
+        folder = Path(chosen).expanduser()
+    except RuntimeError:
+        return None
+    return folder / "neighbours" / f"{key}.safetensors"
 
 
 def _search(queries: Tensor, points: Tensor, k: int, metric: str) -> Tensor:
