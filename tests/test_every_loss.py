@@ -8,6 +8,7 @@ differs from float64 is the loss's own arithmetic.
 import functools
 import itertools
 import math
+import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -234,3 +235,56 @@ def test_the_product(name, dtype):
         error = (gradient - slope).abs().max()
         assert error <= slope_slack * slope.abs().max() + 1e-12, (case, float(error))
         assert gradient[outside].eq(0).all(), case
+
+
+# Compiled programs -------------------------------------------------------------------------------
+
+QUICK = {"kl", "sinkhorn", "weighted"}
+COMPILED = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in sorted(IN_FULL | QUICK)
+]
+
+
+def check_compiled(name, **how):
+    """A compiled step, and a compiled loss, equal the plain ones; two sizes compile everything."""
+    loss, layer = built(name), torch.nn.Linear(VOCAB, VOCAB, dtype=torch.float64)
+
+    def step(student, teacher, labels):
+        return loss(layer(student), teacher, labels=labels)
+
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters
+    counted.clear()
+    compiled = [torch.compile(step, **how), torch.compile(loss, **how)]
+    for positions in range(3, 8):
+        if positions == 5:
+            frames = dict(counted["frames"])
+        student, teacher = numbers(1, positions, VOCAB), numbers(2, positions, VOCAB)
+        labels = torch.arange(positions) % VOCAB
+        expected = step(student, teacher, labels)
+        slope = torch.autograd.grad(expected, layer.weight)
+        values = (
+            compiled[0](student, teacher, labels),
+            compiled[1](layer(student), teacher, labels=labels),
+        )
+        for value in values:
+            torch.testing.assert_close(value, expected)
+            torch.testing.assert_close(torch.autograd.grad(value, layer.weight), slope)
+    assert frames["total"] <= 6
+    assert counted["frames"] == frames
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own modules
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_program_calls_a_loss_as_it_is(name):
+    check_compiled(name, backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["kl", "sinkhorn", "sinkhorn-topk-sqeuclidean"])
+def test_the_same_through_the_default_compiler(name):
+    check_compiled(name)

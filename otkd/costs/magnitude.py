@@ -66,7 +66,8 @@ def brought_to_size(embeddings: Embeddings, metric: str, *, rescale: bool) -> Em
             target, rescale
         )
     size = _spread(embeddings)
-    largest = max(x.abs().max().double().item() for x in embeddings if x is not None)
+    ends = (end for x in embeddings if x is not None for end in torch.aminmax(x))
+    largest = max(abs(end.item()) for end in ends)
     if size <= _ROUNDING * largest and source.shape[0] * len(_second(embeddings)) > 1:
         raise ValueError("all tokens have the same embedding: every cost would be 0")
     if size == 0 or _SMALLEST <= size <= _LARGEST:
@@ -116,7 +117,8 @@ def _spread(embeddings: Embeddings) -> float:
 
 
 def _centre(rows: Tensor) -> Tensor:
-    return rows.mean(0, dtype=torch.float64)
+    """The mean row in float64, without a copy of them all."""
+    return sum((x.double().sum(0) for x in rows.split(_BLOCK)), rows.new_zeros(())) / len(rows)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, cdist
 
 from otkd.checks import check_choice, check_logits, check_not_negative
+from otkd.compilation import outside_graphs
 from otkd.costs import CostMatrices
 from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
@@ -28,6 +29,7 @@ _NARROW = 64  # points of so few coordinates are as fast compared one by one
 BATCH_COSTS = ("l1", "euclidean", "sqeuclidean")
 
 
+@outside_graphs
 def batch_sinkhorn_distance(
     student_logits: Float[Tensor, "*batch samples vocab"],
     teacher_logits: Float[Tensor, "*batch samples vocab"],

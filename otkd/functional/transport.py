@@ -9,6 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from otkd.checks import check_finite_rows, check_logits, check_mask, check_temperatures
+from otkd.compilation import outside_graphs
 from otkd.costs import Cost, MatrixCost
 from otkd.ot.divergence import Options, Report
 from otkd.ot.exact import exact_transport
@@ -18,6 +19,7 @@ from otkd.signals.beside import evenly_spread_logits, logits_shaped_by
 from otkd.supports import Positions, Support, as_support, choose_support
 
 
+@outside_graphs
 def sinkhorn_divergence(
     student_logits: Float[Tensor, "*batch vocab"],
     teacher_logits: Float[Tensor, "*batch teacher_vocab"],
@@ -163,6 +165,7 @@ def transport_positions(
     return positions, support
 
 
+@outside_graphs
 def wasserstein_distance(
     student_logits: Float[Tensor, "*batch vocab"],
     teacher_logits: Float[Tensor, "*batch teacher_vocab"],

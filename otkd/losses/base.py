@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from otkd.checks import check_choice, check_logits, check_one_logits
+from otkd.compilation import outside_graphs
 from otkd.ot.divergence import Report
 from otkd.reductions import REDUCTIONS, ItemCounts, counted_positions, reduce_positions
 from otkd.scalars import as_flag, as_positive, as_whole
@@ -162,6 +163,7 @@ class DistillationLoss(nn.Module, ABC):
     def per_position(self, batch: Batch) -> Tensor:
         """Values ``(*batch,)``, 0 where a position does not count; neither rescaled nor reduced."""
 
+    @outside_graphs
     def forward(
         self,
         student_logits: Tensor,

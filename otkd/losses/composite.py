@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from otkd.checks import check_one_logits
+from otkd.compilation import outside_graphs
 from otkd.losses.base import Batch, DistillationLoss, as_pair
 from otkd.losses.batch import BatchSinkhornLoss, UnrolledBatchSinkhornLoss
 from otkd.losses.divergences import CrossEntropyLoss, KLLoss
@@ -116,6 +117,7 @@ class WeightedLoss(nn.Module):
     def _losses(self) -> list[Loss]:
         return [as_loss(loss) for loss in self.terms.values()]
 
+    @outside_graphs
     def forward(
         self,
         student_logits: Tensor,
