@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch
+from torch._compile import _disable_dynamo
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -20,4 +20,4 @@ def outside_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments,
     """
     # torch.compiler.disable would import the compiler, which takes seconds, together with otkd;
     # this form, which torch.optim uses, imports it at the first call.
-    return torch._disable_dynamo(function)
+    return _disable_dynamo(function)

@@ -664,7 +664,7 @@ def test_a_learnable_embedding_is_a_parameter_with_a_gradient():
     data = Data()
     weight = torch.nn.Parameter(points(3, VOCAB, 3))
     loss = sinkhorn(cost=costs.EmbeddingCost(weight, learnable=True), embedding=None)
-    assert set(loss.state_dict()) == {"cost.source"}
+    assert set(loss.state_dict()) == {"cost.source", "cost.scale"}
     assert list(loss.parameters()) == [weight]
     evaluate(loss, data.student, data.teacher, **data.options())
     assert weight.grad.abs().max() > 0

@@ -131,9 +131,9 @@ class EmbeddingCost(Cost):
         if self.learnable:
             destination[prefix + "scale"] = torch.tensor(self.scale, dtype=torch.float64)
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         scale = state_dict.pop(prefix + "scale", None)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if scale is not None:
             self.scale = float(scale)
         self.forget()
