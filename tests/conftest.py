@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import otkd.ot.solution
 import otkd.ot.solver
 
 settings.register_profile(
@@ -28,14 +27,12 @@ def pytest_unconfigure():
 
 @pytest.fixture
 def seeded():
-    """One thread, one seed, and a first ConvergenceWarning to come: an error if not expected."""
-    threads, warned = torch.get_num_threads(), otkd.ot.solution._warned
+    """One thread, one seed."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    otkd.ot.solution._warned = False
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
-    otkd.ot.solution._warned = warned
     torch.set_num_threads(threads)
 
 

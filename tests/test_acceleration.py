@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from otkd import ot
 from otkd.costs import CostMatrices
 from otkd.ot.acceleration import Anderson
-from otkd.ot.divergence import Options, solve_divergence
+from otkd.ot.divergence import solve_divergence
+from otkd.ot.options import Options
 from otkd.ot.problem import Problem
 from otkd.ot.solver import solve_potentials
 from tests import naive
@@ -24,7 +25,7 @@ F64 = torch.float64
 def solve(
     a, b, cost, epsilon, *, tolerance=1e-8, steps=5000, symmetric=False, penalty=math.inf, plain=0
 ):
-    fixed = Problem(a, b, cost, epsilon, symmetric, penalty)
+    fixed = Problem(a, b, cost, epsilon, symmetric, (penalty, penalty))
     limits = {"tolerance": tolerance, "max_iterations": steps, "plain_steps": plain}
     return solve_potentials(fixed, fixed.kernel(), **limits)
 

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-import otkd.ot.solution
+import otkd.ot.gradients
 from otkd import ConvergenceWarning, ot
 from otkd.costs import CostMatrices
-from otkd.ot.divergence import Options, solve_divergence
-from otkd.ot.gradients import sharp_value
+from otkd.ot.divergence import solve_divergence
 from otkd.ot.kernels import LogKernel, ProductKernel
+from otkd.ot.options import Options
 from otkd.ot.problem import Problem
 from otkd.ot.solver import solve_potentials
 from otkd.ot.stabilised import StabilisedKernel
@@ -216,7 +216,7 @@ def test_held_or_not_the_solution_is_the_same(penalty, symmetric):
     a, b, cost = problem("per_item")
     if symmetric:
         b, cost = a, cost + cost.mT
-    fixed = Problem(a, b, cost, 0.003, symmetric, penalty)
+    fixed = Problem(a, b, cost, 0.003, symmetric, (penalty, penalty))
     limits = {"tolerance": 1e-6, "max_iterations": 50_000}
     expected = solve_potentials(fixed, LogKernel(cost, 0.003), **limits)
     for plain_steps in (0, 5):
@@ -274,27 +274,71 @@ def test_the_sharp_gradient_is_as_good_as_the_tolerance(epsilon, dtype):
 
 
 def test_an_adjoint_that_does_not_converge_is_reported(monkeypatch):
-    monkeypatch.setattr(otkd.ot.solution, "_warned", False)
     a, b, cost = problem("shared")
-    fixed = Problem(a, b, cost.requires_grad_(), 0.05)
-    potentials = solve_potentials(
-        fixed.detached(), fixed.detached().kernel(), tolerance=1e-9, max_iterations=2000
-    )
-    limits = {"tolerance": 1e-9, "max_iterations": 2}
-    with pytest.warns(ConvergenceWarning, match="the change of the adjoint"):
-        sharp_value(fixed, fixed.detached().kernel(), potentials, **limits)
+    adjoint = otkd.ot.gradients._solve_adjoint
+
+    def stopped(*arguments):
+        return adjoint(*arguments[:-1], 2)
+
+    monkeypatch.setattr(otkd.ot.gradients, "_solve_adjoint", stopped)
+    options = Options(0.05, 1e-9, 2000, "sharp", debias=False)
+    costs = CostMatrices(cost.requires_grad_())
+    with pytest.warns(ConvergenceWarning, match="the gradient of transport between 6 and 6"):
+        solution = solve_divergence(a, b, costs, options)
+    assert not solution.converged
+    assert solution.marginal_error.max() <= 1e-9
+    with torch.no_grad():  # where none is asked for there is none to miss
+        assert solve_divergence(a, b, costs, options).converged
 
 
-def test_not_converged_is_reported_and_said_once(monkeypatch):
-    monkeypatch.setattr(otkd.ot.solution, "_warned", False)
+def test_not_converged_is_reported_and_told():
     a, b, cost = problem("shared")
+    limits = {"epsilon": 0.02, "tolerance": 1e-12, "max_iterations": 2}
     with pytest.warns(ConvergenceWarning, match="did not converge in 2 iterations"):
-        solution = ot.sinkhorn(a, b, cost, epsilon=0.02, tolerance=1e-12, max_iterations=2)
+        solution = ot.sinkhorn(a, b, cost, **limits)
     check_solution(solution, a, b, cost, 0.02, 1e-12)
     assert not solution.converged
     assert solution.iterations == 2
-    again = ot.sinkhorn(a, b, cost, epsilon=0.02, tolerance=1e-12, max_iterations=2)  # no warning
-    assert not again.converged
+
+
+def test_every_problem_that_is_not_solved_is_told_once():
+    """By Python's own filter: as often as there are places and problems, not calls or values."""
+    a, b, cost = problem("shared")
+    small = cost[:5, :5]
+    x = a[:, :5] / a[:, :5].sum(-1, keepdim=True)
+    limits = {"tolerance": 1e-12, "max_iterations": 2}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for step in range(3):
+            shift = step / 10
+            ot.sinkhorn(a, b, cost + shift, epsilon=0.02, **limits)  # one place, one problem
+        assert len(told) == 1
+        ot.sinkhorn(x, x.flip(0), small, epsilon=0.02, **limits)
+        ot.sinkhorn(a, b, cost, epsilon=0.01, **limits)
+        assert len(told) == 3
+        ot.sinkhorn_divergence(a, b, cost, epsilon=0.02, debias=False, **limits)
+        otkd.SinkhornLoss(cost, epsilon=0.02, debias=False, **limits)(a.log(), b.log())
+        assert len(told) == 5
+    assert {warning.filename for warning in told} == {__file__}  # who called, not where it is made
+
+
+def test_the_solution_of_a_divergence():
+    a, b, cost = problem("shared")
+    cost = self_costs(1, 6)["l1"]
+    solution = ot.sinkhorn_divergence(a, b, cost, return_solution=True, **TIGHT)
+    assert isinstance(solution, ot.DivergenceSolution)
+    close(solution.value, ot.sinkhorn_divergence(a, b, cost, **TIGHT), rtol=0, atol=0)
+    assert solution.converged
+    assert solution.marginal_error.shape == (3,)
+    assert solution.marginal_error.max() <= TIGHT["tolerance"]
+    assert solution.iterations >= 1
+    with pytest.warns(ConvergenceWarning):
+        solution = ot.sinkhorn_divergence(
+            a, b, cost, epsilon=0.01, max_iterations=1, return_solution=True
+        )
+    assert not solution.converged
+    assert solution.iterations == 1
+    assert solution.marginal_error.max() > 1e-4
 
 
 def test_any_batch_shape():
@@ -655,7 +699,7 @@ def test_values_of_peaked_problems_that_are_solved(penalty):
         x = 0.3 * points(seed, 12, 2) + (torch.arange(12) % 3)[:, None]
         cost = torch.cdist(x, x).square().float()
         cost = cost / cost.mean()
-        problem = Problem(a, b, cost, 0.03, penalty=penalty or math.inf)
+        problem = Problem(a, b, cost, 0.03, penalties=(penalty or math.inf,) * 2)
         limits = {"tolerance": 1e-4, "max_iterations": 200}
         found = solve_potentials(problem, problem.kernel(), **limits)
         solved = found.marginal_error <= 1e-4
@@ -667,7 +711,9 @@ def test_values_of_peaked_problems_that_are_solved(penalty):
             value = (a * f).sum(-1) + (b * g).sum(-1)
             assert (value - entropy)[solved].abs().max() < 2e-3
         else:
-            best = problem.damping * naive.soft_minimum(g, b.double(), cost.double(), 0.03)
+            best = problem.source.damping(0.03) * naive.soft_minimum(
+                g, b.double(), cost.double(), 0.03
+            )
             assert (best - f)[solved].abs().max() < 0.01
 
 

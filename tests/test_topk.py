@@ -661,18 +661,18 @@ def test_clusters_under_autocast_are_those_without(metric):
     close(loss(student, teacher), expected, rtol=0, atol=0)  # with what it has kept
 
 
-def test_too_little_coverage_is_told_once(monkeypatch):
-    monkeypatch.setattr(otkd.supports.coverage, "_warned", False)
+def test_too_little_coverage_is_told_once_for_each_k():
     loss, flat = otkd.SinkhornLoss("discrete", support=TopK(1)), torch.zeros(2, VOCAB)
     peaked = 9 * torch.eye(VOCAB)[:2]
     with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
+        warnings.simplefilter("default")
         loss(peaked, peaked)
         loss.support = TopK(1, tail=False)
         loss(flat, peaked)
         assert not told
-        loss.support = TopK(1)
-        loss(flat, peaked)
-        loss(flat, peaked)
-    assert [w.category for w in told] == [CoverageWarning]
-    assert f"hold {2 / VOCAB:.0%} of the mass" in str(told[0].message)  # of both sides' heaviest
+        for k in (1, 2, 1):
+            loss.support = TopK(k)
+            loss(flat, flat + 0.1 * torch.rand_like(flat))
+    assert [w.category for w in told] == [CoverageWarning] * 2
+    assert {w.filename for w in told} == {__file__}
+    assert ["the 1 heaviest" in str(w.message) for w in told] == [True, False]

@@ -128,13 +128,13 @@ def test_no_loss_where_the_student_is_the_teacher(k, stored, kept, dtype, atol, 
 @pytest.fixture
 def solves(monkeypatch):
     """The number of problems solved, batch by batch."""
-    counted, solve = [], otkd.ot.divergence.solve_potentials
+    counted, solve = [], otkd.ot.transport.solve_potentials
 
     def counting(problem, *arguments, **options):
         counted.append(len(problem.a))
         return solve(problem, *arguments, **options)
 
-    monkeypatch.setattr(otkd.ot.divergence, "solve_potentials", counting)
+    monkeypatch.setattr(otkd.ot.transport, "solve_potentials", counting)
     return counted
 
 
@@ -552,7 +552,8 @@ def test_the_trainer_takes_it_as_a_teacher(tmp_path):
             teacher=signal,
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a self-term that does not fit would be told
+            # A self-term that does not fit would be told.
+            warnings.filterwarnings("error", message="the stored self-term")
             trainer.train()
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 

@@ -11,7 +11,8 @@ from torch.autograd import gradcheck
 import otkd
 from otkd import functional as F
 from otkd.costs import CostMatrices
-from otkd.ot.divergence import Options, solve_divergence
+from otkd.ot.divergence import solve_divergence
+from otkd.ot.options import Options
 from otkd.ot.problem import Problem
 from otkd.ot.solver import solve_potentials
 from otkd.supports import TopK
@@ -55,7 +56,7 @@ def test_value_and_plan_are_those_of_pot(kind, epsilon, rho):
     a, b, cost = measures(kind)
     solution = divergence(a, b, cost, epsilon, rho)
     assert solution.report.converged
-    fields = solution.parts[0][1].potentials
+    fields = solution.parts[0]
     plan = naive.plan(fields.f, fields.g, a, b, cost, epsilon)
     for i in range(len(a)):
         rows, columns = a[i].nonzero()[:, 0], b[i].nonzero()[:, 0]  # it wants masses above zero
@@ -81,7 +82,7 @@ def test_value_and_plan_are_those_of_pot(kind, epsilon, rho):
 def test_primal_equals_dual_and_no_plan_is_better(seed, kind, epsilon, rho):
     a, b, cost = measures(kind, seed, batch=2, n=4)
     solution = divergence(a, b, cost, epsilon, rho)
-    fields = solution.parts[0][1].potentials
+    fields = solution.parts[0]
     plan = naive.plan(fields.f, fields.g, a, b, cost, epsilon)
     here = a.unsqueeze(-1) * b.unsqueeze(-2) > 0
     safe = a.clamp(min=1e-300), b.clamp(min=1e-300)  # 0·log(0/0) = 0
@@ -101,7 +102,7 @@ def test_two_points_in_closed_form():
     one, other, cost = (torch.tensor(x, dtype=F64) for x in ([[a]], [[b]], [[c]]))
     solution = divergence(one, other, cost, epsilon, rho)
     assert solution.value.item() == pytest.approx(expected, rel=1e-9)
-    fields = solution.parts[0][1].potentials
+    fields = solution.parts[0]
     plan = naive.plan(fields.f, fields.g, one, other, cost, epsilon)
     assert plan.item() == pytest.approx(mass, rel=1e-9)
 
@@ -113,7 +114,7 @@ def test_the_marginal_error_is_the_distance_to_the_optimal_marginal(symmetric):
     if symmetric:
         b, cost = a, self_costs(1, 6)["l1"]
     for steps in (1, 2, 5):
-        fixed = Problem(a, b, cost, 0.1, symmetric, penalty=0.5)
+        fixed = Problem(a, b, cost, 0.1, symmetric, penalties=(0.5, 0.5))
         found = solve_potentials(fixed, fixed.kernel(), tolerance=1e-15, max_iterations=steps)
         assert found.iterations == steps
         assert not found.converged
@@ -295,10 +296,18 @@ def test_the_loss_and_what_it_refuses():
     value = loss(student, teacher)
     close(value, naive.unbalanced_divergence(q, p, (cost,) * 3, 0.3, 0.5), atol=1e-9, rtol=1e-8)
     assert loss.last_report.converged
-    for rho in (0.0, -1.0, math.inf, math.nan):
+    for rho in (0.0, -1.0, -math.inf, math.nan, (1.0, 0.0)):
         with pytest.raises(ValueError, match="unbalanced must be a finite number above 0"):
             otkd.SinkhornLoss(cost, unbalanced=rho)
         with pytest.raises(ValueError, match="unbalanced must be a finite number above 0"):
             F.sinkhorn_divergence(student, teacher, cost=cost, unbalanced=rho)
+    for held in (math.inf, (math.inf, math.inf)):  # as in POT
+        loss = otkd.SinkhornLoss(cost, epsilon=0.3, unbalanced=held, reduction="none", **TIGHT)
+        balanced = otkd.SinkhornLoss(cost, epsilon=0.3, reduction="none", **TIGHT)
+        close(loss(student, teacher), balanced(student, teacher), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="a pair"):
+        otkd.SinkhornLoss(cost, unbalanced=(1.0, 2.0, 3.0))
+    with pytest.raises(ValueError, match="is not a divergence"):
+        otkd.SinkhornLoss(cost, unbalanced=(1.0, math.inf))
     with pytest.raises(ValueError, match="unbalanced transport has value='dual' alone"):
         otkd.SinkhornLoss(cost, unbalanced=1.0, value="sharp")

@@ -15,8 +15,9 @@ from otkd.compilation import outside_graphs
 from otkd.costs import CostMatrices
 from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
-from otkd.ot.divergence import DivergenceSolution, Options, solve_divergence
+from otkd.ot.divergence import DivergenceSolution, solve_divergence
 from otkd.ot.line import LineCost
+from otkd.ot.options import Options
 from otkd.precision import inner_products, without_autocast
 
 # An accelerated step takes as long as so many plain ones of few samples, and of more samples as

@@ -11,8 +11,9 @@ from torch import Tensor
 from otkd.checks import check_finite_rows, check_logits, check_mask, check_temperatures
 from otkd.compilation import outside_graphs
 from otkd.costs import Cost, MatrixCost
-from otkd.ot.divergence import Options, Report
+from otkd.ot.divergence import Report
 from otkd.ot.exact import exact_transport
+from otkd.ot.options import Options
 from otkd.precision import compute_dtype
 from otkd.signals import TopKSignal
 from otkd.signals.beside import evenly_spread_logits, logits_shaped_by
@@ -31,7 +32,7 @@ def sinkhorn_divergence(
     epsilon: float = 0.1,
     debias: bool = True,
     value: str = "dual",
-    unbalanced: float | None = None,
+    unbalanced: float | tuple[float, float] | None = None,
     support: str | Support = "auto",
     max_iterations: int = 200,
     tolerance: float = 1e-4,
@@ -49,7 +50,8 @@ def sinkhorn_divergence(
         epsilon: entropic strength in units of the cost.
         debias: S_ε, which is 0 at p = q; with False, OT_ε.
         value: ``"dual"`` or ``"sharp"`` (⟨P, C⟩); see :func:`otkd.ot.sinkhorn_divergence`.
-        unbalanced: ρ; where given the marginals are penalised by ρ·KL in place of being held.
+        unbalanced: ρ, or a pair (ρ_student, ρ_teacher); where given the marginals are penalised by
+            ρ·KL in place of being held. ``math.inf`` holds one.
         support: which tokens take part: ``"auto"`` or an object of :mod:`otkd.supports`.
         max_iterations: limit of the solver.
         tolerance: L1 marginal error at which a position is solved.

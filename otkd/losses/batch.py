@@ -16,7 +16,7 @@ from otkd.functional.batch_transport import (
 from otkd.functional.transport import distributions
 from otkd.losses.base import Batch, CommonSettings, DistillationLoss, SettingsBesideTemperature
 from otkd.losses.gathering import GatheredBatch, spans_processes
-from otkd.ot.divergence import Options
+from otkd.ot.options import Options
 from otkd.precision import compute_dtype, without_autocast
 from otkd.reductions import ItemCounts, reduce_positions
 from otkd.scalars import as_flag, as_not_negative, as_positive, as_whole

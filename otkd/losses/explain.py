@@ -13,7 +13,6 @@ from torch import Tensor
 from otkd.costs import CostMatrices
 from otkd.functional.transport import transport_positions
 from otkd.ot.divergence import solve_divergence
-from otkd.precision import without_autocast
 from otkd.supports.base import Atoms
 
 if TYPE_CHECKING:
@@ -135,11 +134,8 @@ def _plan(atoms: Atoms, loss: SinkhornLoss) -> tuple[Tensor, Tensor]:
     solution = solve_divergence(
         atoms.source[None], atoms.target[None], CostMatrices(atoms.cost), options
     )
-    ((problem, transport),) = solution.parts
-    f, g = transport.potentials.f, transport.potentials.g
-    with without_autocast(f):
-        plan = transport.kernel.coupling(f, g, problem.a, problem.b)
-    return plan, transport.potentials.marginal_error[0]
+    (transport,) = solution.parts
+    return transport.plan()[0], transport.potentials.marginal_error[0]
 
 
 def _flat_index(position: int | Sequence[int], shape: tuple[int, ...]) -> int:

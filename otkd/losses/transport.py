@@ -14,7 +14,7 @@ from otkd.costs import Cost, DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCos
 from otkd.functional.transport import sinkhorn_with_report, wasserstein_distance
 from otkd.losses.base import Batch, CommonSettings, DistillationLoss
 from otkd.losses.explain import Explanation, explain_position
-from otkd.ot.divergence import Options
+from otkd.ot.options import Options
 from otkd.scalars import as_positive
 from otkd.signals import TeacherSignal
 from otkd.supports import Support, as_support
@@ -84,13 +84,15 @@ class SinkhornLoss(DistillationLoss):
         value: ``"dual"``, or ``"sharp"`` for ⟨P, C⟩ (gradients by implicit differentiation).
         support: which tokens take part: an object of :mod:`otkd.supports`, or ``"auto"``: every
             token up to 2048, above the 64 heaviest of each side and one atom for the others.
-        max_iterations: limit of the solver; reaching it warns once and shows in ``last_report``.
+        max_iterations: limit of the solver; reaching it warns and shows in ``last_report``.
         tolerance: L1 marginal error at which a position is solved.
         backend: what computes it: ``"auto"``, ``"torch"``, or another that the support has.
         unbalanced: ρ, in units of the cost: where given, the plan need not have the marginals q and
             p, and ρ·KL of its marginals from them is paid instead. For distributions that disagree
             on support, and for ``TopK(k, tail=False)``, whose heads then keep the mass they have.
-            As ρ → ∞ the balanced value. With ``value="dual"`` alone.
+            As ρ → ∞ the balanced value; ``math.inf`` is balanced. A pair (ρ_student, ρ_teacher)
+            penalises each side by its own, and holds one whose ρ is ``math.inf``; where they differ
+            with ``debias=False`` alone. With ``value="dual"`` alone.
         **common: see :class:`~otkd.losses.base.DistillationLoss`.
 
     Raises:
@@ -119,7 +121,7 @@ class SinkhornLoss(DistillationLoss):
         max_iterations: int = 200,
         tolerance: float = 1e-4,
         backend: str = "auto",
-        unbalanced: float | None = None,
+        unbalanced: float | tuple[float, float] | None = None,
         **common: Unpack[CommonSettings],
     ) -> None:
         super().__init__(**common)

@@ -28,11 +28,12 @@ class Anderson:
     Args:
         weights: ``(B, n)``, of the squared residual.
         start: the first points, ``(B, n)``.
+        unit: what points are measured in, so that squares of residuals are representable.
     """
 
-    def __init__(self, weights: Tensor, start: Tensor):
+    def __init__(self, weights: Tensor, start: Tensor, unit: float = 1.0):
         problems, size = weights.shape
-        self._root = weights.sqrt()
+        self._root = weights.sqrt() / unit
         self._images = weights.new_zeros(problems, DEPTH, size)  # differences of images
         self._residuals = weights.new_zeros(problems, DEPTH, size)  # and of weighted residuals
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # image, residual, failed

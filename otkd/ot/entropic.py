@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from otkd.costs import Cost, CostMatrices, as_cost_matrices
-from otkd.ot.divergence import Options, solve_divergence, solve_transport
+from otkd.ot.divergence import DivergenceSolution, solve_divergence, with_offsets
+from otkd.ot.options import Options
 from otkd.ot.problem import Problem, check_costs, check_masses, flatten_problem
 from otkd.ot.solution import Solution
+from otkd.ot.transport import solve_transport
 from otkd.precision import without_autocast
 
 
@@ -31,7 +36,7 @@ def sinkhorn(
         epsilon: strength of the entropic term, in units of the cost.
         tolerance: L1 marginal error at which a problem is solved.
         max_iterations: limit of updates of both potentials. At the limit the result carries
-            ``converged=False``, and one warning is given a process.
+            ``converged=False``, and a :class:`~otkd.ConvergenceWarning` is given.
 
     Returns:
         A :class:`Solution`. ``value`` is differentiable in ``a``, ``b`` and ``cost`` by the
@@ -53,19 +58,50 @@ def sinkhorn(
     problem = Problem(a, b, matrix, epsilon)
     with without_autocast(a):
         transport = solve_transport(problem, options)
+        normal, kernel = transport.form.problem, transport.form.ground.kernel
         potentials = transport.potentials
-        fixed = problem.detached()
-        row_cost = transport.kernel.mean_cost(potentials.f, potentials.g, fixed.b)
+        row_cost = kernel.mean_cost(potentials.f, potentials.g, normal.b)
+        moved = torch.linalg.vecdot(normal.a, row_cost)
     return Solution(
-        value=transport.value.reshape(batch),
-        transport_cost=(fixed.a * row_cost).sum(-1).reshape(batch),
-        f=potentials.f.reshape(*batch, a.shape[-1]),
-        g=potentials.g.reshape(*batch, b.shape[-1]),
+        value=with_offsets(transport.value, a, b, [transport]).reshape(batch),
+        transport_cost=with_offsets(moved, normal.a, normal.b, [transport]).reshape(batch),
+        f=transport.f.reshape(*batch, a.shape[-1]),
+        g=transport.g.reshape(*batch, b.shape[-1]),
         marginal_error=potentials.marginal_error.reshape(batch),
         iterations=potentials.iterations,
         converged=potentials.converged,
-        _problem=fixed,
+        _transport=transport,
     )
+
+
+@overload
+def sinkhorn_divergence(
+    a: Float[Tensor, "*batch n"],
+    b: Float[Tensor, "*#batch m"],
+    cost: Float[Tensor, "*#batch n m"] | tuple[Tensor, Tensor, Tensor] | Cost,
+    *,
+    epsilon: float = ...,
+    debias: bool = ...,
+    value: str = ...,
+    tolerance: float = ...,
+    max_iterations: int = ...,
+    return_solution: Literal[False] = ...,
+) -> Float[Tensor, "*batch"]: ...
+
+
+@overload
+def sinkhorn_divergence(
+    a: Float[Tensor, "*batch n"],
+    b: Float[Tensor, "*#batch m"],
+    cost: Float[Tensor, "*#batch n m"] | tuple[Tensor, Tensor, Tensor] | Cost,
+    *,
+    epsilon: float = ...,
+    debias: bool = ...,
+    value: str = ...,
+    tolerance: float = ...,
+    max_iterations: int = ...,
+    return_solution: Literal[True],
+) -> DivergenceSolution: ...
 
 
 def sinkhorn_divergence(
@@ -78,7 +114,8 @@ def sinkhorn_divergence(
     value: str = "dual",
     tolerance: float = 1e-4,
     max_iterations: int = 1000,
-) -> Float[Tensor, "*batch"]:
+    return_solution: bool = False,
+) -> Float[Tensor, "*batch"] | DivergenceSolution:
     """The debiased divergence S_ε(a, b) = OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b).
 
     S_ε ≥ 0, and 0 only at a = b, where exp(−C/ε) is positive definite and no two points coincide.
@@ -95,9 +132,15 @@ def sinkhorn_divergence(
             differentiation).
         tolerance: L1 marginal error at which a problem is solved.
         max_iterations: limit of updates of both potentials.
+        return_solution: also say how the values were found: ``converged``, ``iterations`` and
+            ``marginal_error`` beside ``value``.
 
     Returns:
-        The divergences, differentiable in a, b and cost.
+        The divergences, differentiable in a, b and cost; or with ``return_solution`` a
+        :class:`~otkd.ot.DivergenceSolution`, whose ``value`` they are.
+
+    Warns:
+        ConvergenceWarning: if a problem was not solved within ``max_iterations``.
 
     Raises:
         TypeError: if an argument is not a floating-point tensor.
@@ -117,4 +160,5 @@ def sinkhorn_divergence(
     check_masses(a, b)
     matrices = as_cost_matrices(cost, a, b, self_terms=debias)
     check_costs(a.shape[-1], b.shape[-1], matrices)
-    return solve_divergence(a, b, matrices, options).value
+    solution = solve_divergence(a, b, matrices, options)
+    return solution if return_solution else solution.value

@@ -110,7 +110,8 @@ def _two_points(a: Tensor, b: Tensor, cost: Tensor) -> Tensor:
     c00, c01, c10, c11 = (cost[..., i, j] for i in (0, 1) for j in (0, 1))
     most = torch.minimum(a[:, 0], b[:, 0])
     least = (a[:, 0] - b[:, 1]).clamp(min=0)
-    stay = torch.where(c00 + c11 <= c01 + c10, most, least)
+    # Differences first: what all four have in common would take the digits of the sums.
+    stay = torch.where(c00 - c01 <= c10 - c11, most, least)
     return (
         stay * c00
         + (a[:, 0] - stay) * c01
@@ -124,6 +125,8 @@ class _LinearProgram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, b, cost):
+        import numpy as np
+
         ot = _import_pot()
         solved = []
         costs = cost.detach().double().cpu().numpy()
@@ -131,12 +134,16 @@ class _LinearProgram(torch.autograd.Function):
             matrix = costs if costs.ndim == 2 else costs[index]
             rows, columns = source.nonzero()[0], target.nonzero()[0]
             block = matrix[rows[:, None], columns[None, :]]
+            # The simplex compares with constants: its costs are from 0 to 1.
+            least, span = block.min(), np.ptp(block)
+            span = span if span > 0 else 1.0
             plan, log = ot.emd(
-                source[rows], target[columns], block.copy(order="C"), numItermax=10**7, log=True
+                source[rows], target[columns], (block - least) / span, numItermax=10**7, log=True
             )
             if log["warning"] is not None:
                 raise RuntimeError(f"linear program {index} was not solved: {log['warning']}")
-            solved.append(_extend(matrix, rows, columns, plan, log["u"], log["v"]))
+            u, v = (span * potential + least / 2 for potential in (log["u"], log["v"]))
+            solved.append(_extend(matrix, rows, columns, plan, u, v))
         f, g, plans, values = (torch.stack(part).to(a) for part in zip(*solved, strict=True))
         ctx.save_for_backward(f, g, plans)
         ctx.shared_cost = cost.ndim == 2

@@ -20,19 +20,20 @@ accelerated as the solver's is.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from otkd.checks import refuse_second_derivative
 from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels import Kernel
+from otkd.ot.normal_form import NormalForm
 from otkd.ot.problem import Problem
-from otkd.ot.solution import warn_not_converged
 from otkd.ot.solver import Potentials
 from otkd.precision import without_autocast
 
 _ROUNDING = 4.0  # of the largest cost, in its last bits
-_CHANGE = "the change of the adjoint, which the gradient of ⟨P, C⟩ is made of,"
 
 
 class _WithGradient(torch.autograd.Function):
@@ -63,48 +64,74 @@ class _WithGradient(torch.autograd.Function):
         )
 
 
-def dual_value(problem: Problem, kernel: Kernel, potentials: Potentials) -> Tensor:
-    """OT_ε of every problem, ``(B,)``, with its envelope gradients in a, b and the cost."""
-    a, b, epsilon = problem.a.detach(), problem.b.detach(), problem.epsilon
-    f, g = potentials.f, potentials.g
-    grad_a, grad_b = problem.worth(f), problem.worth(g)
-    value = (a * grad_a).sum(-1) + (b * grad_b).sum(-1)
-    excess = potentials.row_excess
-    if not problem.balanced:
-        # The mass of the plan and of a⊗b both depend on a and b.
-        surplus_a, surplus_b = a.sum(-1, keepdim=True) - 1, b.sum(-1, keepdim=True) - 1
-        column_excess = excess if problem.symmetric else problem.optimal_row_excess(g)
-        grad_a = grad_a - epsilon * (excess - surplus_b)
-        grad_b = grad_b - epsilon * (column_excess - surplus_a)
-        value = value - epsilon * (a * (excess - surplus_b)).sum(-1)
-    elif problem.symmetric:
-        value = value - epsilon * (a * excess).sum(-1)
+def dual_value(problem: Problem, form: NormalForm, potentials: Potentials) -> Tensor:
+    """OT_ε of every problem, ``(B,)``, with its envelope gradients in a, b and the cost.
+
+    Of balanced problems it is that of the normal form.
+    """
+    normal, kernel = form.problem, form.ground.kernel
+    f, g, excess = potentials.f, potentials.g, potentials.row_excess
+    if problem.balanced:
+        grad_a, grad_b = f, g
+        value = torch.linalg.vecdot(normal.a, f) + torch.linalg.vecdot(normal.b, g)
+        if problem.symmetric:
+            value = value - normal.epsilon * torch.linalg.vecdot(normal.a, excess)
+    else:
+        value, grad_a, grad_b = _relaxed(problem.detached(), form, potentials)
 
     def pull_back(weights, needed):
-        return kernel.pull_back(f, g, weights * a, b, needed)
+        left = weights * normal.a * _exp(form.log_mass)
+        return kernel.pull_back(f, g, left, normal.b, needed)
 
     return _WithGradient.apply(
         value, grad_a, grad_b, pull_back, problem.a, problem.b, *problem.cost_inputs
     )
 
 
+def _relaxed(
+    problem: Problem, form: NormalForm, potentials: Potentials
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The value of problems with a penalised side, and its gradients in a and b."""
+    a, b, epsilon = problem.a, problem.b, problem.epsilon
+    total_a, total_b = (x.sum(-1, keepdim=True) for x in (a, b))
+    target_excess = form.problem.target.optimal_excess(potentials.g)
+    if problem.symmetric:
+        target_excess = potentials.row_excess
+    grad_a = problem.source.worth(potentials.f + form.source_shift)
+    grad_b = problem.target.worth(potentials.g + form.target_shift)
+    # The sums of the plan over the masses: the masses of the plan and of a⊗b depend on a and b.
+    rows = (1 + potentials.row_excess) * torch.exp(form.log_mass - total_a.log())
+    columns = (1 + target_excess) * torch.exp(form.log_mass - total_b.log())
+    value = torch.linalg.vecdot(a, grad_a - epsilon * (rows - total_b))
+    value = value + torch.linalg.vecdot(b, grad_b)
+    return value, grad_a - epsilon * (rows - total_b), grad_b - epsilon * (columns - total_a)
+
+
+def _exp(log_mass: Tensor | float) -> Tensor | float:
+    return log_mass.exp() if isinstance(log_mass, Tensor) else math.exp(log_mass)
+
+
 def sharp_value(
     problem: Problem,
-    kernel: Kernel,
+    form: NormalForm,
     potentials: Potentials,
     *,
     tolerance: float,
     max_iterations: int,
-) -> Tensor:
-    """⟨P, C⟩ of every problem, ``(B,)``, with gradients by implicit differentiation."""
-    a, b, cost = problem.a.detach(), problem.b.detach(), problem.cost.detach()
-    f, g, epsilon = potentials.f, potentials.g, problem.epsilon
+) -> tuple[Tensor, bool]:
+    """⟨P, C⟩ of the normal form of every problem, ``(B,)``, with gradients; and whether they are.
+
+    They are by implicit differentiation, of balanced problems.
+    """
+    normal, kernel = form.problem, form.ground.kernel
+    a, b, cost, epsilon = normal.a, normal.b, normal.cost, normal.epsilon
+    f, g = potentials.f, potentials.g
     row_cost = kernel.mean_cost(f, g, b)
-    value = (a * row_cost).sum(-1)
+    value = torch.linalg.vecdot(a, row_cost)
     differentiated = any(x.requires_grad for x in (problem.a, problem.b, *problem.cost_inputs))
     if not (differentiated and torch.is_grad_enabled()):
-        return value
-    x, y = _solve_adjoint(problem, kernel, potentials, row_cost, tolerance, max_iterations)
+        return value, True
+    x, y, solved = _solve_adjoint(normal, kernel, potentials, row_cost, tolerance, max_iterations)
 
     def pull_back(weights, needed):
         assert isinstance(cost, Tensor)  # a lazy cost is a constant where the value is sharp
@@ -113,7 +140,8 @@ def sharp_value(
         moved = kernel.coupling(f, g, left * x, b) + kernel.coupling(f, g, left, b * y)
         return (plan + (moved - plan * cost) / epsilon,)
 
-    return _WithGradient.apply(value, x, y, pull_back, problem.a, problem.b, *problem.cost_inputs)
+    value = _WithGradient.apply(value, x, y, pull_back, problem.a, problem.b, *problem.cost_inputs)
+    return value, solved
 
 
 @torch.no_grad()
@@ -124,40 +152,39 @@ def _solve_adjoint(
     row_cost: Tensor,
     tolerance: float,
     max_iterations: int,
-) -> tuple[Tensor, Tensor]:
-    """The pair (x, y) of the module's docstring, with ⟨a, x⟩ = ⟨b, y⟩."""
+) -> tuple[Tensor, Tensor, bool]:
+    """The pair (x, y) of the module's docstring, with ⟨a, x⟩ = ⟨b, y⟩, and whether it is found."""
     a, b, f, g = problem.a, problem.b, potentials.f, potentials.g
     # In the gradient an error of x is divided by ε; what rounding leaves of it no step removes.
-    rounding = _ROUNDING * torch.finfo(a.dtype).eps * float(problem.largest_cost)
-    limit = max(tolerance * problem.epsilon, rounding)
+    rounding = _ROUNDING * torch.finfo(a.dtype).eps * problem.largest_cost
+    limit = max(tolerance * problem.epsilon * kernel.reach, rounding)
     row_sums = kernel.mean(f, g, b, torch.ones_like(b)).clamp(min=torch.finfo(b.dtype).tiny)
     change = a.new_full((len(a),), torch.inf)
+    solved = False
     if problem.symmetric:
         x = next_x = row_cost / row_sums / 2
-        accelerator = Anderson(a, x)
+        accelerator = Anderson(a, x, problem.epsilon)
         for _ in range(max_iterations):
             next_x = (row_cost - kernel.mean(f, g, a, x)) / row_sums
             change = (a * (x - next_x).abs()).sum(-1)
-            if (change <= limit).all():
+            solved = bool((change <= limit).all())
+            if solved:
                 break
             x = accelerator.next_point(x, (x + next_x) / 2, change)
-        else:
-            warn_not_converged(max_iterations, change, limit, _CHANGE)
-        return next_x, next_x
+        return next_x, next_x, solved
     backward = kernel.transposed
     column_cost = backward.mean_cost(g, f, a)
     x = next_x = row_cost / row_sums
-    accelerator = Anderson(a, x)
+    accelerator = Anderson(a, x, problem.epsilon)
     for _ in range(max_iterations):
         y = column_cost - backward.mean(g, f, a, x)
         next_x = (row_cost - kernel.mean(f, g, b, y)) / row_sums
         next_x = next_x - (a * next_x).sum(-1, keepdim=True)  # x + c, y − c is as good
         change = (a * (x - next_x).abs()).sum(-1)
-        if (change <= limit).all():
+        solved = bool((change <= limit).all())
+        if solved:
             break
         x = accelerator.next_point(x, next_x, change)
-    else:
-        warn_not_converged(max_iterations, change, limit, _CHANGE)
     y = column_cost - backward.mean(g, f, a, next_x)
     shift = ((b * y).sum(-1, keepdim=True) - (a * next_x).sum(-1, keepdim=True)) / 2
-    return next_x + shift, y - shift
+    return next_x + shift, y - shift, solved

@@ -22,17 +22,16 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from otkd.ot.blocked import PointCost, SharedKernel
+from otkd.warn import warn_caller
 
 _HINT = "pip install '.[keops]' in otkd's checkout"
 _NO_MASS = -1e30  # log of nothing: a difference of infinities would be NaN
-_warned = False
 
 
 class KeOpsCost(PointCost):
@@ -101,12 +100,10 @@ class KeOpsKernel(SharedKernel):
 
 
 def keops_works(device: torch.device) -> bool:
-    """Whether KeOps can be used on this device; if not, says why once a process."""
-    global _warned
+    """Whether KeOps can be used on this device; if not, warns why."""
     obstacle = obstacle_to_keops(device)
-    if obstacle is not None and not _warned:
-        _warned = True
-        warnings.warn(f"{obstacle}. Torch computes in its place", stacklevel=2)
+    if obstacle is not None:
+        warn_caller(f"{obstacle}. Torch computes in its place", UserWarning)
     return obstacle is None
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
 # A weight this far below the largest may count where the kernel is larger by as much as above; what
 # is lost is the difference of the two, exp(−20) of a sum.
-_SMALLEST_WEIGHT = {torch.float32: math.exp(-80), torch.float64: math.exp(-350)}
+SMALLEST_LOG_WEIGHT = {torch.float32: -80.0, torch.float64: -350.0}
 _LOOK_EVERY = 8  # plain steps: as long as they take eight, looking takes less than two
 _FURTHEST = 80.0  # of f/ε below its largest entry, where exp is to stay above 0
 _LOG_DOMAIN_BLOCK = 2**22
@@ -38,6 +38,14 @@ class Kernel(ABC):
     def __init__(self, cost: Tensor, epsilon: float):
         self.cost = cost
         self.epsilon = epsilon
+
+    @property
+    def reach(self) -> float:
+        """The largest C/ε where that is known to be below 1: so small are the potentials over ε.
+
+        Then they are to be found as much more exactly, and iterations converge at once.
+        """
+        return 1.0
 
     @property
     def scales(self) -> bool:
@@ -178,17 +186,19 @@ class ProductKernel(ScalingKernel):
 
     def apply(self, vectors: Tensor, out: Tensor | None = None) -> Tensor:
         """See :class:`ScalingKernel`."""
-        return _products(vectors, self._columns, out)
+        return products(vectors, self._columns, out)
 
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`Kernel`."""
         weights, shift = centred_weights(b.log(), g, self.epsilon)
-        product = _products(weights, (self.kernel * self.cost).mT)
+        product = products(weights, (self.kernel * self.cost).mT)
         return product * (f / self.epsilon + shift).exp()
 
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """See :class:`Kernel`."""
-        left, right = left * self._scaling(f), right * self._scaling(g)
+        # f + c and g − c have the same coupling: with both as large, neither is out of range.
+        middle = (f.amax(-1, keepdim=True) - g.amax(-1, keepdim=True)) / 2
+        left, right = left * self._scaling(f - middle), right * self._scaling(g + middle)
         if self.cost.ndim == 2:
             return (left.mT @ right).mul_(self.kernel)
         return (self.kernel * left.unsqueeze(-1)).mul_(right.unsqueeze(-2))
@@ -204,10 +214,11 @@ def centred_weights(log_b: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, T
     shift = log_weights.amax(-1, keepdim=True)
     weights = log_weights.sub_(shift).exp_()
     # Smaller ones are lost beside the largest, but would be subnormal in the products: slow.
-    return torch.threshold_(weights, _SMALLEST_WEIGHT[weights.dtype], 0.0), shift
+    smallest = math.exp(SMALLEST_LOG_WEIGHT[weights.dtype])
+    return torch.threshold_(weights, smallest, 0.0), shift
 
 
-def _products(vectors: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+def products(vectors: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """Every one of ``vectors (B, m)`` times ``matrix (m, n)``, or its own of ``(B, m, n)``."""
     if matrix.ndim == 2:
         return torch.mm(vectors, matrix, out=out)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from otkd.ot.blocked import SharedKernel
+from otkd.ot.flat import LARGEST_FLAT_REACH
 from otkd.ot.kernels import LARGEST_EXPONENT, ScalingKernel
 from otkd.ot.lazy import LazyCost
 
@@ -35,8 +36,8 @@ class LineCost(LazyCost):
 
     @staticmethod
     def represents(slope: float, epsilon: float, dtype: torch.dtype) -> bool:
-        """Whether exp(−C/ε) of every pair is far from 0 in this dtype."""
-        return slope / epsilon <= LARGEST_EXPONENT[dtype]
+        """Whether exp(−C/ε) of the pairs is far from 0 in this dtype, and from 1."""
+        return LARGEST_FLAT_REACH <= slope / epsilon <= LARGEST_EXPONENT[dtype]
 
     def detach(self) -> LineCost:
         """See :class:`~otkd.ot.lazy.LazyCost`."""

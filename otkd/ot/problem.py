@@ -10,18 +10,48 @@ from torch import Tensor
 
 from otkd.checks import check_cost_shape
 from otkd.costs import CostMatrices
-from otkd.ot.dense import dense_kernel
+from otkd.ot.dense import kernel_of
 from otkd.ot.kernels import Kernel
 from otkd.ot.lazy import LazyCost
 
 MASS_TOLERANCE = 1e-3
+HELD = (math.inf, math.inf)
+"""The penalties of balanced transport."""
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """How one side of the plan is tied to its masses: held (ρ = ∞), or by ρ·KL.
+
+    Attributes:
+        penalty: ρ, in units of the cost.
+    """
+
+    penalty: float
+
+    @property
+    def held(self) -> bool:
+        """Whether the plan has exactly these masses."""
+        return math.isinf(self.penalty)
+
+    def damping(self, epsilon: float) -> float:
+        """What the soft minimum is multiplied by to give a potential, ρ/(ρ + ε)."""
+        return 1.0 if self.held else self.penalty / (self.penalty + epsilon)
+
+    def worth(self, potential: Tensor) -> Tensor:
+        """What a unit of mass with this potential adds to the dual, −ρ·(exp(−f/ρ) − 1) or f."""
+        return potential if self.held else -self.penalty * torch.expm1(potential / -self.penalty)
+
+    def optimal_excess(self, potential: Tensor) -> Tensor | float:
+        """The plan's sum over the mass, less 1, at the optimum: exp(−f/ρ) − 1, 0 where held."""
+        return 0.0 if self.held else torch.expm1(potential / -self.penalty)
 
 
 @dataclass(frozen=True)
 class Problem:
     """min over P ≥ 0 with marginals a, b of ⟨P, C⟩ + ε·KL(P‖a⊗b), for B problems at once.
 
-    With a finite ``penalty`` ρ the marginals are free and ρ·(KL(P1‖a) + KL(Pᵀ1‖b)) is added.
+    A side with a finite penalty ρ is free, and ρ·KL(P1‖a) (or ρ·KL(Pᵀ1‖b)) is added.
 
     Attributes:
         a: source masses, ``(B, n)``.
@@ -29,7 +59,8 @@ class Problem:
         cost: ``(n, m)``, shared by the problems, or ``(B, n, m)``; or a lazy one, shared.
         epsilon: strength of the entropic term, in units of the cost.
         symmetric: a = b and the cost is symmetric, so that f = g.
-        penalty: ρ, in units of the cost; infinite where the marginals are held.
+        penalties: ρ of the source and of the target, in units of the cost; infinite where a side
+            is held.
     """
 
     a: Tensor
@@ -37,18 +68,18 @@ class Problem:
     cost: Tensor | LazyCost
     epsilon: float
     symmetric: bool = False
-    penalty: float = math.inf
+    penalties: tuple[float, float] = HELD
 
     def kernel(self) -> Kernel:
-        """How exp(−C/ε) is applied."""
-        if isinstance(self.cost, LazyCost):
-            return self.cost.kernel(self.epsilon)
-        return dense_kernel(self.cost, self.epsilon, single=len(self.a) == 1)
+        """How exp(−C/ε) is applied to the costs as they are."""
+        return kernel_of(self.cost, self.epsilon, problems=len(self.a))
 
     @property
-    def largest_cost(self) -> Tensor | float:
+    def largest_cost(self) -> float:
         """An upper bound of |C|."""
-        return self.cost.largest() if isinstance(self.cost, LazyCost) else self.cost.abs().max()
+        return (
+            self.cost.largest() if isinstance(self.cost, LazyCost) else self.cost.abs().max().item()
+        )
 
     @property
     def cost_inputs(self) -> tuple[Tensor, ...]:
@@ -56,24 +87,19 @@ class Problem:
         return self.cost.inputs if isinstance(self.cost, LazyCost) else (self.cost,)
 
     @property
-    def balanced(self) -> bool:
-        """Whether the marginals are held."""
-        return math.isinf(self.penalty)
+    def source(self) -> Marginal:
+        """How the rows of the plan are tied to a."""
+        return Marginal(self.penalties[0])
 
     @property
-    def damping(self) -> float:
-        """What the soft minimum is multiplied by to give a potential, ρ/(ρ + ε)."""
-        return 1.0 if self.balanced else self.penalty / (self.penalty + self.epsilon)
+    def target(self) -> Marginal:
+        """How the columns of the plan are tied to b."""
+        return Marginal(self.penalties[1])
 
-    def worth(self, potential: Tensor) -> Tensor:
-        """What a unit of mass with this potential adds to the dual, −ρ·(exp(−f/ρ) − 1) or f."""
-        if self.balanced:
-            return potential
-        return -self.penalty * torch.expm1(potential / -self.penalty)
-
-    def optimal_row_excess(self, f: Tensor) -> Tensor | float:
-        """``Σ_j b_j·E_ij − 1`` at the optimum: exp(−f/ρ) − 1, and 0 where the marginals hold."""
-        return 0.0 if self.balanced else torch.expm1(f / -self.penalty)
+    @property
+    def balanced(self) -> bool:
+        """Whether both marginals are held."""
+        return self.source.held and self.target.held
 
     def detached(self) -> Problem:
         """The same problem without its autograd history."""
@@ -109,8 +135,16 @@ def check_costs(n: int, m: int, costs: CostMatrices) -> None:
         seen.append(cost)
         _check_floating("cost", cost)
         check_cost_shape(cost, *size)
-        if not cost.detach().isfinite().all():
-            raise ValueError("cost must hold finite numbers only")
+        if cost.numel() and not _range(cost.detach()).isfinite():  # nor is it with a NaN
+            raise ValueError(
+                "cost must hold finite numbers only, whose differences are finite in "
+                f"{str(cost.dtype).removeprefix('torch.')}, too"
+            )
+
+
+def _range(cost: Tensor) -> Tensor:
+    least, greatest = torch.aminmax(cost)
+    return greatest - least
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
-from otkd.ot.kernels import coupling_density
-from otkd.ot.problem import Problem
+from otkd.warn import warn_caller
+
+if TYPE_CHECKING:
+    from otkd.ot.options import Options
+    from otkd.ot.transport import Transport
 
 
 class ConvergenceWarning(UserWarning):
-    """Sinkhorn's iterations stopped at their limit; said once a process."""
+    """The solver stopped at its limit of iterations.
+
+    The text names the problem by its sizes and settings alone, so that Python's filters decide how
+    often it is shown: by default once for each place and text, and another problem is told anew.
+    """
 
 
 @dataclass(frozen=True)
@@ -40,35 +47,22 @@ class Solution:
     marginal_error: Float[Tensor, "*batch"]
     iterations: int
     converged: bool
-    _problem: Problem = field(repr=False)
+    _transport: Transport = field(repr=False)
 
     def plan(self) -> Float[Tensor, "*batch n m"]:
         """The transport plan P, built on demand; not differentiable."""
-        problem = self._problem
-        if not isinstance(problem.cost, Tensor):
-            raise TypeError("a lazy cost has no plan in full: it would be as large as the cost")
-        n, m = self.f.shape[-1], self.g.shape[-1]
-        f, g = self.f.reshape(-1, n), self.g.reshape(-1, m)
-        density = coupling_density(f, g, problem.cost, problem.epsilon)
-        plan = density * problem.a.unsqueeze(-1) * problem.b.unsqueeze(-2)
-        return plan.reshape(*self.f.shape[:-1], n, m)
-
-
-_warned = False
+        return self._transport.plan().reshape(*self.f.shape, self.g.shape[-1])
 
 
 def warn_not_converged(
-    iterations: int, error: Tensor, tolerance: float, what: str = "the marginal error"
+    a: Tensor, b: Tensor, options: Options, what: str = "the potentials"
 ) -> None:
-    """Say once a process that a solver reached its limit of iterations."""
-    global _warned
-    if _warned:
-        return
-    _warned = True
-    warnings.warn(
-        f"Sinkhorn did not converge in {iterations} iterations: {what} is "
-        f"{error.max().item():.2e}, above the tolerance {tolerance:.2e}. Raise "
-        "max_iterations, epsilon or tolerance. Later cases are reported by `converged` only.",
+    """Tell the caller of otkd that problems with masses ``a (B, n)``, ``b (B, m)`` are unsolved."""
+    warn_caller(
+        f"Sinkhorn did not converge in {options.max_iterations} iterations: {what} of transport "
+        f"between {a.shape[-1]} and {b.shape[-1]} points at epsilon={options.epsilon:g} "
+        f"were not found within the tolerance {options.tolerance:g}. The result is the best that "
+        "was found: see `converged` and `marginal_error`. Raise max_iterations, epsilon or "
+        "tolerance",
         ConvergenceWarning,
-        stacklevel=3,
     )

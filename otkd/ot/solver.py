@@ -30,7 +30,7 @@ from torch import Tensor
 from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels import Kernel
 from otkd.ot.newton import newton_potentials
-from otkd.ot.problem import Problem
+from otkd.ot.problem import Marginal, Problem
 
 _CHEAP = 2  # times as many iterations before Newton's method where plain ones are among them
 _FIRST = 4  # times as many plain steps at first
@@ -85,7 +85,8 @@ def solve_potentials(
         update = _Alternation(problem, kernel)
         if start is None:
             start = torch.zeros_like(problem.b)
-        f = problem.damping * kernel.softmin(start, problem.b.log())
+        damping = problem.source.damping(problem.epsilon)
+        f = damping * kernel.softmin(start, problem.b.log())
     if not (problem.balanced and kernel.scales):
         plain_steps = 0
     if plain_steps:
@@ -100,7 +101,8 @@ class _Update(ABC):
 
     def __init__(self, problem: Problem, kernel: Kernel):
         self.epsilon = problem.epsilon
-        self.damping = problem.damping
+        self.source, self.target = problem.source, problem.target
+        self.damping = self.source.damping(self.epsilon)
         self.kernel = kernel
         self.log_a = problem.a.log()
 
@@ -129,22 +131,20 @@ class _Alternation(_Update):
     def __init__(self, problem: Problem, kernel: Kernel):
         super().__init__(problem, kernel)
         self.transposed = kernel.transposed
-        self.log_b = problem.b.log()
-        self.gauge = problem.a if problem.balanced else None
+        self.target_damping = self.target.damping(self.epsilon)
+        self.a, self.b, self.log_b = problem.a, problem.b, problem.b.log()
         targets = problem.b.shape[-1]
-        if problem.balanced and isinstance(problem.cost, Tensor) and targets <= _MOST_TARGETS:
+        slow = kernel.reach >= 1 and targets <= _MOST_TARGETS
+        if slow and isinstance(problem.cost, Tensor):
             # A step of Newton's takes about as much longer as there are targets.
             self.patience = 0.0 if targets <= _FEW_TARGETS else float(targets)
 
     def __call__(self, f):
         # The columns are updated last and are exact: the test is on the rows, or it always passes.
-        g = self.transposed.softmin(f, self.log_a)
-        if self.gauge is None:
-            softmin = self.kernel.softmin(g.mul_(self.damping), self.log_b)
-            best = self.damping * softmin
-            return g, best, best, self._row_excess(f, softmin)
+        g = self.transposed.softmin(f, self.log_a).mul_(self.target_damping)
         softmin = self.kernel.softmin(g, self.log_b)
-        return g, self._in_gauge(softmin), softmin, self._row_excess(f, softmin)
+        best = self.damping * softmin
+        return g, self._in_gauge(best, g), best, self._row_excess(f, softmin)
 
     def repeat(self, f, count, tolerance):
         f, made = self.kernel.alternate(f, self.log_a, self.log_b, count, tolerance)
@@ -152,25 +152,48 @@ class _Alternation(_Update):
 
     def leap(self, f, tolerance, max_steps):
         g, steps = newton_potentials(
-            self.log_a.exp(),
-            self.log_b.exp(),
+            self.a,
+            self.b,
             self.kernel.cost,
             self.epsilon,
-            start=self.transposed.softmin(f, self.log_a),
+            penalties=(self.source.penalty, self.target.penalty),
+            start=self.target_damping * self.transposed.softmin(f, self.log_a),
             tolerance=tolerance,
             max_steps=max_steps,
         )
-        return self._in_gauge(self.kernel.softmin(g, self.log_b)), steps
+        return self._in_gauge(self.damping * self.kernel.softmin(g, self.log_b), g), steps
 
-    def _in_gauge(self, f: Tensor) -> Tensor:
-        # f + constant is as good; extrapolated, it might run away.
-        return f - torch.linalg.vecdot(self.gauge, f).unsqueeze(-1)
+    def _in_gauge(self, f: Tensor, g: Tensor | None = None) -> Tensor:
+        """F and the constant that is best beside it.
+
+        Where both marginals are held any is as good; extrapolated, it might run away. Else, with
+        as much less of g, the one that maximises the dual: iterations alone approach it slowly
+        (Séjourné et al., 2022, "Faster Unbalanced Optimal Transport: Translation invariant
+        Sinkhorn and 1-D Frank-Wolfe").
+        """
+        if self.source.held and self.target.held:
+            return f - torch.linalg.vecdot(self.a, f).unsqueeze(-1)
+        assert g is not None
+        surplus = _log_mass(self.source, self.a, f) - _log_mass(self.target, self.b, g)
+        rho = 1 / (1 / self.source.penalty + 1 / self.target.penalty)
+        return f + rho * surplus
 
     def keep(self, rows):
         super().keep(rows)
         self.transposed = self.kernel.transposed
-        self.log_b = self.log_b[rows]
-        self.gauge = None if self.gauge is None else self.gauge[rows]
+        self.a, self.b, self.log_b = self.a[rows], self.b[rows], self.log_b[rows]
+
+
+def _log_mass(side: Marginal, masses: Tensor, potential: Tensor) -> Tensor:
+    """Log of the mass that the optimal plan has with this potential of a side, ``(B, 1)``."""
+    total = masses.sum(-1, keepdim=True)
+    if side.held:
+        return total.log()
+    exponents = potential / -side.penalty
+    excess = torch.linalg.vecdot(masses, exponents.expm1()).unsqueeze(-1) / total
+    # Of a large ρ the first has all digits; of a mass near 0 the second.
+    little = (exponents + masses.log()).logsumexp(-1, keepdim=True)
+    return torch.where(excess > -0.5, total.log() + excess.log1p(), little)
 
 
 class _Averaging(_Update):
@@ -192,6 +215,7 @@ def _iterate(
     plain_steps: int,
 ) -> Potentials:
     a = problem.a
+    tolerance = tolerance * update.kernel.reach
     members, unsolved = torch.arange(len(a), device=a.device), torch.ones_like(a[:, 0]) > 0
     found = [torch.zeros_like(x) for x in (a, problem.b, a, a[:, 0])]
     left, iteration, patience = len(a), 0, update.patience
@@ -199,18 +223,18 @@ def _iterate(
     first = min(_FIRST * plain_steps, max_iterations - 1, patience)
     if first > 0 and not problem.symmetric:
         f, iteration = update.repeat(f, int(first), tolerance)
-    accelerator = Anderson(a, f)
+    accelerator = Anderson(a, f, problem.epsilon)
     while True:
         if patience <= iteration < max_iterations - 1:
             f, steps = update.leap(f, tolerance, max_iterations - 1 - iteration)
-            accelerator, patience = Anderson(a, f), math.inf
+            accelerator, patience = Anderson(a, f, problem.epsilon), math.inf
             iteration += steps
         iteration += 1
         last = iteration == max_iterations
         if last:
             f = accelerator.best_image
         g, image, best, excess = update(f)
-        missing = excess if problem.balanced else excess - problem.optimal_row_excess(f)
+        missing = excess - problem.source.optimal_excess(f)
         error = torch.linalg.vecdot(a, missing.abs())
         done = unsolved if last else unsolved & (error <= tolerance)
         rows = done.nonzero().squeeze(-1)
@@ -259,7 +283,7 @@ def _settled(
     row lacks at most all of its mass. The columns change by what those rows lacked, which stays a
     part of the error.
     """
-    missing = (excess - problem.optimal_row_excess(f)).abs()
+    missing = (excess - problem.source.optimal_excess(f)).abs()
     unseen = (a <= 0) | ((a <= tolerance / _SEEN) & (missing > _SEEN))
-    settled = torch.where(unseen, problem.optimal_row_excess(best), excess)
+    settled = torch.where(unseen, problem.source.optimal_excess(best), excess)
     return torch.where(unseen, best, f), settled

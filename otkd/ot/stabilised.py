@@ -12,13 +12,15 @@ Algorithms for Entropy Regularized Transport Problems".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from otkd.ot.kernels import (
     LARGEST_LOG_DENSITY,
+    SMALLEST_LOG_WEIGHT,
     Kernel,
     ProductKernel,
     centred_weights,
@@ -30,11 +32,16 @@ _ROUNDING = 3e-5  # of a density, by the digits that the way from the held poten
 
 @dataclass
 class _Centre:
-    """What a kernel and its transposed are held at: potentials, and the density between them."""
+    """What a kernel and its transposed are held at: potentials, and the density between them.
+
+    Attributes:
+        bounds: by direction, how small a sum may be (:meth:`StabilisedKernel._least_sum`).
+    """
 
     f: Tensor
     g: Tensor
     density: Tensor
+    bounds: dict[bool, Tensor] = field(default_factory=dict)
 
 
 class StabilisedKernel(Kernel):
@@ -52,7 +59,8 @@ class StabilisedKernel(Kernel):
         self._held = [] if held is None else held  # one list for both directions
         self._flipped = flipped
         self._limit = LARGEST_LOG_DENSITY[cost.dtype]
-        self._furthest = _ROUNDING / torch.finfo(cost.dtype).eps
+        self._eps = torch.finfo(cost.dtype).eps
+        self._furthest = _ROUNDING / self._eps
 
     @property
     def transposed(self) -> StabilisedKernel:
@@ -100,9 +108,10 @@ class StabilisedKernel(Kernel):
             near = self._centre()
             weights, shift = centred_weights(log_b, g - near.g, self.epsilon)
             log_sums = self._products(near.density).apply(weights).log_()
-            # What a density leaves out is far less than such a sum, or more. NaN is neither. And a
+            # What densities and weights leave out is far less than such a sum. NaN is not. And a
             # potential far from the held one has lost as many of its digits.
-            sound = log_sums.abs().amax() < self._limit / 2
+            sound = (log_sums > self._least_sum(near, log_b)).all()
+            sound &= log_sums.amax() < self._limit / 2
             if bool(sound & (shift.abs().amax() < self._furthest)):
                 return near.f - self.epsilon * log_sums.add_(shift)
         return self._hold(g, log_b)
@@ -123,7 +132,24 @@ class StabilisedKernel(Kernel):
 
     def _centre(self) -> _Centre:
         held = self._held[0]
-        return _Centre(held.g, held.f, held.density.mT) if self._flipped else held
+        if not self._flipped:
+            return held
+        return _Centre(held.g, held.f, held.density.mT, held.bounds)
+
+    def _least_sum(self, near: _Centre, log_b: Tensor) -> Tensor:
+        """Log of the smallest sum, over the largest weight, that is sound, ``(B, 1)``.
+
+        Where no density was raised, that is half the limit. And a weight below the smallest is
+        left out. Of a target with more mass than the root of it, it is as far again below its
+        mass: it adds so little to any sum, times the most that its mass adds where it is held.
+        """
+        if self._flipped not in near.bounds:
+            largest = near.density.amax(-2).log_().reshape(len(log_b), -1)
+            clamped = (largest >= 0.99 * self._limit) & ~log_b.isneginf()
+            added = (largest + log_b).masked_fill_(clamped, torch.inf).amax(-1, keepdim=True)
+            lost = SMALLEST_LOG_WEIGHT[self.cost.dtype] / 2 - math.log(self._eps)
+            near.bounds[self._flipped] = (added + lost).clamp_(min=-self._limit / 2)
+        return near.bounds[self._flipped]
 
     def _products(self, density: Tensor) -> ProductKernel:
         return ProductKernel(self.cost, self.epsilon, density)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from otkd.checks import check_finite_rows
 from otkd.costs import Cost
-from otkd.ot.divergence import Options, Report
+from otkd.ot.divergence import Report
+from otkd.ot.options import Options
 from otkd.signals import TopKSignal
 
 

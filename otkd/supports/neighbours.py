@@ -13,7 +13,8 @@ from torch import Tensor
 from otkd.costs import Cost, CostMatrices, EmbeddingCost
 from otkd.costs.base import Side, same_for_all
 from otkd.costs.tails import sample_tokens
-from otkd.ot.divergence import Options, Report
+from otkd.ot.divergence import Report
+from otkd.ot.options import Options
 from otkd.ot.sparse import Graph, SparseCost
 from otkd.scalars import as_whole, settle
 from otkd.supports.base import Positions, Support

@@ -9,7 +9,8 @@ from otkd.costs import Cost, EmbeddingCost
 from otkd.costs.base import Side
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
 from otkd.fused.topk_sinkhorn import TopKSinkhorn
-from otkd.ot.divergence import Options, Report
+from otkd.ot.divergence import Report
+from otkd.ot.options import Options
 from otkd.ot.solution import warn_not_converged
 from otkd.supports.heads import Heads
 
@@ -59,5 +60,5 @@ def solve_on_chip(
         converged=bool((error <= options.tolerance).all()),
     )
     if not report.converged:
-        warn_not_converged(report.iterations, error, options.tolerance)
+        warn_not_converged(a, b, options)
     return value, report

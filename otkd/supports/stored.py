@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from otkd.costs import Cost
-from otkd.ot.divergence import Options, solve_transport
+from otkd.ot.options import Options
 from otkd.ot.problem import Problem
+from otkd.ot.transport import solve_transport
 from otkd.precision import without_autocast
 from otkd.signals.self_term import SelfTermSettings
 from otkd.signals.topk import TopKSignal
@@ -115,9 +116,9 @@ def solve_self_term(
         b, matrix = block.masses(dtype), _matrix(block, cost, support, options, dtype)
         problem = Problem(b, b, matrix, options.epsilon, symmetric=True)
         with without_autocast(b):
-            solved = solve_transport(problem, options).potentials
+            solved = solve_transport(problem, options)
         # Of the unconverged rest, too: 2·⟨b, f⟩ is then the dual value as it is solved in a step.
-        potential[rows] = solved.f - options.epsilon / 2 * solved.row_excess
+        potential[rows] = solved.f - options.epsilon / 2 * solved.potentials.row_excess
     settings = _settings(signal, cost, support, options, dtype)
     return potential.reshape(*signal.tokens.shape[:-1], -1), settings
 

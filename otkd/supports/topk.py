@@ -18,7 +18,8 @@ from otkd.costs.clusters import (
     soft_mean_cost_of_clusters,
 )
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
-from otkd.ot.divergence import Options, Report, solve_divergence
+from otkd.ot.divergence import Report, solve_divergence
+from otkd.ot.options import Options
 from otkd.ot.problem import check_costs
 from otkd.scalars import as_flag, as_whole, settle
 from otkd.signals.atoms import same_up_to_rounding

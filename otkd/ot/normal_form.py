@@ -1,0 +1,124 @@
+"""The form in which every problem is solved: costs from 0 up, masses that add up to 1.
+
+A constant added to the cost changes nothing of the plan of balanced transport, and of a penalised
+one its mass alone; so does a factor of all masses of a side. Either is known beforehand. Let c be
+the least cost of a problem, α and β the masses of its sides, C' = C − c, a' = a/α, b' = b/β, and
+
+    S = ε + ρ_a + ρ_b,   w_a = ρ_a/S,   w_b = ρ_b/S,   h = ρ_a·ρ_b/S
+
+(with the limits of these where a side is held, ρ = ∞). Then
+
+    f = f' + w_a·(c − ε·log β) + h·log(α/β),    g = g' + w_b·(c − ε·log α) − h·log(α/β),
+    log P = log P' + log(α·β) − w_a·log β − w_b·log α − c/S,
+
+which put into the updates f ← ρ_a/(ρ_a + ε)·softmin(g) and g ← ρ_b/(ρ_b + ε)·softmin(f) gives them
+for f' and g'. So the kernels and the solver see no constants, no units of mass and no sign of the
+cost: all that counts is the range of the cost over ε.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from otkd.ot.dense import dense_kernel, kernel_of
+from otkd.ot.kernels import Kernel, log_density
+from otkd.ot.lazy import LazyCost
+from otkd.ot.problem import Problem
+
+# An ε so far below the range is 0 to every bit of the result, and C/ε would not be representable.
+_SMALLEST_EPSILON = {torch.float32: 1e-37, torch.float64: 1e-300}
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A cost less the least one of each problem, and its kernel.
+
+    Attributes:
+        cost: C', as the cost of a :class:`~otkd.ot.problem.Problem`; at least 0.
+        least: c, ``(B, 1)`` or ``(1, 1)``, or None where it is 0 for all problems.
+        kernel: exp(−C'/ε).
+    """
+
+    cost: Tensor | LazyCost
+    least: Tensor | None
+    kernel: Kernel
+
+    @classmethod
+    def of(cls, cost: Tensor | LazyCost, epsilon: float, *, problems: int) -> Ground:
+        """That of a cost without autograd history, for so many problems."""
+        if isinstance(cost, LazyCost) or not cost.numel():  # lazy ones are distances
+            return cls(cost, None, kernel_of(cost, epsilon, problems=problems))
+        each = cost.unsqueeze(0) if cost.ndim == 2 else cost
+        least, greatest = each.amin((-2, -1)), each.amax((-2, -1))
+        span, furthest = torch.stack([(greatest - least).amax(), least.abs().amax()]).tolist()
+        if furthest > 0:
+            cost = cost - (least if cost.ndim == 2 else least.reshape(-1, 1, 1))
+        epsilon = max(epsilon, span * _SMALLEST_EPSILON[cost.dtype])
+        kernel = dense_kernel(cost, epsilon, reach=span / epsilon, single=problems == 1)
+        return cls(cost, least.unsqueeze(-1) if furthest > 0 else None, kernel)
+
+
+@dataclass(frozen=True)
+class NormalForm:
+    """A problem in normal form, and the way back.
+
+    Attributes:
+        problem: with the masses a', b' and the cost C'; without autograd history.
+        ground: that of the cost.
+        source_shift: f − f', ``(B, 1)``, or 0.
+        target_shift: g − g'.
+        log_mass: log P − log P' for both masses multiplied out, ``(B, 1)``, or 0.
+    """
+
+    problem: Problem
+    ground: Ground
+    source_shift: Tensor | float
+    target_shift: Tensor | float
+    log_mass: Tensor | float
+
+    @classmethod
+    def of(cls, problem: Problem, ground: Ground | None = None) -> NormalForm:
+        """That of a problem, whose ground may be known."""
+        problem = problem.detached()
+        if ground is None:
+            ground = Ground.of(problem.cost, problem.epsilon, problems=len(problem.a))
+        least = 0.0 if ground.least is None else ground.least
+        total_a, total_b = (x.sum(-1, keepdim=True) for x in (problem.a, problem.b))
+        a, b = (x / total for x, total in ((problem.a, total_a), (problem.b, total_b)))
+        b = a if problem.b is problem.a else b
+        epsilon = ground.kernel.epsilon
+        normal = replace(problem, a=a, b=b, cost=ground.cost, epsilon=epsilon)
+        if problem.balanced:
+            return cls(normal, ground, least / 2, least / 2, 0.0)
+        share_a, share_b, common, inverse = _weights(problem)
+        log_a, log_b = total_a.log(), total_b.log()
+        return cls(
+            normal,
+            ground,
+            share_a * (least - epsilon * log_b) + common * (log_a - log_b),
+            share_b * (least - epsilon * log_a) - common * (log_a - log_b),
+            (1 - share_b) * log_a + (1 - share_a) * log_b - inverse * least,
+        )
+
+    def plan(self, f: Tensor, g: Tensor) -> Tensor:
+        """P between potentials of the normal form, ``(B, n, m)``; not of a lazy cost."""
+        a, b, cost = self.problem.a, self.problem.b, self.problem.cost
+        if isinstance(cost, LazyCost):
+            raise TypeError("a lazy cost has no plan in full: it would be as large as the cost")
+        log_masses = (a.log() + self.log_mass).unsqueeze(-1) + b.log().unsqueeze(-2)
+        return (log_density(f, g, cost, self.problem.epsilon) + log_masses).exp_()
+
+
+def _weights(problem: Problem) -> tuple[float, float, float, float]:
+    """The weights w_a, w_b, h and 1/S of a problem that is not balanced."""
+    source, target = problem.penalties
+    if math.isinf(source):
+        return 1.0, 0.0, target, 0.0
+    if math.isinf(target):
+        return 0.0, 1.0, source, 0.0
+    total = problem.epsilon + source + target
+    return source / total, target / total, source * (target / total), 1 / total

@@ -1,0 +1,101 @@
+"""One batch of transport problems, from options to values and their gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from otkd.ot.gradients import dual_value, sharp_value
+from otkd.ot.normal_form import Ground, NormalForm
+from otkd.ot.options import Options
+from otkd.ot.problem import Problem
+from otkd.ot.solution import warn_not_converged
+from otkd.ot.solver import Potentials, solve_potentials
+
+
+@dataclass(frozen=True)
+class Transport:
+    """One solved batch of problems.
+
+    Attributes:
+        value: ``(B,)``, differentiable; of balanced problems that of the normal form.
+        form: the normal form, in which it was solved.
+        potentials: those of the normal form.
+        options: what was asked for.
+        differentiable: whether the gradients of the value were found within the tolerance.
+    """
+
+    value: Tensor
+    form: NormalForm
+    potentials: Potentials
+    options: Options
+    differentiable: bool = True
+
+    @property
+    def converged(self) -> bool:
+        """Whether potentials and gradients were found within the tolerance."""
+        return self.potentials.converged and self.differentiable
+
+    @property
+    def f(self) -> Tensor:
+        """The source potentials of the problems as they were given, ``(B, n)``."""
+        return self.potentials.f + self.form.source_shift
+
+    @property
+    def g(self) -> Tensor:
+        """The target potentials of the problems as they were given, ``(B, m)``."""
+        return self.potentials.g + self.form.target_shift
+
+    def plan(self) -> Tensor:
+        """P of each problem, ``(B, n, m)``; not differentiable, and not of a lazy cost."""
+        return self.form.plan(self.potentials.f, self.potentials.g)
+
+    def offsets(self) -> tuple[Tensor, Tensor] | None:
+        """What the value of the problems as they were given has more for each unit of a and of b.
+
+        ``(B,)`` each; None where that is nothing. Balanced problems alone have it: the value of
+        others has no such part.
+        """
+        least = self.form.ground.least
+        if least is None or not self.form.problem.balanced:
+            return None
+        half = (least / 2).reshape(-1)
+        return half, half
+
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """How the value is divided among the points of the two sides, without the offsets."""
+        f, g = self.potentials.f, self.potentials.g
+        if self.options.value == "dual":
+            return f, g
+        kernel, problem = self.form.ground.kernel, self.form.problem
+        row_cost = kernel.mean_cost(f, g, problem.b)
+        column_cost = kernel.transposed.mean_cost(g, f, problem.a)
+        return row_cost / 2, column_cost / 2
+
+
+def solve_transport(
+    problem: Problem,
+    options: Options,
+    ground: Ground | None = None,
+    start: Tensor | None = None,
+) -> Transport:
+    """Solve one batch of problems, and attach the gradient of its value.
+
+    ``ground`` is that of the cost where it is known, and ``start`` a guess of the target potentials
+    of the normal form.
+    """
+    limits = {"tolerance": options.tolerance, "max_iterations": options.max_iterations}
+    form = NormalForm.of(problem, ground)
+    potentials = solve_potentials(
+        form.problem, form.ground.kernel, start=start, plain_steps=options.plain_steps, **limits
+    )
+    if options.value == "dual":
+        value, differentiable = dual_value(problem, form, potentials), True
+    else:
+        value, differentiable = sharp_value(problem, form, potentials, **limits)
+    transport = Transport(value, form, potentials, options, differentiable)
+    if not transport.converged:
+        what = "the gradient" if potentials.converged else "the potentials"
+        warn_not_converged(problem.a, problem.b, options, what)
+    return transport
