@@ -64,7 +64,7 @@ def sinkhorn(
         moved = torch.linalg.vecdot(normal.a, row_cost)
     return Solution(
         value=with_offsets(transport.value, a, b, [transport]).reshape(batch),
-        transport_cost=with_offsets(moved, normal.a, normal.b, [transport]).reshape(batch),
+        transport_cost=with_offsets(moved, normal.a, normal.b, [transport]).to(a).reshape(batch),
         f=transport.f.reshape(*batch, a.shape[-1]),
         g=transport.g.reshape(*batch, b.shape[-1]),
         marginal_error=potentials.marginal_error.reshape(batch),

@@ -21,6 +21,7 @@ accelerated as the solver's is.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from otkd.ot.normal_form import NormalForm
 from otkd.ot.problem import Problem
 from otkd.ot.solver import Potentials
 from otkd.precision import without_autocast
+
+PullBack = Callable[[Tensor, Sequence[bool]], tuple[Tensor | None, ...]]
+"""From the gradient of the value to those of what the cost is made of, those that are needed."""
 
 _ROUNDING = 4.0  # of the largest cost, in its last bits
 
@@ -55,7 +59,10 @@ class _WithGradient(torch.autograd.Function):
         grad_inputs: tuple[Tensor | None, ...] = (None,) * len(needed)
         if ctx.pull_back is not None:
             with without_autocast(weights):
-                grad_inputs = ctx.pull_back(weights, needed)
+                grad_inputs = tuple(
+                    None if part is None else part.to(weights)
+                    for part in ctx.pull_back(weights, needed)
+                )
         return (
             *(None,) * 4,
             weights * grad_a if needs_a else None,
@@ -83,16 +90,23 @@ def dual_value(problem: Problem, form: NormalForm, potentials: Potentials) -> Te
         left = weights * normal.a * _exp(form.log_mass)
         return kernel.pull_back(f, g, left, normal.b, needed)
 
-    return _WithGradient.apply(
-        value, grad_a, grad_b, pull_back, problem.a, problem.b, *problem.cost_inputs
-    )
+    return _attached(problem, value, grad_a, grad_b, pull_back)
+
+
+def _attached(
+    problem: Problem, value: Tensor, grad_a: Tensor, grad_b: Tensor, pull_back: PullBack
+) -> Tensor:
+    """The value with its gradients, in the precision of the problem."""
+    dtype = problem.a.dtype
+    found = (x.to(dtype) for x in (value, grad_a, grad_b))
+    return _WithGradient.apply(*found, pull_back, problem.a, problem.b, *problem.cost_inputs)
 
 
 def _relaxed(
     problem: Problem, form: NormalForm, potentials: Potentials
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The value of problems with a penalised side, and its gradients in a and b."""
-    a, b, epsilon = problem.a, problem.b, problem.epsilon
+    a, b, epsilon = problem.a.to(potentials.f), problem.b.to(potentials.f), problem.epsilon
     total_a, total_b = (x.sum(-1, keepdim=True) for x in (a, b))
     target_excess = form.problem.target.optimal_excess(potentials.g)
     if problem.symmetric:
@@ -130,7 +144,7 @@ def sharp_value(
     value = torch.linalg.vecdot(a, row_cost)
     differentiated = any(x.requires_grad for x in (problem.a, problem.b, *problem.cost_inputs))
     if not (differentiated and torch.is_grad_enabled()):
-        return value, True
+        return value.to(problem.a.dtype), True
     x, y, solved = _solve_adjoint(normal, kernel, potentials, row_cost, tolerance, max_iterations)
 
     def pull_back(weights, needed):
@@ -140,8 +154,7 @@ def sharp_value(
         moved = kernel.coupling(f, g, left * x, b) + kernel.coupling(f, g, left, b * y)
         return (plan + (moved - plan * cost) / epsilon,)
 
-    value = _WithGradient.apply(value, x, y, pull_back, problem.a, problem.b, *problem.cost_inputs)
-    return value, solved
+    return _attached(problem, value, x, y, pull_back), solved
 
 
 @torch.no_grad()
@@ -156,26 +169,27 @@ def _solve_adjoint(
     """The pair (x, y) of the module's docstring, with ⟨a, x⟩ = ⟨b, y⟩, and whether it is found."""
     a, b, f, g = problem.a, problem.b, potentials.f, potentials.g
     # In the gradient an error of x is divided by ε; what rounding leaves of it no step removes.
-    rounding = _ROUNDING * torch.finfo(a.dtype).eps * problem.largest_cost
+    largest = problem.largest_cost or 1.0
+    rounding = _ROUNDING * torch.finfo(a.dtype).eps * largest
     limit = max(tolerance * problem.epsilon * kernel.reach, rounding)
     row_sums = kernel.mean(f, g, b, torch.ones_like(b)).clamp(min=torch.finfo(b.dtype).tiny)
     change = a.new_full((len(a),), torch.inf)
     solved = False
     if problem.symmetric:
         x = next_x = row_cost / row_sums / 2
-        accelerator = Anderson(a, x, problem.epsilon)
+        accelerator = Anderson(a, x, largest)
         for _ in range(max_iterations):
             next_x = (row_cost - kernel.mean(f, g, a, x)) / row_sums
             change = (a * (x - next_x).abs()).sum(-1)
             solved = bool((change <= limit).all())
             if solved:
                 break
-            x = accelerator.next_point(x, (x + next_x) / 2, change)
+            x = accelerator.next_point(x, (x + next_x) / 2, change / largest)
         return next_x, next_x, solved
     backward = kernel.transposed
     column_cost = backward.mean_cost(g, f, a)
     x = next_x = row_cost / row_sums
-    accelerator = Anderson(a, x, problem.epsilon)
+    accelerator = Anderson(a, x, largest)
     for _ in range(max_iterations):
         y = column_cost - backward.mean(g, f, a, x)
         next_x = (row_cost - kernel.mean(f, g, b, y)) / row_sums
@@ -184,7 +198,7 @@ def _solve_adjoint(
         solved = bool((change <= limit).all())
         if solved:
             break
-        x = accelerator.next_point(x, next_x, change)
+        x = accelerator.next_point(x, next_x, change / largest)
     y = column_cost - backward.mean(g, f, a, next_x)
     shift = ((b * y).sum(-1, keepdim=True) - (a * next_x).sum(-1, keepdim=True)) / 2
     return next_x + shift, y - shift, solved

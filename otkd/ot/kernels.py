@@ -274,9 +274,10 @@ class LogKernel(Kernel):
         blocks = []
         for rows, cost in self._blocks(len(f)):
             coupling = coupling_density(f[rows], g[rows], cost, self.epsilon)
-            if times_cost:
-                coupling = coupling * cost
-            blocks.append((coupling @ weights[rows].unsqueeze(-1)).squeeze(-1))
+            mass = weights[rows].unsqueeze(-1)
+            if times_cost:  # first with the masses: a density may be as large as a cost
+                coupling, mass = (coupling * mass.mT) * cost, torch.ones_like(mass)
+            blocks.append((coupling @ mass).squeeze(-1))
         return torch.cat(blocks) if blocks else f.clone()
 
     def _blocks(self, problems: int):

@@ -13,9 +13,16 @@ Sinkhorn's own update of g, which rises, too, goes between: it sets right at onc
 little mass that would shorten the step for all. So a handful of steps do where iterations need
 hundreds or thousands, as between a few well-separated classes, or where ρ is large. It is done in
 float64: the Hessian has eigenvalues down to exp(−C/ε).
+
+At an ε far below the range of the costs a step that is cut is short beside the way there. Then the
+problem is first solved at a larger ε, and from there at ever smaller ones (Schmitzer, 2019,
+"Stabilized Sparse Scaling Algorithms for Entropy Regularized Transport Problems"): a few steps
+each, so that the number of steps grows as the logarithm of 1/ε.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -26,6 +33,9 @@ _BLOCK_ELEMENTS = 2**17
 _MARGIN = 1e-3  # of the tolerance: one more step, and rounding to float32 is what is left
 _LEAST_EIGENVALUE = 1e-13
 _LEAST_MASS = 1e-200
+_DIRECT = 100.0  # of the range over ε: up to there without larger ε
+_RATIO = 4.0  # of one ε to the next
+_COARSE = 1e-3  # the error at which the next is begun
 
 
 def newton_potentials(
@@ -45,18 +55,43 @@ def newton_potentials(
     memory of a block of problems.
     """
     found, most = torch.empty_like(start), 0
-    sides = tuple(Marginal(penalty / epsilon) for penalty in penalties)
+    penalties = penalties[0] / epsilon, penalties[1] / epsilon
     size = max(1, _BLOCK_ELEMENTS // cost.shape[-2:].numel())
     for block in torch.arange(len(b), device=b.device).split(size):
         x, y = (masses[block].double() for masses in (a, b))
-        if sides[0].held and sides[1].held:
+        if penalties == HELD:
             x, y = x / x.sum(-1, keepdim=True), y / y.sum(-1, keepdim=True)
         own = (cost if cost.ndim == 2 else cost[block]).double() / epsilon
         g = start[block].double() / epsilon
-        g, steps = _ascend(x, y, own, g, sides, _MARGIN * tolerance, max_steps)
+        g, steps = _descend(x, y, own, g, penalties, _MARGIN * tolerance, max_steps)
         found[block] = (g * epsilon).to(found.dtype)
         most = max(most, steps)
     return found, most
+
+
+def _descend(
+    a: Tensor,
+    b: Tensor,
+    cost: Tensor,
+    g: Tensor,
+    penalties: tuple[float, float],
+    limit: float,
+    max_steps: int,
+) -> tuple[Tensor, int]:
+    """The potentials g of a block, by way of larger ε where they are far, and the steps it took.
+
+    The potentials, the cost and the penalties are in units of ε.
+    """
+    reach = (cost.max() - cost.min()).item()
+    levels = math.ceil(math.log(reach / _DIRECT, _RATIO)) if _DIRECT < reach < math.inf else 0
+    steps = 0
+    for level in range(levels, -1, -1):
+        unit = _RATIO**level
+        sides = Marginal(penalties[0] / unit), Marginal(penalties[1] / unit)
+        error = max(limit, _COARSE) if level else limit
+        g, taken = _ascend(a, b, cost / unit, g / unit, sides, error, max_steps - steps)
+        g, steps = g * unit, steps + taken
+    return g, steps
 
 
 def _ascend(
@@ -64,14 +99,11 @@ def _ascend(
     b: Tensor,
     cost: Tensor,
     g: Tensor,
-    sides: tuple[Marginal, ...],
+    sides: tuple[Marginal, Marginal],
     limit: float,
     max_steps: int,
 ) -> tuple[Tensor, int]:
-    """The potentials g of a block, and the steps it took.
-
-    The potentials, the cost and the penalties are in units of ε.
-    """
+    """The potentials g of a block, and the steps it took; all in units of ε."""
     source, target = sides
     damping = source.damping(1.0)
     # How fast masses change with the potentials; they do not where they are held.

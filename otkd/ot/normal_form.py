@@ -13,7 +13,8 @@ the least cost of a problem, α and β the masses of its sides, C' = C − c, a'
 
 which put into the updates f ← ρ_a/(ρ_a + ε)·softmin(g) and g ← ρ_b/(ρ_b + ε)·softmin(f) gives them
 for f' and g'. So the kernels and the solver see no constants, no units of mass and no sign of the
-cost: all that counts is the range of the cost over ε.
+cost: all that counts is the range of the cost over ε. Where float32 has too few digits for that, a
+normal form is in float64.
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ from otkd.ot.kernels import Kernel, log_density
 from otkd.ot.lazy import LazyCost
 from otkd.ot.problem import Problem
 
-# An ε so far below the range is 0 to every bit of the result, and C/ε would not be representable.
-_SMALLEST_EPSILON = {torch.float32: 1e-37, torch.float64: 1e-300}
+_ROUNDINGS = 2  # of C/ε, which are to be within the tolerance of the marginals
+SMALLEST_EPSILON = 1e-11
+"""Of the range of the cost: balanced problems with a smaller ε are solved with this one.
+
+The value is the same to ε·log(n·m), and below there potentials in float64 have no digits for the
+plan any more.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,16 +54,23 @@ class Ground:
     kernel: Kernel
 
     @classmethod
-    def of(cls, cost: Tensor | LazyCost, epsilon: float, *, problems: int) -> Ground:
-        """That of a cost without autograd history, for so many problems."""
+    def of(cls, problem: Problem, tolerance: float) -> Ground:
+        """That of a problem without autograd history, which is to be solved to this tolerance.
+
+        It is in float64 where the rounding of C/ε in float32 alone is beyond the tolerance.
+        """
+        cost, epsilon, problems = problem.cost, problem.epsilon, len(problem.a)
         if isinstance(cost, LazyCost) or not cost.numel():  # lazy ones are distances
             return cls(cost, None, kernel_of(cost, epsilon, problems=problems))
         each = cost.unsqueeze(0) if cost.ndim == 2 else cost
         least, greatest = each.amin((-2, -1)), each.amax((-2, -1))
         span, furthest = torch.stack([(greatest - least).amax(), least.abs().amax()]).tolist()
+        if problem.balanced:
+            epsilon = max(epsilon, span * SMALLEST_EPSILON)
+        if span / epsilon * _ROUNDINGS * torch.finfo(cost.dtype).eps > tolerance:
+            cost = cost.double()
         if furthest > 0:
             cost = cost - (least if cost.ndim == 2 else least.reshape(-1, 1, 1))
-        epsilon = max(epsilon, span * _SMALLEST_EPSILON[cost.dtype])
         kernel = dense_kernel(cost, epsilon, reach=span / epsilon, single=problems == 1)
         return cls(cost, least.unsqueeze(-1) if furthest > 0 else None, kernel)
 
@@ -81,14 +94,18 @@ class NormalForm:
     log_mass: Tensor | float
 
     @classmethod
-    def of(cls, problem: Problem, ground: Ground | None = None) -> NormalForm:
-        """That of a problem, whose ground may be known."""
+    def of(
+        cls, problem: Problem, ground: Ground | None = None, *, tolerance: float = 1e-4
+    ) -> NormalForm:
+        """That of a problem, whose ground may be known, to be solved to this tolerance."""
         problem = problem.detached()
         if ground is None:
-            ground = Ground.of(problem.cost, problem.epsilon, problems=len(problem.a))
+            ground = Ground.of(problem, tolerance)
         least = 0.0 if ground.least is None else ground.least
-        total_a, total_b = (x.sum(-1, keepdim=True) for x in (problem.a, problem.b))
-        a, b = (x / total for x, total in ((problem.a, total_a), (problem.b, total_b)))
+        dtype = ground.cost.dtype
+        a, b = problem.a.to(dtype), problem.b.to(dtype)
+        total_a, total_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
+        a, b = a / total_a, b / total_b
         b = a if problem.b is problem.a else b
         epsilon = ground.kernel.epsilon
         normal = replace(problem, a=a, b=b, cost=ground.cost, epsilon=epsilon)

@@ -123,7 +123,9 @@ class StabilisedKernel(Kernel):
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""
         near = self._at(f, g)
-        return self._products(near.density * self.cost).apply(b)
+        # First with the masses: a density may be as large as a cost.
+        masses = near.density * b.reshape(*self.cost.shape[:-2], 1, -1)
+        return (masses * self.cost).sum(-1).reshape(f.shape)
 
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.Kernel`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ class Transport:
     Attributes:
         value: ``(B,)``, differentiable; of balanced problems that of the normal form.
         form: the normal form, in which it was solved.
-        potentials: those of the normal form.
+        potentials: those of the normal form, in its precision.
         options: what was asked for.
         differentiable: whether the gradients of the value were found within the tolerance.
     """
@@ -40,16 +40,16 @@ class Transport:
     @property
     def f(self) -> Tensor:
         """The source potentials of the problems as they were given, ``(B, n)``."""
-        return self.potentials.f + self.form.source_shift
+        return (self.potentials.f + self.form.source_shift).to(self.value)
 
     @property
     def g(self) -> Tensor:
         """The target potentials of the problems as they were given, ``(B, m)``."""
-        return self.potentials.g + self.form.target_shift
+        return (self.potentials.g + self.form.target_shift).to(self.value)
 
     def plan(self) -> Tensor:
         """P of each problem, ``(B, n, m)``; not differentiable, and not of a lazy cost."""
-        return self.form.plan(self.potentials.f, self.potentials.g)
+        return self.form.plan(self.potentials.f, self.potentials.g).to(self.value)
 
     def offsets(self) -> tuple[Tensor, Tensor] | None:
         """What the value of the problems as they were given has more for each unit of a and of b.
@@ -67,11 +67,11 @@ class Transport:
         """How the value is divided among the points of the two sides, without the offsets."""
         f, g = self.potentials.f, self.potentials.g
         if self.options.value == "dual":
-            return f, g
+            return f.to(self.value), g.to(self.value)
         kernel, problem = self.form.ground.kernel, self.form.problem
         row_cost = kernel.mean_cost(f, g, problem.b)
         column_cost = kernel.transposed.mean_cost(g, f, problem.a)
-        return row_cost / 2, column_cost / 2
+        return (row_cost / 2).to(self.value), (column_cost / 2).to(self.value)
 
 
 def solve_transport(
@@ -86,10 +86,13 @@ def solve_transport(
     of the normal form.
     """
     limits = {"tolerance": options.tolerance, "max_iterations": options.max_iterations}
-    form = NormalForm.of(problem, ground)
+    form = NormalForm.of(problem, ground, tolerance=options.tolerance)
+    start = None if start is None else start.to(form.problem.b)
     potentials = solve_potentials(
         form.problem, form.ground.kernel, start=start, plain_steps=options.plain_steps, **limits
     )
+    error = potentials.marginal_error.to(problem.a)
+    potentials = replace(potentials, marginal_error=error)
     if options.value == "dual":
         value, differentiable = dual_value(problem, form, potentials), True
     else:

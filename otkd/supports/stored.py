@@ -118,7 +118,8 @@ def solve_self_term(
         with without_autocast(b):
             solved = solve_transport(problem, options)
         # Of the unconverged rest, too: 2·⟨b, f⟩ is then the dual value as it is solved in a step.
-        potential[rows] = solved.f - options.epsilon / 2 * solved.potentials.row_excess
+        excess = options.epsilon / 2 * solved.potentials.row_excess
+        potential[rows] = (solved.f - excess).to(dtype)
     settings = _settings(signal, cost, support, options, dtype)
     return potential.reshape(*signal.tokens.shape[:-1], -1), settings
 
