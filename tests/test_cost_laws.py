@@ -166,7 +166,7 @@ def test_a_tiny_range_has_a_value_and_gradient_as_precise(seed, dtype, unit, val
     """To first order in C/ε the plan is a⊗b and f = C·b − ½·aᵀ·C·b; float32 has six digits."""
     a, b, cost, _ = problem("shared", seed, dtype, 1.0)
     a, b, cost = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True), cost * unit
-    options = Options(2.0**24 * unit, value=value, debias=False)
+    options = Options(epsilon=2.0**24 * unit, value=value, debias=False)
     solution, slopes = divergence(a, b, [cost], options)
     assert solution.converged
     independent = torch.einsum("bi,ij,bj->b", *(x.double() for x in (a, cost, b)))
@@ -216,7 +216,7 @@ def test_a_constant_in_all_costs_leaves_the_divergence(
 ):
     """And one in each of the three adds up; gradients change by constants of a distribution."""
     a, b, cost, epsilon = problem(kind, seed, dtype, reach, square=True)
-    options = Options(epsilon, max_iterations=300, value=value, debias=debias)
+    options = Options(epsilon=epsilon, max_iterations=300, value=value, debias=debias)
     expected, slopes = divergence(a, b, [cost] * 3, options)
     found, found_slopes = divergence(a, b, [cost + constant] * 3, options)
     assert (found.converged, found.iterations) == (expected.converged, expected.iterations)
@@ -244,8 +244,10 @@ def test_a_constant_in_all_costs_leaves_the_divergence(
 def test_the_unit_of_a_divergence(seed, dtype, reach, unit, value):
     a, b, cost, epsilon = problem("shared", seed, dtype, reach, square=True)
     limits = {"max_iterations": 300, "value": value}
-    expected, slopes = divergence(a, b, [cost] * 3, Options(epsilon, **limits))
-    found, found_slopes = divergence(a, b, [cost * unit] * 3, Options(epsilon * unit, **limits))
+    expected, slopes = divergence(a, b, [cost] * 3, Options(epsilon=epsilon, **limits))
+    found, found_slopes = divergence(
+        a, b, [cost * unit] * 3, Options(epsilon=epsilon * unit, **limits)
+    )
     assert (found.converged, found.iterations) == (expected.converged, expected.iterations)
     rounding = 256 * EPS[dtype] * 16
     close(found.value / unit, expected.value, rtol=0, atol=rounding)
@@ -272,7 +274,7 @@ def test_constants_and_masses_of_penalised_transport(kind, seed, reach, rho, con
     side is held, and none where one is.
     """
     a, b, cost, epsilon = problem(kind, seed, F64, reach)
-    options = Options(epsilon, unbalanced=rho, debias=False)
+    options = Options(epsilon=epsilon, unbalanced=rho, debias=False)
     expected, slopes = divergence(a, b, [cost], options)
     assert expected.converged
     moved, moved_slopes = divergence(a * totals[0], b * totals[1], [cost + constant], options)
@@ -297,10 +299,10 @@ def test_the_unit_of_cost_epsilon_and_penalty(seed, dtype, reach, unit):
     a, b, cost, epsilon = problem("per_item", seed, dtype, reach)
     cost = cost + 8  # below 0 by many ρ the plan is as many times larger than the masses
     for rho in ((2.0, 0.5), (2.0, math.inf), (0.01, 0.01)):
-        options = Options(epsilon, unbalanced=rho, debias=False)
+        options = Options(epsilon=epsilon, unbalanced=rho, debias=False)
         expected, slopes = divergence(a, b, [cost], options)
         scaled = tuple(unit * penalty for penalty in rho)
-        options = Options(epsilon * unit, unbalanced=scaled, debias=False)
+        options = Options(epsilon=epsilon * unit, unbalanced=scaled, debias=False)
         found, found_slopes = divergence(a, b, [cost * unit], options)
         assert found.iterations == expected.iterations
         rounding = 256 * EPS[dtype] * 16
@@ -316,7 +318,7 @@ def test_plans_near_the_largest_of_float32_have_the_gradients_of_float64(rho, re
     a, b, cost, epsilon = problem("per_item", 8, F64, reach)
     cost, epsilon = cost / 32, epsilon / 32
     cost = cost - 78 * (epsilon + sum(rho))
-    options = Options(epsilon, unbalanced=rho, debias=False)
+    options = Options(epsilon=epsilon, unbalanced=rho, debias=False)
     expected, slopes = divergence(a, b, [cost], options)
     found, found_slopes = divergence(a.float(), b.float(), [cost.float()], options)
     assert found.converged
@@ -368,7 +370,7 @@ def test_a_blocked_cost_is_its_matrix_at_every_epsilon(dtype, epsilon):
     cost = BlockedCost(otkd.costs.EmbeddingCost(x), dtype=dtype)
     matrix = torch.cat([block for _, block in cost.blocks()])
     a, b = masses(2, 3, 12).to(dtype), masses(3, 3, 12).to(dtype)
-    options = Options(epsilon, max_iterations=2000, debias=True)
+    options = Options(epsilon=epsilon, max_iterations=2000, debias=True)
     lazy = solve_divergence(a, b, CostMatrices(cost, cost, cost), options)
     dense = solve_divergence(a, b, CostMatrices(matrix, matrix, matrix), options)
     assert dense.converged

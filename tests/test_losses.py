@@ -603,7 +603,7 @@ def test_where_settings_are_at_their_defaults():
             assert build().reduction == "mean"
     token, batch = otkd.SinkhornLoss(embedding=points(1, 4)), otkd.BatchSinkhornLoss()
     expected = {"epsilon": 0.1, "tolerance": 1e-4, "value": "dual"}
-    options = otkd.ot.divergence.Options
+    options = otkd.ot.options.Options
     assert token.solver_options == options(**expected, debias=True, max_iterations=200)
     assert batch.solver_options == options(**expected, debias=False, max_iterations=1000)
     assert batch.cost == "l1"

@@ -281,7 +281,8 @@ def test_an_adjoint_that_does_not_converge_is_reported(monkeypatch):
         return adjoint(*arguments[:-1], 2)
 
     monkeypatch.setattr(otkd.ot.gradients, "_solve_adjoint", stopped)
-    options = Options(0.05, 1e-9, 2000, "sharp", debias=False)
+    limits = {"epsilon": 0.05, "tolerance": 1e-9, "max_iterations": 2000}
+    options = Options(value="sharp", debias=False, **limits)
     costs = CostMatrices(cost.requires_grad_())
     with pytest.warns(ConvergenceWarning, match="the gradient of transport between 6 and 6"):
         solution = solve_divergence(a, b, costs, options)

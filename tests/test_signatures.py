@@ -11,7 +11,8 @@ from torch import Tensor
 
 import otkd
 from otkd import functional
-from otkd.ot.divergence import Options, Report
+from otkd.ot.divergence import Report
+from otkd.ot.options import Options
 
 NEEDS_COST = ("sinkhorn", "wasserstein")
 

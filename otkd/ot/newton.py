@@ -55,6 +55,8 @@ def newton_potentials(
     memory of a block of problems.
     """
     found, most = torch.empty_like(start), 0
+    if not len(b):
+        return found, most
     penalties = penalties[0] / epsilon, penalties[1] / epsilon
     size = max(1, _BLOCK_ELEMENTS // cost.shape[-2:].numel())
     for block in torch.arange(len(b), device=b.device).split(size):
