@@ -42,7 +42,7 @@ def keops():
 
 def embedding_cost(metric, sides, n=11, m=14):
     target = None if sides == "one" else points(2, m, WIDTH)
-    return EmbeddingCost(points(1, n, WIDTH), target, metric)
+    return EmbeddingCost(points(1, n, WIDTH), target, metric=metric)
 
 
 def naive_matrix(cost, sides):
