@@ -153,7 +153,7 @@ def test_a_block_is_small_beside_the_matrix_and_never_empty():
 @given(seeds, st.sampled_from(METRICS), st.booleans(), st.sampled_from([0, 30]))
 def test_the_largest_cost_is_an_upper_bound_and_no_far_one(seed, metric, two, offset):
     x, y = points(seed, 9, WIDTH) + offset, points(seed + 1, 6, WIDTH) + offset
-    cost = EmbeddingCost(x, y if two else None, metric)
+    cost = EmbeddingCost(x, y if two else None, metric=metric)
     lazy = BlockedCost(cost, dtype=F64)
     largest = torch.cat([block for _, block in lazy.blocks()]).max().item()
     assert largest <= lazy.largest() * (1 + 1e-9)
