@@ -242,7 +242,8 @@ def _vanishes(exponent: float) -> bool:
 def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """w·a + (1−w)·b, above 0 so that it has a logarithm where neither has mass.
 
-    At w = ½ exchanging a and b gives the same bits, which ``torch.lerp`` does not.
+    At w = ½ the same bits if a and b change places, which ``torch.lerp`` does not give; both give
+    a where a = b.
     """
-    mixed = torch.add((1 - weight) * b, a, alpha=weight)
+    mixed = torch.add(a, b).div_(2) if weight == 0.5 else torch.lerp(b, a, weight)
     return mixed.clamp_(min=torch.finfo(a.dtype).tiny)
