@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from otkd.scalars import as_not_negative, as_positive
+from otkd.tensors import check_floating
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -55,10 +56,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_one_logits(name: str, logits: Tensor) -> None:
-    """Raise unless ``logits`` is a floating-point tensor ``(*batch, vocab)``."""
-    if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"{name} must be a floating-point tensor (*batch, vocab), got {kind}")
+    """Raise unless ``logits`` is a tensor ``(*batch, vocab)`` that can be computed with.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`~otkd.tensors.check_floating`; ``ValueError``
+            for another shape.
+    """
+    check_floating(name, logits, "(*batch, vocab)")
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(
             f"{name} must have shape (*batch, vocab) with vocab ≥ 1, got {tuple(logits.shape)}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from otkd.checks import check_choice
 from otkd.scalars import as_positive
+from otkd.tensors import check_floating
 
 _RIDGE = 1e-3
 METHODS = ("procrustes", "least_squares")
@@ -158,9 +159,7 @@ def check_embedding(name: str, rows: Tensor) -> None:
         TypeError: if it is not a floating-point tensor.
         ValueError: if it is no matrix or a row is not finite.
     """
-    if not isinstance(rows, Tensor) or not rows.is_floating_point():
-        kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
-        raise TypeError(f"the {name} must be a floating-point matrix (tokens, width), got {kind}")
+    check_floating(f"the {name}", rows, "(tokens, width)")
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(f"the {name} must be a matrix (tokens, width), got {tuple(rows.shape)}")
     bad = ~rows.detach().isfinite().all(-1)

@@ -32,6 +32,7 @@ from otkd.checks import (
     refuse_second_derivative,
 )
 from otkd.precision import compute_dtype, without_autocast
+from otkd.tensors import is_batched
 
 LOG_ZERO = -1e5
 """Floor of every log-probability: where KL is truly infinite it is finite and this steep."""
@@ -239,9 +240,13 @@ class _Rowwise(torch.autograd.Function):
     def backward(ctx, grad_values):  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_second_derivative("divergences are")
         (gradient,) = ctx.saved_tensors
-        # It is not needed again unless the graph is kept: then no copy is made of it.
-        result = torch.empty_like(gradient) if _graph_is_kept() else gradient
-        torch.mul(gradient, grad_values.unsqueeze(-1).to(gradient.dtype), out=result)
+        factor = grad_values.unsqueeze(-1).to(gradient.dtype)
+        if is_batched(factor):
+            result = gradient * factor
+        else:
+            # Scaled in place, unless the graph is kept and the gradient needed again.
+            result = torch.empty_like(gradient) if _graph_is_kept() else gradient
+            torch.mul(gradient, factor, out=result)
         return result.to(ctx.dtype), None, None, None, None, None
 
 

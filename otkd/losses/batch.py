@@ -20,6 +20,7 @@ from otkd.ot.options import Options
 from otkd.precision import compute_dtype, without_autocast
 from otkd.reductions import ItemCounts, reduce_positions
 from otkd.scalars import as_flag, as_not_negative, as_positive, as_whole
+from otkd.tensors import check_floating
 
 _TEMPERATURE = 2.0  # of SinKD's public code
 
@@ -320,9 +321,8 @@ def _at_positions(shares: Tensor, batch: Batch) -> Tensor:
 
 
 def _check_features(name: str, features: Tensor | None, batch_shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(features, Tensor) or not features.is_floating_point():
-        kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
-        raise TypeError(f"{name} must be a floating-point tensor (*batch, width), got {kind}")
+    check_floating(name, features, "(*batch, width)")
+    assert features is not None
     if features.ndim < 1 or tuple(features.shape[:-1]) != batch_shape:
         raise ValueError(
             f"{name} must have shape {batch_shape} + (width,), got {tuple(features.shape)}"

@@ -13,6 +13,7 @@ from otkd.costs import CostMatrices
 from otkd.ot.dense import kernel_of
 from otkd.ot.kernels import Kernel
 from otkd.ot.lazy import LazyCost
+from otkd.tensors import check_floating
 
 MASS_TOLERANCE = 1e-3
 HELD = (math.inf, math.inf)
@@ -115,7 +116,7 @@ def check_masses(a: Tensor, b: Tensor) -> None:
             to 1 within 1e-3.
     """
     for name, masses in (("a", a), ("b", b)):
-        _check_floating(name, masses)
+        check_floating(name, masses)
         if masses.ndim < 1 or masses.shape[-1] == 0:
             raise ValueError(f"{name} must have shape (*batch, size), got {tuple(masses.shape)}")
         _check_distribution(name, masses.detach())
@@ -133,7 +134,7 @@ def check_costs(n: int, m: int, costs: CostMatrices) -> None:
         if cost is None or isinstance(cost, LazyCost) or any(cost is other for other in seen):
             continue  # one vocabulary: the three are one matrix
         seen.append(cost)
-        _check_floating("cost", cost)
+        check_floating("cost", cost)
         check_cost_shape(cost, *size)
         if cost.numel() and not _range(cost.detach()).isfinite():  # nor is it with a NaN
             raise ValueError(
@@ -145,12 +146,6 @@ def check_costs(n: int, m: int, costs: CostMatrices) -> None:
 def _range(cost: Tensor) -> Tensor:
     least, greatest = torch.aminmax(cost)
     return greatest - least
-
-
-def _check_floating(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a floating-point tensor, got {kind}")
 
 
 def flatten_problem(

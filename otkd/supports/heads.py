@@ -10,6 +10,7 @@ from torch import Tensor
 from otkd.precision import without_autocast
 from otkd.signals.beside import certainly_heavier
 from otkd.supports.base import Positions, check_softmax, over_temperature
+from otkd.tensors import refuse_batched
 
 _BLOCK_ELEMENTS_ON_CPU = 2**19  # about what a core's cache holds
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
@@ -167,6 +168,7 @@ class HeadMasses(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_masses):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_batched("TopK", grad_masses)
         logits, counted, tokens, masses, rest = ctx.saved_tensors
         grad_head, grad_rest = grad_masses.split([tokens.shape[-1], rest.shape[-1]], -1)
         inner = (masses * grad_head).sum(-1, keepdim=True)
