@@ -237,6 +237,123 @@ def test_the_product(name, dtype):
         assert gradient[outside].eq(0).all(), case
 
 
+# Extreme calls -----------------------------------------------------------------------------------
+
+
+def of_shape(*shape, vocab=VOCAB):
+    return numbers(1, *shape, vocab), numbers(2, *shape, vocab)
+
+
+def without_mass(logits):
+    logits[..., 1] = -math.inf
+    return logits
+
+
+def with_a_gap(logits):
+    logits[..., 0, 2] = 1e4
+    logits[..., -1, 3] = -1e4
+    return logits
+
+
+EXTREMES = {
+    "-inf": lambda: map(without_mass, of_shape(*SHAPE)),
+    "gap": lambda: map(with_a_gap, of_shape(*SHAPE)),
+    "gap of the student": lambda: (with_a_gap(of_shape(*SHAPE)[0]), of_shape(*SHAPE)[1]),
+    "gap of the teacher": lambda: (of_shape(*SHAPE)[0], with_a_gap(of_shape(*SHAPE)[1])),
+    "no position": lambda: of_shape(0),
+    "no sequence": lambda: of_shape(0, 3),
+    "empty sequences": lambda: of_shape(2, 0),
+    "one position": lambda: of_shape(1, 1),
+    "no batch dimension": lambda: of_shape(),
+    "one token": lambda: of_shape(*SHAPE, vocab=1),
+    "two tokens": lambda: of_shape(*SHAPE, vocab=2),
+    "equal": lambda: of_shape(*SHAPE)[:1] * 2,
+    "constant": lambda: (torch.zeros(*SHAPE, VOCAB), torch.zeros(*SHAPE, VOCAB)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::otkd.ConvergenceWarning")
+@every_dtype
+@every_loss
+def test_extreme_calls_are_finite(name, dtype):
+    for case, make in EXTREMES.items():
+        student, teacher = (logits.to(dtype) for logits in make())
+        loss = built(name, vocab=student.shape[-1])
+        labels = torch.zeros(student.shape[:-1], dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16) if case == "gap" else nullcontext():
+            value, slope = evaluate(loss, student, teacher, labels=labels)
+        assert value.shape == (), case
+        assert value.isfinite(), case
+        assert slope.isfinite().all(), case
+        if case == "-inf":
+            assert slope[..., 1].eq(0).all(), case
+        if not labels.numel():
+            assert value == 0, case
+
+
+@every_dtype
+@every_loss
+def test_nothing_counted_is_zero(name, dtype):
+    student, teacher = (torch.full((*SHAPE, VOCAB), math.nan, dtype=dtype) for _ in range(2))
+    for reduction in REDUCTIONS:
+        for call in ({"mask": torch.zeros(SHAPE)}, {"labels": torch.full(SHAPE, -100)}):
+            value, slope = evaluate(
+                built(name, reduction), student, teacher, **{"labels": LABELS, **call}
+            )
+            assert value.eq(0).all()
+            assert slope.eq(0).all()
+
+
+@every_dtype
+@every_loss
+def test_layout_and_mode_do_not_matter(name, dtype):
+    loss = built(name)
+    student, teacher = (logits.to(dtype) for logits in of_shape(*SHAPE))
+    call = {"labels": LABELS}
+    value, slope = evaluate(loss, student, teacher, **call)
+    apart = [
+        torch.stack([x, x * 0], -1).transpose(0, 1)[..., 0].transpose(0, 1)
+        for x in (student, teacher)
+    ]
+    assert not any(x.is_contiguous() for x in apart)
+    leaf = apart[0].requires_grad_()
+    found = loss(leaf, apart[1], **call)
+    found.backward()
+    torch.testing.assert_close(found.double(), value, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(leaf.grad.double(), slope, rtol=1e-6, atol=1e-7)
+
+    row = student[:1, :1].clone().requires_grad_()  # one row in all places
+    expanded = loss(row.expand(*SHAPE, VOCAB), teacher, **call)
+    expanded.backward()
+    alone, shares = evaluate(loss, row.expand(*SHAPE, VOCAB).clone(), teacher, **call)
+    torch.testing.assert_close(expanded.detach().double(), alone, rtol=1e-6, atol=1e-7)
+    slack = TOLERANCES[dtype][1] * len(LABELS.flatten())
+    summed = shares.sum((0, 1), keepdim=True)
+    assert (row.grad.double() - summed).abs().max() <= slack * shares.abs().max() + 1e-12
+
+    values = [loss(student, teacher, **call)]
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            values.append(loss(student.clone(), teacher.clone(), **call))
+    for other in values:
+        assert other.requires_grad <= any(True for _ in loss.parameters())
+        torch.testing.assert_close(other.double(), value, rtol=1e-6, atol=1e-7)
+    assert teacher.grad is None
+
+
+@every_loss
+def test_gradients_of_float16_survive_until_a_scaler_lifts_them(name):
+    """Entries of 1e-8, which float16 rounds to 0 or by half, have their digits once scaled."""
+    loss, call = built(name), {"labels": LABELS, "mask": MASK}
+    gradients = []
+    for dtype in (torch.float16, torch.float64):
+        student, teacher = ((4 * logits).to(dtype) for logits in of_shape(*SHAPE))
+        student.requires_grad_()
+        (loss(student, teacher, **call) * 2**15).backward()
+        gradients.append(student.grad.double())
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=5e-4)
+
+
 # Compiled programs -------------------------------------------------------------------------------
 
 QUICK = {"kl", "sinkhorn", "weighted"}
