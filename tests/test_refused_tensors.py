@@ -31,7 +31,7 @@ LOSSES |= {
     "ordinal": of_logits(otkd.WassersteinLoss("ordinal")),
     "function": functional.kl_divergence,
     "function of a batch": functional.batch_sinkhorn_distance,
-    "Sinkhorn function": lambda s, t: functional.sinkhorn_divergence(s, t, cost=MATRIX.to(s.dtype)),
+    "Sinkhorn function": lambda s, t: functional.sinkhorn_divergence(s, t, cost=MATRIX),
 }
 TRANSPORTS = {
     "sinkhorn": lambda a, b: ot.sinkhorn(a, b, MATRIX).value,
@@ -106,3 +106,25 @@ def test_second_derivatives_are_right_or_refused(name):
     if name not in ("wasserstein", "ordinal"):  # whose gradient is piecewise that of a softmax
         with pytest.raises(RuntimeError, match="differentiable once"):
             torch.autograd.grad(value, leaf, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        otkd.costs.EmbeddingCost,
+        lambda rows: otkd.costs.EmbeddingCost(points(1, VOCAB, 3).float(), rows),
+        lambda rows: otkd.SinkhornLoss(embedding=rows),
+        lambda rows: otkd.costs.MatrixCost(rows @ rows.mT if rows.dtype == torch.float32 else rows),
+        otkd.DenseSignal,
+        lambda rows: otkd.alignment.fit_map(rows, points(1, VOCAB, 3).float()),
+    ],
+)
+def test_embeddings_costs_and_stored_logits_likewise(build):
+    rows = points(2, VOCAB, 3).float()
+    build(rows)
+    with pytest.raises(
+        TypeError, match=r"must be float64, .* got torch\.float8_e4m3fn: convert it"
+    ):
+        build(rows.to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match="'meta', where tensors have a shape but no numbers"):
+        build(rows.to("meta"))

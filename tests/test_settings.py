@@ -247,3 +247,12 @@ def test_a_required_argument_is_named(build):
         TypeError, match=r"needs cost=: write get_loss\('wasserstein', cost=\.\.\.\)"
     ):
         build()
+
+
+def test_a_temperature_that_changes_nothing_is_not_annealed():
+    pytest.importorskip("transformers")
+    from otkd.integrations.annealing import TemperatureAnnealing
+
+    TemperatureAnnealing(otkd.BatchSinkhornLoss())
+    with pytest.raises(ValueError, match="compares states: a temperature changes nothing"):
+        TemperatureAnnealing(otkd.BatchSinkhornLoss("hidden"))

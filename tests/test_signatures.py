@@ -1,7 +1,9 @@
 """What ``help()``, an editor and a type checker see of every public function and class."""
 
 import functools
+import importlib.util
 import inspect
+import pkgutil
 import typing
 
 import numpy as np
@@ -15,6 +17,80 @@ from otkd.ot.divergence import Report
 from otkd.ot.options import Options
 
 NEEDS_COST = ("sinkhorn", "wasserstein")
+
+MODULES = (
+    *(otkd, functional, otkd.ot, otkd.costs, otkd.supports, otkd.signals, otkd.losses),
+    otkd.alignment,
+    *(
+        importlib.import_module(f"otkd.integrations.{found.name}")
+        for found in pkgutil.iter_modules([f"{otkd.__path__[0]}/integrations"])
+        if importlib.util.find_spec("transformers")
+    ),
+)
+
+
+def public(module):
+    """What a module offers by name: its ``__all__``, else what is defined in it."""
+    own = [
+        name for name, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__
+    ]
+    for name in getattr(module, "__all__", own):
+        value = getattr(module, name)
+        if not name.startswith("_") and (inspect.isfunction(value) or inspect.isclass(value)):
+            yield value
+
+
+def callables(value):
+    """A function, or the constructor and the public methods that a class has written."""
+    if inspect.isfunction(value):
+        yield value
+    elif not getattr(value, "_is_protocol", False):
+        for name, member in vars(value).items():
+            member = getattr(member, "__func__", member)
+            if inspect.isfunction(member) and (name == "__init__" or not name.startswith("_")):
+                yield member
+
+
+PUBLIC = {
+    f"{c.__module__}.{c.__qualname__}": c for m in MODULES for v in public(m) for c in callables(v)
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_callable_is_annotated_in_full(name):
+    function = PUBLIC[name]
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters if p not in ("self", "cls")]
+    hints = typing.get_type_hints(function)
+    assert set(parameters) <= set(hints)
+    assert "return" in hints
+    assert inspect.Parameter.empty not in hints.values()
+
+
+OF_TENSORS = [  # functions of mathematics; an integration hands on what models give it
+    name
+    for name, function in PUBLIC.items()
+    if "." not in function.__qualname__ and not name.startswith("otkd.integrations")
+]
+
+
+@pytest.mark.parametrize("name", OF_TENSORS)
+def test_tensors_of_public_functions_have_shapes(name):
+    hints = typing.get_type_hints(PUBLIC[name])
+    for parameter, hint in hints.items():
+        kinds = typing.get_args(hint) or (hint,)
+        assert parameter in ("cost", "teacher_logits", "teacher", "return") or Tensor not in kinds
+
+
+@pytest.mark.parametrize("name", otkd.list_losses())
+def test_help_shows_every_setting_of_a_loss(name):
+    loss = otkd.losses.loss_class(name)
+    parameters = inspect.signature(loss).parameters
+    assert {"reduction", "temperature", "teacher_temperature", "rescale_t2", "vocab_size"} <= set(
+        parameters
+    )
+    assert all(p.kind != p.VAR_KEYWORD for p in parameters.values())
+
 
 SHAPED_FUNCTIONS = [getattr(functional, name) for name in functional.__all__]
 

@@ -58,7 +58,11 @@ class Cost(nn.Module, ABC):
 
     @abstractmethod
     def between(
-        self, x: Int[Tensor, "batch k"], y: Int[Tensor, "batch l"], sides: tuple[Side, Side], dtype
+        self,
+        x: Int[Tensor, "batch k"],
+        y: Int[Tensor, "batch l"],
+        sides: tuple[Side, Side],
+        dtype: torch.dtype,
     ) -> Float[Tensor, "batch k l"]:
         """The costs between tokens x of one side and y of the other, row by row of the batch."""
 

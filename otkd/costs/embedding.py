@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from otkd.checks import check_choice
@@ -138,7 +138,9 @@ class EmbeddingCost(Cost):
             self.scale = float(scale)
         self.forget()
 
-    def matrices(self, n, m, *, dtype, device, self_terms):
+    def matrices(
+        self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
+    ) -> CostMatrices:
         """See :class:`Cost`. Constant matrices are computed once per device and dtype."""
         self.check_size(n, m)
         key = (dtype, device, self_terms)
@@ -159,7 +161,13 @@ class EmbeddingCost(Cost):
             return CostMatrices(cross)
         return CostMatrices(cross, self._self_distance(source), self._self_distance(target))
 
-    def between(self, x, y, sides, dtype):
+    def between(
+        self,
+        x: Int[Tensor, "batch k"],
+        y: Int[Tensor, "batch l"],
+        sides: tuple[Side, Side],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "batch k l"]:
         """See :class:`Cost`."""
         x_side, y_side = self._side(sides[0]), self._side(sides[1])
         one_set = x is y and x_side is y_side
@@ -172,7 +180,9 @@ class EmbeddingCost(Cost):
             distance = distance.masked_fill(x.unsqueeze(-1) == y.unsqueeze(-2), 0.0)
         return distance
 
-    def mean_to_all(self, tokens, sides, dtype):
+    def mean_to_all(
+        self, tokens: Int[Tensor, "batch k"], sides: tuple[Side, Side], dtype: torch.dtype
+    ) -> Float[Tensor, "batch k"] | None:
         """|x − m|² + E|y − m|² with m = E[y]; 1 − ⟨x̂, E[ŷ]⟩; none for ``"euclidean"``."""
         if self.metric == "euclidean":
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from otkd.checks import check_cost_shape
@@ -12,8 +13,8 @@ from otkd.costs.checks import check_self_cost, check_symmetric
 
 def as_cost_matrices(
     cost: Cost | Tensor | tuple[Tensor, Tensor, Tensor],
-    a: Tensor,
-    b: Tensor,
+    a: Float[Tensor, "*batch n"],
+    b: Float[Tensor, "*#batch m"],
     *,
     self_terms: bool = False,
 ) -> CostMatrices:

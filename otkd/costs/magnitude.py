@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from otkd.tensors import check_floating
+
 _SMALLEST, _LARGEST = 1e-12, 1e12  # of the entries about their centre; beyond, they are rescaled
 _ROUNDING = 1e-14  # of float64: entries that differ by less, relative to their size, are equal
 _SAME_DIRECTION = 1e-6  # mean of 1 − cos that is nothing but rounding in float32
@@ -40,6 +42,7 @@ def check_embedding(name: str, embedding: Tensor, metric: str) -> None:
             f"the {name} embedding must be a floating-point matrix (tokens, width) with at least "
             f"one token, got shape {tuple(embedding.shape)} and dtype {embedding.dtype}"
         )
+    check_floating(f"the {name} embedding", embedding, "(tokens, width)")
     bad = ~embedding.detach().isfinite().all(-1)
     problem = "NaN or infinite numbers"
     if metric == "cosine" and not bad.any():

@@ -5,27 +5,36 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from otkd.costs.base import Cost, CostMatrices, hold, same_for_all
+from otkd.costs.base import Cost, CostMatrices, Side, hold, same_for_all
 from otkd.costs.checks import check_self_cost, has_positive_kernel
 from otkd.scalars import as_flag, as_positive
+from otkd.tensors import check_floating
 
 
 class DiscreteCost(Cost):
     """0 between a token and itself, 1 between any two others: exact transport is TVD."""
 
-    def matrices(self, n, m, *, dtype, device, self_terms):
+    def matrices(
+        self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
+    ) -> CostMatrices:
         """See :class:`Cost`."""
         self.check_size(n, m)
         return same_for_all(1 - torch.eye(n, dtype=dtype, device=device), self_terms)
 
-    def largest(self, n, m):
+    def largest(self, n: int, m: int) -> float:
         """See :class:`Cost`."""
         return 1.0
 
-    def between(self, x, y, sides, dtype):
+    def between(
+        self,
+        x: Int[Tensor, "batch k"],
+        y: Int[Tensor, "batch l"],
+        sides: tuple[Side, Side],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "batch k l"]:
         """See :class:`Cost`."""
         return (x.unsqueeze(-1) != y.unsqueeze(-2)).to(dtype)
 
@@ -48,17 +57,25 @@ class OrdinalCost(Cost):
         super().__init__()
         self.p = float(as_positive("p", p))
 
-    def largest(self, n, m):
+    def largest(self, n: int, m: int) -> float:
         """See :class:`Cost`."""
         return _power(max(n, m) - 1.0, self.p)
 
-    def matrices(self, n, m, *, dtype, device, self_terms):
+    def matrices(
+        self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
+    ) -> CostMatrices:
         """See :class:`Cost`."""
         self.check_size(n, m)
         places = torch.arange(n, dtype=dtype, device=device)
         return same_for_all((places[:, None] - places[None, :]).abs() ** self.p, self_terms)
 
-    def between(self, x, y, sides, dtype):
+    def between(
+        self,
+        x: Int[Tensor, "batch k"],
+        y: Int[Tensor, "batch l"],
+        sides: tuple[Side, Side],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "batch k l"]:
         """See :class:`Cost`."""
         return (x.unsqueeze(-1) - y.unsqueeze(-2)).abs().to(dtype) ** self.p
 
@@ -94,6 +111,8 @@ class MatrixCost(Cost):
     def __init__(self, matrix: Float[Tensor, "source target"], *, learnable: bool = False) -> None:
         super().__init__()
         sound = matrix.ndim == 2 and matrix.is_floating_point() and matrix.numel() > 0
+        if sound:
+            check_floating("the matrix of a cost", matrix, "(source, target)")
         if not (sound and matrix.detach().isfinite().all()):
             raise ValueError(
                 "MatrixCost needs a matrix (source, target) of finite floating-point numbers, got "
@@ -106,11 +125,13 @@ class MatrixCost(Cost):
         self.check_size(*self.shape)
         self._checked_within = False
 
-    def largest(self, n, m):
+    def largest(self, n: int, m: int) -> float:
         """The largest entry when the cost was built, whatever its sign."""
         return self._bound
 
-    def matrices(self, n, m, *, dtype, device, self_terms):
+    def matrices(
+        self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
+    ) -> CostMatrices:
         """See :class:`Cost`."""
         self.check_size(n, m)
         if self_terms:
@@ -123,7 +144,13 @@ class MatrixCost(Cost):
             check_self_cost(self.matrix)
             self._checked_within = not self.learns
 
-    def between(self, x, y, sides, dtype):
+    def between(
+        self,
+        x: Int[Tensor, "batch k"],
+        y: Int[Tensor, "batch l"],
+        sides: tuple[Side, Side],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "batch k l"]:
         """See :class:`Cost`."""
         if sides[0] == sides[1] and self.bridges_vocabularies:
             raise ValueError(
@@ -152,17 +179,25 @@ class PowerCost(Cost):
         if self.shape is not None:
             self.check_size(*self.shape)
 
-    def largest(self, n, m):
+    def largest(self, n: int, m: int) -> float:
         """See :class:`Cost`."""
         return _power(self.base.largest(n, m), self.p)
 
-    def matrices(self, n, m, *, dtype, device, self_terms):
+    def matrices(
+        self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
+    ) -> CostMatrices:
         """See :class:`Cost`."""
         base = self.base.matrices(n, m, dtype=dtype, device=device, self_terms=self_terms)
         raised = (None if matrix is None else matrix**self.p for matrix in base[1:])
         return CostMatrices(base.cross**self.p, *raised)
 
-    def between(self, x, y, sides, dtype):
+    def between(
+        self,
+        x: Int[Tensor, "batch k"],
+        y: Int[Tensor, "batch l"],
+        sides: tuple[Side, Side],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "batch k l"]:
         """See :class:`Cost`."""
         return self.base.between(x, y, sides, dtype) ** self.p
 

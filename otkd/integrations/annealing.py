@@ -30,11 +30,16 @@ class TemperatureAnnealing(TrainerCallback):
     with ``end`` = 1.
     """
 
-    def __init__(self, loss: nn.Module, end: float = 1.0):
+    def __init__(self, loss: nn.Module, end: float = 1.0) -> None:
         if not isinstance(getattr(loss, "temperature", None), (int, float)):
             raise TypeError(
                 f"{type(loss).__name__} has no temperature; of a weighted loss give the term to "
                 "be annealed, loss.terms[name]"
+            )
+        if getattr(loss, "cost", None) == "hidden":
+            raise ValueError(
+                f'{type(loss).__name__}(cost="hidden") compares states: a temperature changes '
+                "nothing"
             )
         check_positive(end=end)
         self.loss: Any = loss

@@ -27,7 +27,7 @@ class Evaluation:
         accelerator: of the trainer; knows which rows were repeated to even out the processes.
     """
 
-    def __init__(self, loss: Loss, accelerator: Accelerator):
+    def __init__(self, loss: Loss, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._reductions = loss.reductions
         self._tally = Tally()

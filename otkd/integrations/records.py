@@ -27,7 +27,7 @@ class LossRecord:
             Trainer leaves such losses out with ``logging_nan_inf_filter``.
     """
 
-    def __init__(self, *, skip_non_finite: bool = False):
+    def __init__(self, *, skip_non_finite: bool = False) -> None:
         self._tally = Tally()
         self._skip = skip_non_finite
 

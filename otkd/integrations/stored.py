@@ -36,7 +36,7 @@ class WithTeacher(Dataset):
         ValueError: if the data set has no length, or another length than the signal.
     """
 
-    def __init__(self, dataset: Any, signal: TeacherSignal, name: str = "dataset"):
+    def __init__(self, dataset: Any, signal: TeacherSignal, name: str = "dataset") -> None:
         if not hasattr(dataset, "__len__"):
             raise ValueError(
                 f"a stored teacher needs a {name} with a length and a fixed order, "
@@ -70,7 +70,7 @@ class TeacherCollator:
         ValueError: on call, if token-level logits do not line up with a batch padded on the left.
     """
 
-    def __init__(self, inner: Callable[[list], Any]):
+    def __init__(self, inner: Callable[[list], Any]) -> None:
         self.inner = inner
         # Trainer saves the tokenizer it finds on its collator.
         self.tokenizer = getattr(inner, "tokenizer", None)

@@ -21,7 +21,7 @@ class Tally:
     numbers. A name that a process lacks adds nothing to a sum and does not decide an extreme.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Number] = {}
 
     def add(self, name: str, value: Number) -> None:

@@ -111,7 +111,7 @@ class DistillationTrainer(Trainer):
         eval_teacher: TeacherSignal | Tensor | Mapping[str, TeacherSignal | Tensor] | None = None,
         shift: bool | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         check_loss(loss)
         super().__init__(*args, **kwargs)
         self.loss = loss.to(self.args.device)
@@ -416,7 +416,7 @@ class DistillationTrainer(Trainer):
 class _ZeroGradients(TrainerCallback):
     """Trainer clears the gradients of its model alone."""
 
-    def __init__(self, loss: nn.Module):
+    def __init__(self, loss: nn.Module) -> None:
         self.loss = loss
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +12,6 @@ from otkd.warn import warn_caller
 
 if TYPE_CHECKING:
     from otkd.ot.options import Options
-    from otkd.ot.transport import Transport
 
 
 class ConvergenceWarning(UserWarning):
@@ -47,7 +46,7 @@ class Solution:
     marginal_error: Float[Tensor, "*batch"]
     iterations: int
     converged: bool
-    _transport: Transport = field(repr=False)
+    _transport: Any = field(repr=False)  # a Transport, whose module imports this one
 
     def plan(self) -> Float[Tensor, "*batch n m"]:
         """The transport plan P, built on demand; not differentiable."""

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -23,9 +23,6 @@ from otkd.signals.logprobs import tensors_of_logprobs
 from otkd.signals.self_term import SelfTermSettings
 from otkd.signals.shapes import sliced_signal, widened_signal
 from otkd.signals.slots import Slots, empty_slots
-
-if TYPE_CHECKING:
-    from otkd.losses.transport import SinkhornLoss
 
 _BLOCK_ELEMENTS = 2**24
 
@@ -326,7 +323,7 @@ class TopKSignal:
         """
         return sliced_signal(self, vocab_size, counted)
 
-    def with_self_term(self, loss: SinkhornLoss) -> TopKSignal:
+    def with_self_term(self, loss: Any) -> TopKSignal:
         """The same signal with the potential of OT_ε(p, p), solved once for all steps to come.
 
         That term has no gradient in the student, and does not depend on the student's tokens, on
