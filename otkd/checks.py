@@ -78,15 +78,15 @@ def check_logits(student: Tensor, teacher: Tensor, *, same_vocabulary: bool = Tr
             (with ``same_vocabulary``) the vocabularies differ in size.
     """
     check_one_logits("student_logits", student)
+    if isinstance(teacher, Tensor) and student.device != teacher.device:
+        raise ValueError(
+            f"student_logits are on {student.device} but teacher_logits on {teacher.device}"
+        )
     check_one_logits("teacher_logits", teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student_logits and teacher_logits must have the same batch shape, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        )
-    if student.device != teacher.device:
-        raise ValueError(
-            f"student_logits are on {student.device} but teacher_logits on {teacher.device}"
         )
     if same_vocabulary and student.shape[-1] != teacher.shape[-1]:
         raise ValueError(

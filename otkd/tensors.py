@@ -28,11 +28,7 @@ def check_floating(name: str, tensor: Any, shape: str = "") -> None:
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         wanted = f"a floating-point tensor {shape}".rstrip()
         raise TypeError(f"{name} must be {wanted}, got {kind}")
-    if tensor.dtype not in PRECISIONS:
-        raise TypeError(
-            f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}: convert "
-            "it with .float(), after multiplying by its scale if it is a quantised one"
-        )
+    check_precision(name, tensor)
     if tensor.device.type == "meta":
         raise ValueError(
             f"{name} is on the device 'meta', where tensors have a shape but no numbers: load the "
@@ -43,6 +39,15 @@ def check_floating(name: str, tensor: Any, shape: str = "") -> None:
             f"{name} is inside vmap, torch.func.grad or forward-mode differentiation, which cannot "
             "follow solvers and checks that depend on the values: in place of vmap, give a batch, "
             "as every batch shape is taken; for gradients, call backward() or torch.autograd.grad()"
+        )
+
+
+def check_precision(name: str, tensor: Tensor) -> None:
+    """Raise ``TypeError`` for floating-point numbers of fewer than 16 bits."""
+    if tensor.dtype not in PRECISIONS:
+        raise TypeError(
+            f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}: convert "
+            "it with .float(), after multiplying by its scale if it is a quantised one"
         )
 
 

@@ -1,5 +1,7 @@
 """Tensors no loss can compute with are refused in plain words; Jacobians are right or refused."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -115,7 +117,6 @@ def test_second_derivatives_are_right_or_refused(name):
         lambda rows: otkd.costs.EmbeddingCost(points(1, VOCAB, 3).float(), rows),
         lambda rows: otkd.SinkhornLoss(embedding=rows),
         lambda rows: otkd.costs.MatrixCost(rows @ rows.mT if rows.dtype == torch.float32 else rows),
-        otkd.DenseSignal,
         lambda rows: otkd.alignment.fit_map(rows, points(1, VOCAB, 3).float()),
     ],
 )
@@ -128,3 +129,14 @@ def test_embeddings_costs_and_stored_logits_likewise(build):
         build(rows.to(torch.float8_e4m3fn))
     with pytest.raises(ValueError, match="'meta', where tensors have a shape but no numbers"):
         build(rows.to("meta"))
+
+
+def test_stored_teachers_of_too_few_digits():
+    dense = points(1, VOCAB, 3).float()
+    signal = otkd.TopKSignal.of(dense, 2)
+    for build in (
+        lambda: otkd.DenseSignal(dense.to(torch.float8_e5m2)),
+        lambda: dataclasses.replace(signal, log_masses=signal.log_masses.to(torch.float8_e5m2)),
+    ):
+        with pytest.raises(TypeError, match=r"must be float64, .* got torch\.float8_e5m2: convert"):
+            build()

@@ -125,8 +125,6 @@ CONTRADICTIONS = [
         ),
         "one reduction",
     ),
-    (lambda: otkd.CrossEntropyLoss(teacher_temperature=2.0), "does not use the teacher"),
-    (lambda: otkd.CrossEntropyLoss(vocab_size=(5, 7)), "the logits of the student alone"),
     (lambda: otkd.BatchSinkhornLoss(projection=LINEAR), 'projection is for cost="hidden"'),
     (lambda: otkd.SinkhornLoss("discrete", points(1, 5, 3)), 'used by cost="embedding" only'),
     (
@@ -206,7 +204,7 @@ def test_every_loss_can_be_made_by_name(name):
     student, teacher, labels = logits(1, 4, VOCAB), logits(2, 4, VOCAB), torch.arange(4)
     found = loss(student, teacher, labels=labels)
     assert torch.equal(found, direct(student, teacher, labels=labels))
-    with pytest.raises(TypeError, match=f"'{name}' has no argument 'reductoin': did you mean 'red"):
+    with pytest.raises(TypeError, match="Loss has no argument 'reductoin': did you mean 'reduct"):
         otkd.get_loss(name, **REQUIRED.get(name, {}), reductoin="sum")
     # The term of a sum, by its name where nothing else is needed.
     if name not in REQUIRED:

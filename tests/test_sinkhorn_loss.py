@@ -301,7 +301,7 @@ def test_gradients_of_a_learnable_embedding(metric, value, debias):
     student, teacher = logits(1, 2, 4, scale=1), logits(2, 2, 5, scale=1)
 
     def function(z, x, y):
-        cost = EmbeddingCost(x, y, metric, normalize=None, learnable=True)
+        cost = EmbeddingCost(x, y, metric=metric, normalize=None, learnable=True)
         return F.sinkhorn_divergence(
             z, teacher, cost=cost, epsilon=0.7, value=value, debias=debias, **TIGHT
         )

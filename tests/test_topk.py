@@ -54,7 +54,7 @@ def slopes(function, *leaves):
 
 def loss_of(cost="discrete", k=2, tail=True, **options):
     options = {"epsilon": EPSILON, "reduction": "none", **TIGHT, **options}
-    return otkd.SinkhornLoss(cost, support=TopK(k, tail), **options)
+    return otkd.SinkhornLoss(cost, support=TopK(k, tail=tail), **options)
 
 
 # Against the reference ---------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def check_against_reference(cost, costs, student, teacher, k, *, tail=True, **op
             teacher,
             cost=cost,
             epsilon=EPSILON,
-            support=TopK(k, tail),
+            support=TopK(k, tail=tail),
             temperature=temperature,
             teacher_temperature=teacher_temperature,
             debias=debias,
@@ -136,7 +136,7 @@ def test_a_cost_that_is_not_symmetric(tail):
     skewed, thick = (hollow, "square and symmetric"), (matrix + matrix.mT, "0 on its diagonal")
     for cost, message in (skewed, thick):
         with pytest.raises(ValueError, match=f"a self-cost must be {message}"):
-            F.sinkhorn_divergence(student, teacher, cost=cost, support=TopK(2, tail))
+            F.sinkhorn_divergence(student, teacher, cost=cost, support=TopK(2, tail=tail))
 
 
 @pytest.mark.parametrize("tail", [True, False])
@@ -147,7 +147,7 @@ def test_two_vocabularies_stand_each_on_its_own_head(tail, metric, k):
     pairs = ((source, target), (source, source), (target, target))
     costs = [naive.embedding_cost(x, y, metric) for x, y in pairs]
     costs = tuple(cost / costs[0].mean() for cost in costs)
-    cost = EmbeddingCost(source, target, metric)
+    cost = EmbeddingCost(source, target, metric=metric)
     check_against_reference(cost, costs, logits(1, 2, 5), logits(2, 2, 8), k, tail=tail)
 
 
@@ -273,11 +273,11 @@ def test_gradcheck_in_the_logits_and_a_learnable_embedding(metric, learnable):
     teacher = torch.tensor([[-1.0, 2, 0, 3, -0.5, 1]], dtype=F64)
 
     def function(z, x, y):
-        cost = EmbeddingCost(x, y, metric, normalize=None, learnable=learnable)
+        cost = EmbeddingCost(x, y, metric=metric, normalize=None, learnable=learnable)
         return loss_of(cost, epsilon=0.7)(z, teacher)
 
     def one(z, x):
-        cost = EmbeddingCost(x, None, metric, normalize=None, learnable=learnable)
+        cost = EmbeddingCost(x, None, metric=metric, normalize=None, learnable=learnable)
         return loss_of(cost, epsilon=0.7)(z, teacher)
 
     z = student.requires_grad_()

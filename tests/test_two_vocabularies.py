@@ -178,7 +178,7 @@ def test_any_problem(seed, sizes, k, metric, epsilon):
     source, target = spaces(sizes, seed)
     student, teacher = logits(seed + 3, 2, sizes[0]), logits(seed + 4, 2, sizes[1])
     loss = otkd.SinkhornLoss(
-        EmbeddingCost(source, target, metric),
+        EmbeddingCost(source, target, metric=metric),
         support=TopK(k),
         reduction="none",
         **{**TIGHT, "epsilon": epsilon},
@@ -200,7 +200,7 @@ def test_any_problem(seed, sizes, k, metric, epsilon):
 @pytest.mark.parametrize("value", ["dual", "sharp"])
 @pytest.mark.parametrize("metric", METRICS)
 def test_heads_of_all_tokens_are_dense(sizes, debias, value, metric):
-    cost = EmbeddingCost(*spaces(sizes), metric)
+    cost = EmbeddingCost(*spaces(sizes), metric=metric)
     student, teacher = logits(3, 4, sizes[0]), logits(4, 4, sizes[1])
     common = {"debias": debias, "value": value, "reduction": "none", **TIGHT}
     dense = otkd.SinkhornLoss(cost, support=Dense(), **common)
@@ -239,7 +239,7 @@ def test_the_costs_of_the_tail_of_a_large_vocabulary_are_sampled(metric):
     student, teacher = logits(3, 2, sizes[0]), logits(4, 2, sizes[1])
     student[:, ::400] += 9
     teacher[:, ::500] += 9
-    cost = EmbeddingCost(source, target, metric)
+    cost = EmbeddingCost(source, target, metric=metric)
     loss = otkd.SinkhornLoss(cost, support=support, reduction="none", **TIGHT)
     costs = token_costs(source, target, metric)
     q, p = (naive.log_distribution(z).exp() for z in (student, teacher))
@@ -250,7 +250,7 @@ def test_the_costs_of_the_tail_of_a_large_vocabulary_are_sampled(metric):
 @every_size
 def test_one_cost_serves_losses_of_any_epsilon_and_precision(sizes):
     source, target = spaces(sizes)
-    cost = EmbeddingCost(source, target, "euclidean")
+    cost = EmbeddingCost(source, target, metric="euclidean")
     student, teacher = logits(3, 4, sizes[0]), logits(4, 4, sizes[1])
     for epsilon in (0.3, 1.0):
         for debias in (True, False):
@@ -258,7 +258,9 @@ def test_one_cost_serves_losses_of_any_epsilon_and_precision(sizes):
                 settings = {"epsilon": epsilon, "debias": debias, "support": TopK(2)}
                 pair = student.to(dtype), teacher.to(dtype)
                 shared = otkd.SinkhornLoss(cost, **settings)(*pair)
-                fresh = otkd.SinkhornLoss(EmbeddingCost(source, target, "euclidean"), **settings)
+                fresh = otkd.SinkhornLoss(
+                    EmbeddingCost(source, target, metric="euclidean"), **settings
+                )
                 close(shared, fresh(*pair), rtol=0, atol=0)
                 assert shared.dtype == dtype
 
@@ -342,7 +344,7 @@ def test_gradients_of_both_embeddings(sizes, support, debias, metric):
     p = naive.log_distribution(teacher).exp()
 
     def actual(z, x, y):
-        cost = EmbeddingCost(x, y, metric, learnable=True)
+        cost = EmbeddingCost(x, y, metric=metric, learnable=True)
         loss = otkd.SinkhornLoss(cost, support=support, debias=debias, reduction="none", **TIGHT)
         return loss(z, teacher)
 

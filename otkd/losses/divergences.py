@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from torch import Tensor
@@ -183,8 +182,9 @@ class CrossEntropyLoss(DistillationLoss):
     """−log q(label): hard labels only, in the common call; the teacher is not used.
 
     ``temperature`` divides the student's logits; arguments as
-    :class:`~otkd.losses.base.DistillationLoss`, but for ``teacher_temperature`` and a
-    ``vocab_size`` of the teacher, which are refused.
+    :class:`~otkd.losses.base.DistillationLoss`. Like every loss it takes ``teacher_temperature``
+    and the teacher's size in ``vocab_size``, so that one set of options serves all losses; both are
+    about the teacher, which is not read.
     """
 
     needs_teacher = False
@@ -193,15 +193,6 @@ class CrossEntropyLoss(DistillationLoss):
 
     def __init__(self, **common: Unpack[CommonSettings]) -> None:
         super().__init__(**common)
-        if self.teacher_temperature is not None:
-            raise ValueError(
-                "CrossEntropyLoss does not use the teacher: leave out teacher_temperature="
-            )
-        if isinstance(self.vocab_size, Sequence):
-            raise ValueError(
-                "CrossEntropyLoss reads the logits of the student alone: pass one number of tokens "
-                f"as vocab_size=, got {self.vocab_size!r}"
-            )
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""

@@ -74,7 +74,7 @@ def get_loss(name: str, **options: Any) -> nn.Module:
     parameters = inspect.signature(build).parameters
     for option in options:
         if option not in parameters:
-            raise TypeError(unknown_argument(f"the loss {name!r}", option, parameters))
+            raise TypeError(unknown_argument(build.__name__, option, parameters))
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.name not in options:
             raise TypeError(

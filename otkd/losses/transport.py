@@ -32,13 +32,15 @@ class MissingCost(ValueError):
     def __init__(self, call: str = "SinkhornLoss(") -> None:
         super().__init__(call)
         self.advice = (
-            f"Write {call}embedding=teacher.get_input_embeddings().weight), the vectors of the "
-            f"tokens (vocab, width), or {call}cost=...) with 'discrete', 'ordinal', a "
-            "(vocab, vocab) tensor or an object of otkd.costs"
+            f"Write {call}embedding=teacher.get_input_embeddings().weight), or {call}cost=...) "
+            "with 'discrete', 'ordinal', a (vocab, vocab) tensor or an object of otkd.costs"
         )
 
     def __str__(self) -> str:
-        return f'cost="embedding", the default, needs embedding=. {self.advice}'
+        return (
+            'cost="embedding", the default, needs embedding=, the vectors of the tokens '
+            f"(vocab, width). {self.advice}"
+        )
 
 
 def make_cost(cost: str | Tensor | Cost, embedding: Tensor | None = None) -> Cost:

@@ -11,7 +11,7 @@ from otkd.precision import compute_dtype
 
 if TYPE_CHECKING:
     from otkd.signals.topk import TopKSignal
-from otkd.tensors import check_floating
+from otkd.tensors import check_precision
 
 MASS_SLACK = 0.05
 """How far above 1 the stored masses of a position may add up: bfloat16 has such errors."""
@@ -27,7 +27,7 @@ def check_shapes(signal: TopKSignal) -> None:
             "TopKSignal needs tokens of int32 or int64 and floating-point log_masses, got "
             f"{tokens.dtype} and {masses.dtype}"
         )
-    check_floating("log_masses", masses)
+    check_precision("log_masses", masses)
     if tokens.ndim < 1 or tokens.shape != masses.shape:
         raise ValueError(
             "TopKSignal needs tokens and log_masses of one shape (examples, *positions, k), "

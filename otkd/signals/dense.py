@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from otkd.signals.files import load_tensors, save_tensors
-from otkd.tensors import check_floating
+from otkd.tensors import check_precision
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,7 +31,7 @@ class DenseSignal:
                 "DenseSignal needs floating-point logits with the vocabulary last, "
                 f"got shape {tuple(self.values.shape)} and dtype {self.values.dtype}"
             )
-        check_floating("values", self.values, "(examples, *positions, vocab)")
+        check_precision("values", self.values)
         features = self.features
         if features is None:
             return
