@@ -225,8 +225,9 @@ class _Rowwise(torch.autograd.Function):
                     inner = weighted.sum(-1, keepdim=True)
                     whole = isinstance(rows, slice) and gradient.dtype == dtype
                     place = gradient[rows] if whole else None
-                    direct = place is not None and spread is None
-                    out = place if direct else torch.empty_like(weighted)
+                    # The gradient of atoms has another size than its place.
+                    out = place if place is not None and spread is None else None
+                    out = torch.empty_like(weighted) if out is None else out
                     torch.addcmul(weighted, pair.q, inner, value=-1, out=out)
                     if temperature != 1:
                         out /= temperature

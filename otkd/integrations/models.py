@@ -136,7 +136,7 @@ def own_inputs(
     if labels is None:
         return share
     base = unwrapped(model)
-    derive = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    derive: Any = getattr(base, "prepare_decoder_input_ids_from_labels", None)
     if description.decodes and derive is None:
         # Also beside decoder_input_ids: NLLB-MoE balances its experts only with labels.
         return share | ({"labels": labels} if "labels" in description.arguments else {})
