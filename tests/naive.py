@@ -147,17 +147,27 @@ def embedding_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
     return torch.stack(rows).reshape(len(x), len(y))
 
 
+def pair(rho):
+    return rho if isinstance(rho, tuple) else (rho, rho)
+
+
 def unbalanced_sinkhorn(a, b, cost, epsilon, rho, iterations=300):
-    """Unrolled: the dual value with marginals penalised by ρ·KL, and the plan."""
-    damping = rho / (rho + epsilon)
+    """Unrolled: the dual value with marginals penalised by ρ·KL (one for each side), and the plan.
+
+    A ρ of infinity holds a side.
+    """
+    damping = [1 / (1 + epsilon / penalty) for penalty in pair(rho)]
     g = torch.zeros_like(b)
     for _ in range(iterations):
-        f = damping * soft_minimum(g, b, cost, epsilon)
-        g = damping * soft_minimum(f, a, cost.mT, epsilon)
+        f = damping[0] * soft_minimum(g, b, cost, epsilon)
+        g = damping[1] * soft_minimum(f, a, cost.mT, epsilon)
     coupling = plan(f, g, a, b, cost, epsilon)
-    worth = (a * (1 - (-f / rho).exp())).sum(-1) + (b * (1 - (-g / rho).exp())).sum(-1)
-    surplus = coupling.sum((-2, -1)) - a.sum(-1) * b.sum(-1)
-    return rho * worth - epsilon * surplus, coupling
+    value = -epsilon * (coupling.sum((-2, -1)) - a.sum(-1) * b.sum(-1))
+    for masses, potential, penalty in ((a, f, pair(rho)[0]), (b, g, pair(rho)[1])):
+        held = math.isinf(penalty)
+        worth = potential if held else penalty * (1 - (-potential / penalty).exp())
+        value = value + (masses * worth).sum(-1)
+    return value, coupling
 
 
 def unbalanced_objective(coupling, a, b, cost, epsilon, rho):
@@ -170,8 +180,10 @@ def unbalanced_objective(coupling, a, b, cost, epsilon, rho):
     product = a.unsqueeze(-1) * b.unsqueeze(-2)
     value = (coupling * cost).sum((-2, -1))
     value = value + epsilon * generalised_kl(coupling, product, (-2, -1))
-    for sums, masses in ((coupling.sum(-1), a), (coupling.sum(-2), b)):
-        value = value + rho * generalised_kl(sums, masses, -1)
+    sides = ((coupling.sum(-1), a), (coupling.sum(-2), b))
+    for (sums, masses), penalty in zip(sides, pair(rho), strict=True):
+        if not math.isinf(penalty):
+            value = value + penalty * generalised_kl(sums, masses, -1)
     return value
 
 

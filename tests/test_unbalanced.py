@@ -17,12 +17,12 @@ from otkd.ot.problem import Problem
 from otkd.ot.solver import solve_potentials
 from otkd.supports import TopK
 from tests import naive
-from tests.problems import KINDS, logits, masses, problem, seeds, self_costs
+from tests.problems import KINDS, logits, masses, points, problem, seeds, self_costs
 
 pytestmark = pytest.mark.usefixtures("seeded")
 close = torch.testing.assert_close
 TIGHT = {"tolerance": 1e-11, "max_iterations": 20_000}
-F64 = torch.float64
+F64, HELD = torch.float64, math.inf
 
 
 def measures(kind: str, seed: int = 0, batch: int = 3, n: int = 6):
@@ -50,7 +50,10 @@ def slopes(function, *leaves):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("epsilon", "rho"), [(0.1, 0.3), (0.5, 2.0), (1.0, 0.1)])
+@pytest.mark.parametrize(
+    ("epsilon", "rho"),
+    [(0.1, 0.3), (0.5, 2.0), (1.0, 0.1), (0.3, (0.2, 3.0)), (0.3, (1.0, HELD)), (0.3, (HELD, 1.0))],
+)
 def test_value_and_plan_are_those_of_pot(kind, epsilon, rho):
     pot = pytest.importorskip("ot")
     a, b, cost = measures(kind)
@@ -129,7 +132,7 @@ def test_the_marginal_error_is_the_distance_to_the_optimal_marginal(symmetric):
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
-@pytest.mark.parametrize("rho", [0.2, 2.0])
+@pytest.mark.parametrize("rho", [0.2, 2.0, (0.2, 3.0), (1.0, HELD), (HELD, 0.5)])
 def test_gradients_in_masses_and_cost(kind, rho):
     a, b, cost = measures(kind, batch=2, n=3)
 
@@ -144,6 +147,48 @@ def test_gradients_in_masses_and_cost(kind, rho):
         strict=True,
     ):
         close(left, right, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rho", [(0.3, HELD), (HELD, 0.3), (0.1, 2.0)])
+def test_a_pair_through_the_logits(rho):
+    """A held student and a free teacher are not a free student and a held teacher."""
+    student, teacher = logits(1, 3, 6), logits(2, 3, 6)
+    cost = self_costs(1, 6)["l1"]
+    loss = otkd.SinkhornLoss(
+        cost, epsilon=0.3, unbalanced=rho, debias=False, reduction="none", **TIGHT
+    )
+
+    def naively(z):
+        q, p = (naive.log_distribution(x).exp() for x in (z, teacher))
+        return naive.unbalanced_sinkhorn(q, p, cost, 0.3, rho)[0]
+
+    for left, right in zip(
+        slopes(lambda z: loss(z, teacher), student), slopes(naively, student), strict=True
+    ):
+        close(left, right, atol=1e-8, rtol=1e-6)
+    if HELD in rho:  # with a side held the plan has that side's mass, and its marginal
+        form = solve_divergence(
+            *(naive.log_distribution(x).exp() for x in (student, teacher)),
+            CostMatrices(cost),
+            loss.solver_options,
+        )
+        side = rho.index(HELD)
+        masses = naive.log_distribution((student, teacher)[side]).exp()
+        close(form.parts[0].plan().sum(-1 if side == 0 else -2), masses, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("size", [3, 8, 20])
+@pytest.mark.parametrize("rho", [100.0, (100.0, 1.0), (100.0, HELD)])
+def test_a_large_penalty_takes_few_iterations(size, rho):
+    """Where plain ones take in the order of ρ/ε of them; by Newton's method, or by constants."""
+    a, b = 0.5 * masses(1, 4, size, spread=2.0), 3 * masses(2, 4, size, spread=2.0)
+    x = points(3, size, 8)
+    cost = torch.cdist(x, x).square()
+    cost = cost / cost.mean()
+    found = divergence(a, b, cost, 0.05, rho, tolerance=1e-6, max_iterations=100)
+    assert found.converged
+    expected = divergence(a, b, cost, 0.05, rho)
+    close(found.value, expected.value, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("rho", [0.2, 2.0])
