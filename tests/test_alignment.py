@@ -360,7 +360,7 @@ def test_refused_anchors():
         (ValueError, "all source anchors coincide", torch.ones(9, 4), y[:9], {}),
         (ValueError, "all target anchors coincide", x[:9], torch.ones(9, 4), {}),
         (ValueError, r"must be a matrix \(tokens, width\), got \(4,\)", x[0], y, {}),
-        (TypeError, "target anchors must be a floating-point matrix", x, y.long(), {}),
+        (TypeError, "target anchors must be a floating-point tensor", x, y.long(), {}),
         (TypeError, "source anchors must be .* got list", x.tolist(), y, {}),
     ):
         with pytest.raises(error, match=message):
