@@ -177,6 +177,23 @@ def test_a_pair_through_the_logits(rho):
         close(form.parts[0].plan().sum(-1 if side == 0 else -2), masses, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("size", [4, 14])
+@pytest.mark.parametrize("rho", [0.05, (0.05, 0.3), (0.3, HELD)])
+def test_the_tolerance_is_relative_to_the_mass_of_the_plan(dtype, size, rho):
+    """Where the cheapest pairs have hardly any mass, it is all of a far heavier plan."""
+    a, b = masses(1, 3, size, spread=8.0), 20 * masses(2, 3, size, spread=8.0)
+    cost = 3 * torch.randn(size, size, dtype=F64) - 3
+    _, plan = naive.unbalanced_sinkhorn(a, b, cost, 0.05, rho, iterations=2000)
+    leaf = cost.to(dtype).requires_grad_()
+    options = {"tolerance": 1e-4, "max_iterations": 1000}
+    solution = divergence(a.to(dtype), b.to(dtype), leaf, 0.05, rho, **options)
+    assert solution.converged
+    found = solution.parts[0].plan().double()
+    error = (found - plan).abs().sum((-2, -1)) / plan.sum((-2, -1))
+    assert error.max() < 0.01
+
+
 @pytest.mark.parametrize("size", [3, 8, 20])
 @pytest.mark.parametrize("rho", [100.0, (100.0, 1.0), (100.0, HELD)])
 def test_a_large_penalty_takes_few_iterations(size, rho):

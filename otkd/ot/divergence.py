@@ -103,12 +103,10 @@ class DivergenceSolution:
         if self_terms:
             source = source - self_terms[0][0]
             target = target - self_terms[1][1]
-        offsets = _common_offsets(self.parts)
-        if offsets is not None:
-            source, target = (
-                side + offset.unsqueeze(-1)
-                for side, offset in zip((source, target), offsets, strict=True)
-            )
+        source, target = (
+            side + (offset.unsqueeze(-1) if isinstance(offset, Tensor) else offset)
+            for side, offset in zip((source, target), _offsets(self.parts), strict=True)
+        )
         batch = self.value.shape
         return (
             source.reshape(*batch, source.shape[-1]),
@@ -170,24 +168,20 @@ def with_offsets(value: Tensor, a: Tensor, b: Tensor, parts: Sequence[Transport]
     Its part that is constant for each unit of mass is added up first: of a divergence whose costs
     have the same constant nothing is left, to the last bit.
     """
-    offsets = _common_offsets(parts)
-    if offsets is None:
-        return value
-    return value + offsets[0] * a.sum(-1) + offsets[1] * b.sum(-1)
+    source, target = _offsets(parts)
+    if not (a.requires_grad or b.requires_grad):  # in the normal form every total is 1
+        total = source + target
+        return value + total if isinstance(total, Tensor) or total != 0 else value
+    for masses, offset in ((a, source), (b, target)):
+        if isinstance(offset, Tensor) or offset != 0:
+            total = masses.sum(-1)
+            # The value is that of a total of 1, and the gradient that for each unit of mass.
+            value = value + offset * (1 + total - total.detach())
+    return value
 
 
-def _common_offsets(parts: Sequence[Transport]) -> tuple[Tensor, Tensor] | None:
-    """The offsets of (a, b), less those of (a, a) and (b, b) where they are there."""
-    total: list[Tensor | float] = [0.0, 0.0]
-    for offsets, sides in zip(
-        (part.offsets() for part in parts), ((0, 1), (0,), (1,)), strict=False
-    ):
-        if offsets is not None:
-            sign = 1 if len(sides) == 2 else -1
-            for side in sides:
-                total[side] = total[side] + sign * offsets[side]
-    if not any(isinstance(offset, Tensor) for offset in total):
-        return None
-    like = next(offset for offset in total if isinstance(offset, Tensor))
-    source, target = (torch.as_tensor(offset).to(like) for offset in total)
-    return source, target
+def _offsets(parts: Sequence[Transport]) -> tuple[Tensor | float, Tensor | float]:
+    """The offsets of (a, b) for each side, less those of (a, a) and (b, b) where they are there."""
+    cross, *within = [part.offset for part in parts]
+    source, target = [*within, 0.0, 0.0][:2]
+    return cross - source, cross - target

@@ -20,7 +20,6 @@ accelerated as the solver's is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -87,8 +86,13 @@ def dual_value(problem: Problem, form: NormalForm, potentials: Potentials) -> Te
         value, grad_a, grad_b = _relaxed(problem.detached(), form, potentials)
 
     def pull_back(weights, needed):
-        left = weights * normal.a * _exp(form.log_mass)
-        return kernel.pull_back(f, g, left, normal.b, needed)
+        left, right, source, target = weights * normal.a, normal.b, f, g
+        if isinstance(form.log_mass, Tensor):
+            # Half to either side, of potentials that are as large: neither is out of range.
+            factor = (form.log_mass / 2).exp()
+            middle = (f.amax(-1, keepdim=True) - g.amax(-1, keepdim=True)) / 2
+            left, right, source, target = left * factor, right * factor, f - middle, g + middle
+        return kernel.pull_back(source, target, left, right, needed)
 
     return _attached(problem, value, grad_a, grad_b, pull_back)
 
@@ -119,10 +123,6 @@ def _relaxed(
     value = torch.linalg.vecdot(a, grad_a - epsilon * (rows - total_b))
     value = value + torch.linalg.vecdot(b, grad_b)
     return value, grad_a - epsilon * (rows - total_b), grad_b - epsilon * (columns - total_a)
-
-
-def _exp(log_mass: Tensor | float) -> Tensor | float:
-    return log_mass.exp() if isinstance(log_mass, Tensor) else math.exp(log_mass)
 
 
 def sharp_value(

@@ -196,9 +196,7 @@ class ProductKernel(ScalingKernel):
 
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """See :class:`Kernel`."""
-        # f + c and g − c have the same coupling: with both as large, neither is out of range.
-        middle = (f.amax(-1, keepdim=True) - g.amax(-1, keepdim=True)) / 2
-        left, right = left * self._scaling(f - middle), right * self._scaling(g + middle)
+        left, right = left * self._scaling(f), right * self._scaling(g)
         if self.cost.ndim == 2:
             return (left.mT @ right).mul_(self.kernel)
         return (self.kernel * left.unsqueeze(-1)).mul_(right.unsqueeze(-2))

@@ -124,7 +124,9 @@ def _ascend(
         columns = (row_masses.unsqueeze(-2) @ rows).squeeze(-2)
         missing = wanted - columns
         found[unsolved] = g
-        go_on = (missing.abs().sum(-1) > limit).nonzero().squeeze(-1)
+        # With penalised marginals, of the mass of the plan where that is less than theirs.
+        error = missing.abs().sum(-1) / wanted.sum(-1).clamp(_LEAST_MASS, 1)
+        go_on = (error > limit).nonzero().squeeze(-1)
         if len(go_on) < len(unsolved):
             unsolved, g, a, b, rows, row_masses, columns, wanted, missing = (
                 x[go_on] for x in (unsolved, g, a, b, rows, row_masses, columns, wanted, missing)

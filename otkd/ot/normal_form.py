@@ -45,12 +45,12 @@ class Ground:
 
     Attributes:
         cost: C', as the cost of a :class:`~otkd.ot.problem.Problem`; at least 0.
-        least: c, ``(B, 1)`` or ``(1, 1)``, or None where it is 0 for all problems.
+        least: c; ``(B, 1)`` where every problem has its own.
         kernel: exp(−C'/ε).
     """
 
     cost: Tensor | LazyCost
-    least: Tensor | None
+    least: Tensor | float
     kernel: Kernel
 
     @classmethod
@@ -61,18 +61,28 @@ class Ground:
         """
         cost, epsilon, problems = problem.cost, problem.epsilon, len(problem.a)
         if isinstance(cost, LazyCost) or not cost.numel():  # lazy ones are distances
-            return cls(cost, None, kernel_of(cost, epsilon, problems=problems))
-        each = cost.unsqueeze(0) if cost.ndim == 2 else cost
-        least, greatest = each.amin((-2, -1)), each.amax((-2, -1))
-        span, furthest = torch.stack([(greatest - least).amax(), least.abs().amax()]).tolist()
+            return cls(cost, 0.0, kernel_of(cost, epsilon, problems=problems))
+        span, least = _span_and_least(cost)
         if problem.balanced:
             epsilon = max(epsilon, span * SMALLEST_EPSILON)
         if span / epsilon * _ROUNDINGS * torch.finfo(cost.dtype).eps > tolerance:
             cost = cost.double()
-        if furthest > 0:
-            cost = cost - (least if cost.ndim == 2 else least.reshape(-1, 1, 1))
+        if isinstance(least, Tensor):
+            cost = cost - least.unsqueeze(-1)
+        elif least != 0:
+            cost = cost - least
         kernel = dense_kernel(cost, epsilon, reach=span / epsilon, single=problems == 1)
-        return cls(cost, least.unsqueeze(-1) if furthest > 0 else None, kernel)
+        return cls(cost, least, kernel)
+
+
+def _span_and_least(cost: Tensor) -> tuple[float, Tensor | float]:
+    """The largest range of a problem's costs, and the least of each; 0 where it is for all."""
+    if cost.ndim == 2:
+        least, greatest = torch.stack(torch.aminmax(cost)).tolist()
+        return greatest - least, least
+    least, greatest = torch.aminmax(cost.flatten(1), dim=1)
+    span, furthest = torch.stack([(greatest - least).amax(), least.abs().amax()]).tolist()
+    return span, least.unsqueeze(-1) if furthest > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,8 @@ class NormalForm:
         source_shift: f − f', ``(B, 1)``, or 0.
         target_shift: g − g'.
         log_mass: log P − log P' for both masses multiplied out, ``(B, 1)``, or 0.
+        least_mass: mass of P' at which P has as much as the smaller side, ``(B,)``; None where the
+            marginals are held.
     """
 
     problem: Problem
@@ -92,6 +104,7 @@ class NormalForm:
     source_shift: Tensor | float
     target_shift: Tensor | float
     log_mass: Tensor | float
+    least_mass: Tensor | None = None
 
     @classmethod
     def of(
@@ -101,24 +114,23 @@ class NormalForm:
         problem = problem.detached()
         if ground is None:
             ground = Ground.of(problem, tolerance)
-        least = 0.0 if ground.least is None else ground.least
-        dtype = ground.cost.dtype
-        a, b = problem.a.to(dtype), problem.b.to(dtype)
-        total_a, total_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
-        a, b = a / total_a, b / total_b
-        b = a if problem.b is problem.a else b
+        least, dtype = ground.least, ground.cost.dtype
+        total_a, a = _normalised(problem.a.to(dtype))
+        total_b, b = (total_a, a) if problem.symmetric else _normalised(problem.b.to(dtype))
         epsilon = ground.kernel.epsilon
         normal = replace(problem, a=a, b=b, cost=ground.cost, epsilon=epsilon)
         if problem.balanced:
             return cls(normal, ground, least / 2, least / 2, 0.0)
         share_a, share_b, common, inverse = _weights(problem)
         log_a, log_b = total_a.log(), total_b.log()
+        log_mass = (1 - share_b) * log_a + (1 - share_a) * log_b - inverse * least
         return cls(
             normal,
             ground,
             share_a * (least - epsilon * log_b) + common * (log_a - log_b),
             share_b * (least - epsilon * log_a) - common * (log_a - log_b),
-            (1 - share_b) * log_a + (1 - share_a) * log_b - inverse * least,
+            log_mass,
+            (torch.minimum(log_a, log_b) - log_mass).squeeze(-1).exp(),
         )
 
     def plan(self, f: Tensor, g: Tensor) -> Tensor:
@@ -128,6 +140,12 @@ class NormalForm:
             raise TypeError("a lazy cost has no plan in full: it would be as large as the cost")
         log_masses = (a.log() + self.log_mass).unsqueeze(-1) + b.log().unsqueeze(-2)
         return (log_density(f, g, cost, self.problem.epsilon) + log_masses).exp_()
+
+
+def _normalised(masses: Tensor) -> tuple[Tensor, Tensor]:
+    """The total of each row, ``(B, 1)``, and the row over it."""
+    total = masses.sum(-1, keepdim=True)
+    return total, masses / total
 
 
 def _weights(problem: Problem) -> tuple[float, float, float, float]:

@@ -37,6 +37,7 @@ _FIRST = 4  # times as many plain steps at first
 _GROWTH = 8  # plain steps at once, as many times those that were made
 _SEEN = 0.1  # of a row's mass missing in the plan
 _FEW_TARGETS = 10  # where a step of Newton's costs as much as the iterations of an easy problem
+_FAST = 0.5  # of the error left by an iteration: then a handful of them is enough
 _MOST_TARGETS = 256  # from where it would cost seconds
 
 
@@ -71,9 +72,12 @@ def solve_potentials(
     max_iterations: int,
     start: Tensor | None = None,
     plain_steps: int = 0,
+    least_mass: Tensor | None = None,
 ) -> Potentials:
     """Iterate until the L1 marginal error of every problem is at most ``tolerance``.
 
+    With penalised marginals the plan may have far less mass than both sides. ``least_mass (B,)``
+    is the mass down to which the error is relative to it; 1, and the error as it is, by default.
     ``start`` is a first guess of g, ``(B, m)``; 0 where there is none. ``plain_steps`` updates
     at most follow every accelerated one where the kernel makes them cheaply, neither measured nor
     accelerated: more iterations for small problems, whose measuring takes longer than they do.
@@ -91,7 +95,7 @@ def solve_potentials(
         plain_steps = 0
     if plain_steps:
         update.patience *= _CHEAP
-    return _iterate(problem, update, f, tolerance, max_iterations, plain_steps)
+    return _iterate(problem, update, f, tolerance, max_iterations, plain_steps, least_mass)
 
 
 class _Update(ABC):
@@ -134,16 +138,17 @@ class _Alternation(_Update):
         self.target_damping = self.target.damping(self.epsilon)
         self.a, self.b, self.log_b = problem.a, problem.b, problem.b.log()
         targets = problem.b.shape[-1]
-        slow = kernel.reach >= 1 and targets <= _MOST_TARGETS
-        if slow and isinstance(problem.cost, Tensor):
+        # Every iteration leaves at most this of the error of the potentials.
+        self.slow = self.damping * self.target_damping > _FAST and kernel.reach >= 1
+        if self.slow and targets <= _MOST_TARGETS and isinstance(problem.cost, Tensor):
             # A step of Newton's takes about as much longer as there are targets.
             self.patience = 0.0 if targets <= _FEW_TARGETS else float(targets)
 
     def __call__(self, f):
         # The columns are updated last and are exact: the test is on the rows, or it always passes.
-        g = self.transposed.softmin(f, self.log_a).mul_(self.target_damping)
+        g = _damped(self.transposed.softmin(f, self.log_a), self.target_damping)
         softmin = self.kernel.softmin(g, self.log_b)
-        best = self.damping * softmin
+        best = _damped(softmin, self.damping)
         return g, self._in_gauge(best, g), best, self._row_excess(f, softmin)
 
     def repeat(self, f, count, tolerance):
@@ -173,6 +178,8 @@ class _Alternation(_Update):
         """
         if self.source.held and self.target.held:
             return f - torch.linalg.vecdot(self.a, f).unsqueeze(-1)
+        if not self.slow:
+            return f
         assert g is not None
         surplus = _log_mass(self.source, self.a, f) - _log_mass(self.target, self.b, g)
         rho = 1 / (1 / self.source.penalty + 1 / self.target.penalty)
@@ -182,6 +189,10 @@ class _Alternation(_Update):
         super().keep(rows)
         self.transposed = self.kernel.transposed
         self.a, self.b, self.log_b = self.a[rows], self.b[rows], self.log_b[rows]
+
+
+def _damped(softmin: Tensor, damping: float) -> Tensor:
+    return softmin if damping == 1 else damping * softmin
 
 
 def _log_mass(side: Marginal, masses: Tensor, potential: Tensor) -> Tensor:
@@ -199,7 +210,7 @@ def _log_mass(side: Marginal, masses: Tensor, potential: Tensor) -> Tensor:
 class _Averaging(_Update):
     def __call__(self, f):
         softmin = self.kernel.softmin(f, self.log_a)
-        best = self.damping * softmin
+        best = _damped(softmin, self.damping)
         return f, (f + best) / 2, best, self._row_excess(f, softmin)
 
     def repeat(self, f, count, tolerance):
@@ -213,6 +224,7 @@ def _iterate(
     tolerance: float,
     max_iterations: int,
     plain_steps: int,
+    least_mass: Tensor | None,
 ) -> Potentials:
     a = problem.a
     tolerance = tolerance * update.kernel.reach
@@ -234,8 +246,15 @@ def _iterate(
         if last:
             f = accelerator.best_image
         g, image, best, excess = update(f)
-        missing = excess - problem.source.optimal_excess(f)
+        missing, mass = excess, None
+        if not problem.source.held:
+            optimal = problem.source.optimal_excess(f)
+            missing = excess - optimal
+            if least_mass is not None:
+                mass = torch.linalg.vecdot(a, 1 + optimal)
+                mass = torch.maximum(mass, least_mass[members]).clamp_(max=1)
         error = torch.linalg.vecdot(a, missing.abs())
+        error = error if mass is None else error / mass
         done = unsolved if last else unsolved & (error <= tolerance)
         rows = done.nonzero().squeeze(-1)
         if len(rows):  # kept as it is now, whatever else is in the batch

@@ -51,17 +51,17 @@ class Transport:
         """P of each problem, ``(B, n, m)``; not differentiable, and not of a lazy cost."""
         return self.form.plan(self.potentials.f, self.potentials.g).to(self.value)
 
-    def offsets(self) -> tuple[Tensor, Tensor] | None:
+    @property
+    def offset(self) -> Tensor | float:
         """What the value of the problems as they were given has more for each unit of a and of b.
 
-        ``(B,)`` each; None where that is nothing. Balanced problems alone have it: the value of
-        others has no such part.
+        ``(B,)`` where each has its own. The value of problems that are not balanced has no such
+        part.
         """
+        if not self.form.problem.balanced:
+            return 0.0
         least = self.form.ground.least
-        if least is None or not self.form.problem.balanced:
-            return None
-        half = (least / 2).reshape(-1)
-        return half, half
+        return least.squeeze(-1) / 2 if isinstance(least, Tensor) else least / 2
 
     def shares(self) -> tuple[Tensor, Tensor]:
         """How the value is divided among the points of the two sides, without the offsets."""
@@ -89,7 +89,12 @@ def solve_transport(
     form = NormalForm.of(problem, ground, tolerance=options.tolerance)
     start = None if start is None else start.to(form.problem.b)
     potentials = solve_potentials(
-        form.problem, form.ground.kernel, start=start, plain_steps=options.plain_steps, **limits
+        form.problem,
+        form.ground.kernel,
+        start=start,
+        plain_steps=options.plain_steps,
+        least_mass=form.least_mass,
+        **limits,
     )
     error = potentials.marginal_error.to(problem.a)
     potentials = replace(potentials, marginal_error=error)
