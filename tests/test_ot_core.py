@@ -323,6 +323,18 @@ def test_every_problem_that_is_not_solved_is_told_once():
     assert {warning.filename for warning in told} == {__file__}  # who called, not where it is made
 
 
+def test_sizes_that_differ_from_step_to_step_are_not_told_each():
+    """The union of two heads, and the counted samples of a batch."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for size in range(33, 65):
+            a, b = masses(size, 1, size), masses(size + 1, 1, size)
+            cost = torch.rand(size, size, dtype=torch.float64)
+            ot.sinkhorn(a, b, cost, epsilon=0.01, tolerance=1e-13, max_iterations=1)
+    assert len(told) == 1
+    assert "up to 64 points" in str(told[0].message)
+
+
 def test_the_solution_of_a_divergence():
     a, b, cost = problem("shared")
     cost = self_costs(1, 6)["l1"]

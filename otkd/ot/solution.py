@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from otkd.ot.options import Options
 
 
+_FEW = 8
+
+
 class ConvergenceWarning(UserWarning):
     """The solver stopped at its limit of iterations.
 
@@ -59,9 +62,15 @@ def warn_not_converged(
     """Tell the caller of otkd that problems with masses ``a (B, n)``, ``b (B, m)`` are unsolved."""
     warn_caller(
         f"Sinkhorn did not converge in {options.max_iterations} iterations: {what} of transport "
-        f"between {a.shape[-1]} and {b.shape[-1]} points at epsilon={options.epsilon:g} "
+        f"between {_about(a)} and {_about(b)} points at epsilon={options.epsilon:g} "
         f"were not found within the tolerance {options.tolerance:g}. The result is the best that "
         "was found: see `converged` and `marginal_error`. Raise max_iterations, epsilon or "
         "tolerance",
         ConvergenceWarning,
     )
+
+
+def _about(masses: Tensor) -> str:
+    """Their number; of many the next power of 2, as it may differ in every step of a training."""
+    size = masses.shape[-1]
+    return str(size) if size <= _FEW else f"up to {1 << (size - 1).bit_length()}"
