@@ -31,7 +31,7 @@ class CommandError(Exception):
 
 def notice(message: str) -> None:
     """Say something in passing, on stderr."""
-    err.print(message, style="dim", markup=False, highlight=False)
+    err.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def require_train_extra(modules: Sequence[str] = _TRAIN_MODULES) -> None:
