@@ -1,4 +1,4 @@
-"""Settings as plain numbers and flags: what is accepted as one, and the words for what is not."""
+"""Settings as plain numbers and flags, and the errors for values that are neither."""
 
 from __future__ import annotations
 

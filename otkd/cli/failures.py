@@ -1,4 +1,4 @@
-"""What the system refuses, said in a sentence, and the signals by which it ends a command."""
+"""Sentences for errors of the operating system, and the signals that end a command."""
 
 from __future__ import annotations
 

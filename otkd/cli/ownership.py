@@ -1,7 +1,7 @@
-"""Which files and folders are the command's own: claimed before any work, the others refused.
+"""Which files and folders belong to the command. All others are refused before any work.
 
 A folder that the command makes holds a marker, ``.otkd.json``, that lists what is its own in there.
-Whatever is not listed is another's and is neither replaced nor removed.
+Entries that are not listed belong to somebody else and are neither replaced nor removed.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Claim:
     data: Mapping[str, Path] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Check that nothing of it is another's.
+        """Check that the command wrote everything that it would replace or remove.
 
         Raises:
-            CommandError: naming what the command did not write, or reads.
+            CommandError: naming a file or folder that the command did not write, or that it reads.
         """
         for option, path in {**self.models, **self.data}.items():
             if _within(path, self.folder):
@@ -79,7 +79,7 @@ class Claim:
         _refuse(complaint for complaint in complaints if complaint)
 
     def mark(self) -> None:
-        """Note as the command's own what it is going to write."""
+        """List in the folder's marker what the command is going to write."""
         for folder in {path.parent for path in (*self.files, *self.folders)}:
             _clear_partial(folder)
         names = {path.relative_to(self.folder).as_posix() for path in self.files}
@@ -88,7 +88,7 @@ class Claim:
 
 @contextmanager
 def held(claim: Claim) -> Iterator[None]:
-    """Have the folder of an experiment for oneself; what is another's in it is refused first.
+    """Lock the folder of an experiment, after refusing files in the way that are not our own.
 
     Raises:
         CommandError: if another command works there, or a file or folder is not the command's own.
@@ -101,7 +101,7 @@ def held(claim: Claim) -> Iterator[None]:
 
 
 def mark(folder: Path, holds: Iterable[str]) -> None:
-    """Note that the entries ``holds`` of a folder, names or patterns, are the command's own."""
+    """Write the marker of a folder: the entries ``holds``, names or patterns, are our own."""
     write_json(folder / MARKER, {"about": _ABOUT, "holds": sorted(set(holds))})
 
 
@@ -159,13 +159,13 @@ def _others(folder: Path) -> list[str]:
 
 
 def _way_complaint(root: Path, path: Path) -> str | None:
-    """What stands between ``root`` and ``path`` that is not a real folder."""
+    """A sentence about an entry between ``root`` and ``path`` that is not a real folder."""
     for parent in path.relative_to(root).parents:
         place = root / parent
         if place == root:
             continue
         if place.is_symlink():
-            return f"{place} is a symbolic link, and otkd writes into real folders alone"
+            return f"{place} is a symbolic link, and otkd writes only into real folders"
         if os.path.lexists(place) and not place.is_dir():
             return f"{place} is a file where otkd makes a folder"
     return None
@@ -195,7 +195,7 @@ def _folder_complaint(path: Path) -> str | None:
 
 
 def _recognised(path: Path) -> bool:
-    """Whether a file is of a command that left no marker: by its fields, or those beside it."""
+    """Whether a version of the command without markers wrote the file, or the JSON beside it."""
     beside = [path] if path.suffix == ".json" else path.parent.glob("*.json")
     return any(_has_signature(each) for each in beside)
 

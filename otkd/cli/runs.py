@@ -114,7 +114,7 @@ def find_student(
 
 
 def _with_model(path: Path, model: Path, result: Result) -> Result | None:
-    """The result, or None if the student saved in ``model`` is not the one that it is of."""
+    """The result, or None if the student saved in ``model`` does not belong to it."""
     if f"{model.name}/config.json" not in result.files:
         notice(f"{path} does not say which student it is of; the run is done again.")
         return None
@@ -128,7 +128,7 @@ def _with_model(path: Path, model: Path, result: Result) -> Result | None:
 def run_student(
     experiment: Experiment, teacher: Teacher, run: Run, on_steps: Callable[[int], None]
 ) -> Result:
-    """Distil one student, evaluate it and write its result, that it diverged if it did."""
+    """Distil one student, evaluate it and write its result, also if the training diverged."""
     rows = experiment.tuning_rows if run.tuning else experiment.student_rows
     student = experiment.build_student(run.seed)
     outcome: dict[str, Any]
@@ -175,10 +175,8 @@ def _distil(
     student: PreTrainedModel,
     on_steps: Callable[[int], None],
 ) -> Fit:
-    loss, options = (
-        run.objective.loss,
-        objective_options(run.objective.loss, run.objective.settings),
-    )
+    loss = run.objective.loss
+    options = objective_options(loss, run.objective.settings)
     signal = teacher.on(rows, features=run.needs_features)
     widths = None
     if signal.features is not None:

@@ -35,7 +35,7 @@ class Evaluation:
         self._has_labels: bool | None = None
 
     def own_rows(self, rows: int) -> int:
-        """How many of the ``rows`` of this batch are no repetitions: the first so many.
+        """How many rows at the start of this batch, which has ``rows``, are not repetitions.
 
         Where the last batch does not go round the processes evenly, Accelerate fills it with rows
         from the beginning, after the last one of the last process that still has some.

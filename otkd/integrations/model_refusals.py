@@ -120,8 +120,9 @@ def _refuse_order_of_classes(student: ModelDescription, teacher: ModelDescriptio
 
 
 def _distinct(names: tuple[str, ...]) -> dict[str, int]:
-    found = {name.casefold().strip().replace("-", "_").replace(" ", "_"): i
-             for i, name in enumerate(names)}  # fmt: skip
+    """The index of each name, without case and punctuation unless names differ in these only."""
+    plain = (name.casefold().strip().replace("-", "_").replace(" ", "_") for name in names)
+    found = {name: index for index, name in enumerate(plain)}
     return found if len(found) == len(names) else {name: i for i, name in enumerate(names)}
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from otkd.ot.dense import dense_kernel, kernel_of
+from otkd.ot.dense import dense_kernel
 from otkd.ot.kernels import Kernel, log_density
 from otkd.ot.lazy import LazyCost
 from otkd.ot.problem import Problem
@@ -59,9 +59,9 @@ class Ground:
 
         It is in float64 where the rounding of C/ε in float32 alone is beyond the tolerance.
         """
-        cost, epsilon, problems = problem.cost, problem.epsilon, len(problem.a)
+        cost, epsilon = problem.cost, problem.epsilon
         if isinstance(cost, LazyCost) or not cost.numel():  # lazy ones are distances
-            return cls(cost, 0.0, kernel_of(cost, epsilon, problems=problems))
+            return cls(cost, 0.0, problem.kernel())
         span, least = _span_and_least(cost)
         if problem.balanced:
             epsilon = max(epsilon, span * SMALLEST_EPSILON)
@@ -71,7 +71,7 @@ class Ground:
             cost = cost - least.unsqueeze(-1)
         elif least != 0:
             cost = cost - least
-        kernel = dense_kernel(cost, epsilon, reach=span / epsilon, single=problems == 1)
+        kernel = dense_kernel(cost, epsilon, reach=span / epsilon, single=len(problem.a) == 1)
         return cls(cost, least, kernel)
 
 

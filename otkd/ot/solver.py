@@ -169,10 +169,11 @@ class _Alternation(_Update):
         return self._in_gauge(self.damping * self.kernel.softmin(g, self.log_b), g), steps
 
     def _in_gauge(self, f: Tensor, g: Tensor | None = None) -> Tensor:
-        """F and the constant that is best beside it.
+        """The potential f with the constant that suits it best added.
 
-        Where both marginals are held any is as good; extrapolated, it might run away. Else, with
-        as much less of g, the one that maximises the dual: iterations alone approach it slowly
+        If both marginals are held, every constant gives the same plan; it is fixed, because
+        extrapolation could let it grow without bound. Otherwise the constant is added to f and
+        subtracted from g so that the dual is maximal, which plain iterations approach slowly
         (Séjourné et al., 2022, "Faster Unbalanced Optimal Transport: Translation invariant
         Sinkhorn and 1-D Frank-Wolfe").
         """
@@ -226,7 +227,7 @@ def _iterate(
     plain_steps: int,
     least_mass: Tensor | None,
 ) -> Potentials:
-    a = problem.a
+    a, source = problem.a, problem.source
     tolerance = tolerance * update.kernel.reach
     members, unsolved = torch.arange(len(a), device=a.device), torch.ones_like(a[:, 0]) > 0
     found = [torch.zeros_like(x) for x in (a, problem.b, a, a[:, 0])]
@@ -247,8 +248,8 @@ def _iterate(
             f = accelerator.best_image
         g, image, best, excess = update(f)
         missing, mass = excess, None
-        if not problem.source.held:
-            optimal = problem.source.optimal_excess(f)
+        if not source.held:
+            optimal = source.optimal_excess(f)
             missing = excess - optimal
             if least_mass is not None:
                 mass = torch.linalg.vecdot(a, 1 + optimal)

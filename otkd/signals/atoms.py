@@ -19,7 +19,7 @@ _STEEPEST = 1e5  # a mass of 0 has no rounding error, though its logarithm is âˆ
 
 def atom_masses(signal: TopKSignal, dtype: torch.dtype | None = None) -> Tensor:
     """See :meth:`otkd.signals.TopKSignal.masses`."""
-    stored, total, complete = _stored_masses(signal, dtype)
+    stored, _, total, complete = _stored_masses(signal, dtype)
     head = stored / torch.where(complete, total, total.clamp(min=1))
     # NaN, where there is no teacher, stays NaN.
     return torch.cat([head, (1 - total).clamp(min=0).masked_fill(complete, 0)], -1)
@@ -27,21 +27,22 @@ def atom_masses(signal: TopKSignal, dtype: torch.dtype | None = None) -> Tensor:
 
 def log_atom_masses(signal: TopKSignal) -> Tensor:
     """See :meth:`otkd.signals.TopKSignal.log_atoms`."""
-    _, total, complete = _stored_masses(signal)
+    _, empty, total, complete = _stored_masses(signal)
     rest = (1 - total).clamp(min=torch.finfo(total.dtype).eps).masked_fill(complete, 0)
-    head = signal.log_masses.to(total.dtype).masked_fill(signal.slots.empty, -torch.inf)
+    head = signal.log_masses.to(total.dtype).masked_fill(empty, -torch.inf)
     head = head - torch.where(complete, total, total.clamp(min=1)).log()
     return torch.cat([head, rest.log()], -1)
 
 
 def _stored_masses(
     signal: TopKSignal, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Masses as they are stored, their sums, and where these are all tokens there are."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The stored masses, the empty slots, the sums of the masses, and the complete positions."""
     stored = signal.log_masses.to(dtype or compute_dtype(signal.log_masses)).exp()
-    stored = stored.masked_fill(signal.slots.empty, 0)
+    empty = signal.slots.empty
+    stored = stored.masked_fill(empty, 0)
     complete = complete_positions(signal.tokens, signal.vocab_size).unsqueeze(-1)
-    return stored, stored.sum(-1, keepdim=True), complete
+    return stored, empty, stored.sum(-1, keepdim=True), complete
 
 
 def rounding_of(p: Tensor, log_p: Tensor, stored_dtype: torch.dtype) -> Tensor:

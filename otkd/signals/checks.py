@@ -8,10 +8,10 @@ import torch
 
 from otkd.checks import check_positive
 from otkd.precision import compute_dtype
+from otkd.tensors import check_precision
 
 if TYPE_CHECKING:
     from otkd.signals.topk import TopKSignal
-from otkd.tensors import check_precision
 
 MASS_SLACK = 0.05
 """How far above 1 the stored masses of a position may add up: bfloat16 has such errors."""
