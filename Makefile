@@ -28,6 +28,7 @@ bench-quick: $(VENV)/.dev  ## a handful of ratios beside those on file
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python otkd

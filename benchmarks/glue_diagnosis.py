@@ -29,12 +29,12 @@ from otkd.cli.results import write_json
 from otkd.cli.settings import Settings
 from otkd.cli.teachers import find_teacher, with_features
 from otkd.cli.training import fit
-from otkd.data import get_task
 from otkd.functional.batch_transport import point_distances
 from otkd.integrations.models import describe
 from otkd.integrations.outputs import read_outputs
-from otkd.losses.batch import UnrolledBatchSinkhornLoss
-from otkd.signals import DenseSignal
+from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
+from otkd.tasks import get_task
+from otkd.teachers import DenseTeacher
 
 RESULTS = Path(__file__).resolve().parent / "results" / "glue"
 BATCHES, SIZE, TEMPERATURE, EPSILON = 16, 32, 2.0, 0.1
@@ -61,7 +61,7 @@ def own_mass(distances: torch.Tensor, epsilon: float = EPSILON) -> float:
     return float(plan.diagonal().sum())
 
 
-def measure(model: nn.Module, batches: list[dict], signals: list[DenseSignal]) -> dict:
+def measure(model: nn.Module, batches: list[dict], signals: list[DenseTeacher]) -> dict:
     """Mean over the batches; ratios and cosines are of gradients in all trained weights."""
     model.eval()
     found: dict[str, list[float]] = {}

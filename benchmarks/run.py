@@ -26,7 +26,7 @@ from compare import Settings
 from rich.console import Console
 from rich.table import Table
 
-from otkd.ot.keops import obstacle_to_keops
+from otkd.ot.kernels.keops import obstacle_to_keops
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -9,25 +9,35 @@ The same mathematics is in :mod:`otkd.functional` as plain functions of logits a
 :mod:`otkd.ot` as transport between probability vectors.
 """
 
-from otkd import alignment, costs, functional, losses, ot, signals, supports
+from otkd import alignment, costs, functional, losses, ot, supports, teachers
 from otkd.losses import *  # noqa: F403
 from otkd.losses import __all__ as _loss_names
 from otkd.ot import ConvergenceWarning
-from otkd.signals import DenseSignal, TeacherSignal, TopKSignal
+from otkd.teachers import DenseTeacher, StoredTeacher, TopKTeacher
 from otkd.version import __version__
+from otkd.warn import deprecated_names as _deprecated_names
 
 __all__ = [
     "ConvergenceWarning",
-    "DenseSignal",
-    "TeacherSignal",
-    "TopKSignal",
+    "DenseTeacher",
+    "StoredTeacher",
+    "TopKTeacher",
     "__version__",
     "alignment",
     "costs",
     "functional",
     "losses",
     "ot",
-    "signals",
     "supports",
+    "teachers",
     *_loss_names,
 ]
+
+__getattr__ = _deprecated_names(
+    "otkd",
+    {
+        "DenseSignal": ("otkd.DenseTeacher", DenseTeacher),
+        "TeacherSignal": ("otkd.StoredTeacher", StoredTeacher),
+        "TopKSignal": ("otkd.TopKTeacher", TopKTeacher),
+    },
+)

@@ -201,7 +201,9 @@ class StoredInTheLast:
         with torch.no_grad():
             logits = self.teacher(**inputs).logits
         last = RANK == WORLD - 1
-        return batch | {"teacher_logits": otkd.TopKSignal.of(logits, k=VOCAB) if last else logits}
+        return batch | {
+            "teacher_logits": otkd.TopKTeacher.from_logits(logits, k=VOCAB) if last else logits
+        }
 
 
 def runs(folder):

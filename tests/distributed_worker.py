@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 import otkd
-from otkd.losses.batch import UnrolledBatchSinkhornLoss
+from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 ROWS, CLASSES, WIDTH = 12, 4, 6

@@ -31,8 +31,8 @@ from otkd.cli.results import Result, read_result, write_result
 from otkd.cli.settings import Settings
 from otkd.cli.stats import estimate, summarise
 from otkd.cli.traces import check_work, claim
-from otkd.data import encode, get_task, load_task
-from otkd.signals import DenseSignal
+from otkd.tasks import encode, get_task, load_task
+from otkd.teachers import DenseTeacher
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "it", "is", "not", "wet", "dry"]
 WORDS += [*"!.,?", "so", *"abcd"]
@@ -191,7 +191,7 @@ def test_result_files_say_how_they_were_made(compared):
     assert teacher.majority_metrics.keys() == teacher.metrics.keys()
     assert platform.node() not in path.read_text()
     assert not list(folder.rglob("*.partial"))
-    logits = DenseSignal.load(folder / "rte" / "teacher" / "train-logits.safetensors")
+    logits = DenseTeacher.load(folder / "rte" / "teacher" / "train-logits.safetensors")
     assert logits.values.shape == (40, 2)
 
 
@@ -541,7 +541,7 @@ def training_parts(teacher, glue):
 def test_training_resumes_from_the_last_complete_epoch(training_parts, tmp_path):
     make_student, rows, tokenizer = training_parts
     schedule = training.Schedule(epochs=3, batch_size=8, learning_rate=1e-3, seed=0, bf16=False)
-    signal = DenseSignal(torch.arange(40.0)[:, None].expand(40, 2))
+    signal = DenseTeacher(torch.arange(40.0)[:, None].expand(40, 2))
 
     def run(folder, stop_after=None):
         done, student, order = [], make_student(), RowOrder()

@@ -34,8 +34,8 @@ from otkd.cli.results import (
 from otkd.cli.settings import RANGES, Settings, option
 from otkd.cli.stats import summarise, summary_json
 from otkd.losses.batch import BatchSinkhornLoss
-from otkd.signals import DenseSignal
-from otkd.signals.files import save_tensors
+from otkd.teachers import DenseTeacher
+from otkd.teachers.files import save_tensors
 from tests.test_cli import (  # noqa: F401
     Stop,
     arguments,
@@ -354,7 +354,7 @@ def fitted(parts, folder, *, loss=None, stop_after=None, features=None, **option
     make_student, rows, tokenizer = parts
     student, done = make_student(), []
     torch.manual_seed(5)
-    signal = DenseSignal(torch.randn(40, 2), features)
+    signal = DenseTeacher(torch.randn(40, 2), features)
     schedule = training.Schedule(
         **{"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "seed": 0, "bf16": False, **options}
     )
@@ -537,7 +537,7 @@ def test_the_teachers_states_are_checked_before_they_are_used(arguments, tmp_pat
     logits = folder / "teacher" / "train-logits.safetensors"
     for values in (torch.zeros(39, 2), torch.zeros(40, 3), torch.full((40, 2), float("inf"))):
         before = read_result(folder / "teacher" / "result.json")
-        DenseSignal(values).save(logits)
+        DenseTeacher(values).save(logits)
         files = {**before.files, logits.name: file_digest(logits)}
         changed = dataclasses.replace(before, files=files)
         write_result(folder / "teacher" / "result.json", changed)

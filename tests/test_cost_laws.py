@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import otkd
 from otkd import ot
 from otkd.costs import CostMatrices
-from otkd.ot.blocked import BlockedCost
 from otkd.ot.divergence import solve_divergence
+from otkd.ot.kernels.blocked import BlockedCost
 from otkd.ot.options import Options
 from tests import naive
 from tests.problems import centred, generator, masses, points

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from otkd.data import (
+from otkd.tasks import (
     DataError,
     agreement,
     get_task,

@@ -17,7 +17,7 @@ import torch
 import otkd
 from otkd import costs, supports
 from otkd.losses.base import DistillationLoss
-from otkd.losses.batch import UnrolledBatchSinkhornLoss
+from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
 from tests.problems import points
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -164,9 +164,9 @@ def teacher_of(kind, logits, dtype, temperature):
     """What a loss is given for teacher logits; the same numbers for every precision."""
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
     if kind == "dense":
-        return otkd.DenseSignal(logits.half())
+        return otkd.DenseTeacher(logits.half())
     if kind == "topk":
-        return otkd.TopKSignal.of(logits.float(), 3, temperature)
+        return otkd.TopKTeacher.from_logits(logits.float(), 3, temperature)
     return logits.to(dtype if kind == "logits" else other)
 
 

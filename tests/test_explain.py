@@ -8,8 +8,8 @@ import otkd
 from otkd.costs import EmbeddingCost
 from otkd.losses.explain import Explanation, Move
 from otkd.ot import sinkhorn
-from otkd.signals import DenseSignal, TopKSignal
 from otkd.supports import Dense, TopK
+from otkd.teachers import DenseTeacher, TopKTeacher
 from tests.models import VOCAB, tiny_llama
 from tests.problems import logits, points
 
@@ -74,7 +74,11 @@ def test_every_token_against_its_definition(debias, value, index, place):
 def test_heads_and_the_atom_of_all_others(teacher_kind, tail):
     student, teacher = logits(1, 4, VOCAB), logits(2, 4, VOCAB)
     loss = loss_with(TopK(4, tail=tail), reduction="none")
-    given = {"logits": teacher, "dense": DenseSignal(teacher), "topk": TopKSignal.of(teacher, 4)}
+    given = {
+        "logits": teacher,
+        "dense": DenseTeacher(teacher),
+        "topk": TopKTeacher.from_logits(teacher, 4),
+    }
     found = loss.explain(student, given[teacher_kind], position=2, top=None)
     q, p = student[2].softmax(-1), teacher[2].softmax(-1)
     kept = p.topk(4).indices.tolist()

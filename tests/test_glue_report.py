@@ -25,7 +25,7 @@ from otkd.cli.protocols import load_protocol
 from otkd.cli.results import Result, read_result, write_result
 from otkd.cli.settings import Settings
 from otkd.cli.stats import estimate, paired_difference
-from otkd.data.tasks import get_task
+from otkd.tasks.tasks import get_task
 
 # t(.975, n − 1) of Student's table.
 T = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645}

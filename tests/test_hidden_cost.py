@@ -203,19 +203,19 @@ def test_only_this_cost_asks_for_features():
 
 
 def test_a_signal_keeps_features_with_its_logits(tmp_path):
-    signal = otkd.DenseSignal(torch.randn(6, 3), torch.randn(6, 4).half())
+    signal = otkd.DenseTeacher(torch.randn(6, 3), torch.randn(6, 4).half())
     signal.save(tmp_path / "signal.safetensors")
-    loaded = otkd.DenseSignal.load(tmp_path / "signal.safetensors")
+    loaded = otkd.DenseTeacher.load(tmp_path / "signal.safetensors")
     assert torch.equal(loaded.features, signal.features)
     part = loaded[torch.tensor([4, 1])]
     assert torch.equal(part.features, signal.features[[4, 1]])
     assert part.to("cpu").features is part.features
     with pytest.raises(ValueError, match="features must have shape"):
-        otkd.DenseSignal(torch.randn(6, 3), torch.randn(5, 4))
+        otkd.DenseTeacher(torch.randn(6, 3), torch.randn(5, 4))
     with pytest.raises(ValueError, match=r"floating-point numbers, got shape \(6, 4\) and dtype"):
-        otkd.DenseSignal(torch.randn(6, 3), torch.ones(6, 4, dtype=torch.long))
+        otkd.DenseTeacher(torch.randn(6, 3), torch.ones(6, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="on the device of the logits, cpu, got meta"):
-        otkd.DenseSignal(torch.randn(6, 3), torch.randn(6, 4, device="meta"))
+        otkd.DenseTeacher(torch.randn(6, 3), torch.randn(6, 4, device="meta"))
     moved = signal.to("meta")
     assert moved.values.device.type == moved.features.device.type == "meta"
     batch = {name: values.detach().float() for name, values in sample(samples=6, width=4).items()}
@@ -239,7 +239,7 @@ def test_a_stored_teacher_teaches_as_the_model_does(arguments, projected):  # no
     loss = otkd.SinKDLoss(
         transport=otkd.BatchSinkhornLoss(cost="hidden", debias=True, projection=projection)
     )
-    signal = otkd.DenseSignal(stored_logits(teacher, examples), states(teacher, examples))
+    signal = otkd.DenseTeacher(stored_logits(teacher, examples), states(teacher, examples))
     found = []
     for given in (teacher, signal):
         trainer = DistillationTrainer(
@@ -266,7 +266,7 @@ def test_stored_states_of_tokens_go_along_with_their_logits(arguments, length): 
         for x in (outputs.logits, outputs.hidden_states[-1])
     )
     found = []
-    for given in (teacher, otkd.DenseSignal(values, features)):
+    for given in (teacher, otkd.DenseTeacher(values, features)):
         loss = otkd.WeightedLoss(
             {"kl": (1.0, "kl"), "hidden": (1.0, otkd.BatchSinkhornLoss("hidden", debias=True))}
         )
@@ -285,7 +285,7 @@ def test_evaluation_with_stored_states(arguments):  # noqa: F811
     stored = stored_logits(teacher, examples)
     options = {"data_collator": pad, "loss": otkd.BatchSinkhornLoss("hidden", debias=True)}
     found = []
-    for eval_teacher in (otkd.DenseSignal(stored, states(teacher, examples)), stored):
+    for eval_teacher in (otkd.DenseTeacher(stored, states(teacher, examples)), stored):
         options |= {"train_dataset": examples, "eval_dataset": {"a": examples}}
         options |= {"teacher": teacher, "eval_teacher": {"a": eval_teacher}}
         if eval_teacher is stored:
@@ -300,7 +300,7 @@ def test_evaluation_with_stored_states(arguments):  # noqa: F811
 
 def test_a_signal_without_features_is_refused_before_training(arguments):  # noqa: F811
     examples = sentences()
-    with pytest.raises(ValueError, match=r"DenseSignal\(logits, features\)"):
+    with pytest.raises(ValueError, match=r"DenseTeacher\(logits, features\)"):
         DistillationTrainer(
             tiny_bert(0), arguments(), train_dataset=examples, data_collator=pad,
             teacher=torch.randn(len(examples), CLASSES),

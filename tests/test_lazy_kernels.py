@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import otkd
 from otkd.costs import DiscreteCost, EmbeddingCost, MatrixCost
-from otkd.ot import blocked
-from otkd.ot.blocked import BlockedCost
-from otkd.ot.keops import KeOpsCost, obstacle_to_keops
-from otkd.ot.kernels import LogKernel, ProductKernel
+from otkd.ot.kernels import blocked
+from otkd.ot.kernels.base import LogKernel, ProductKernel
+from otkd.ot.kernels.blocked import BlockedCost
+from otkd.ot.kernels.keops import KeOpsCost, obstacle_to_keops
 from otkd.supports import Dense, dense
 from tests import naive
 from tests.problems import generator, logits, masses, points, seeds

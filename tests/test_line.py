@@ -8,8 +8,8 @@ from torch.autograd import gradcheck
 
 import otkd
 from otkd.functional import batch_transport
-from otkd.ot.kernels import ProductKernel
-from otkd.ot.line import LineCost, LineKernel
+from otkd.ot.kernels.base import ProductKernel
+from otkd.ot.kernels.line import LineCost, LineKernel
 from tests.problems import generator, logits, masses, seeds
 from tests.test_batch_transport import COSTS, EXACT, distances, unrolled, with_gradient
 

@@ -6,11 +6,11 @@ from torch import nn
 
 import otkd
 from otkd.costs import EmbeddingCost
-from otkd.losses.composite import SoftCrossEntropyLoss
 from otkd.losses.protocol import Loss, as_loss, teacher_for
 from otkd.losses.registry import LOSSES
-from otkd.signals import DenseSignal, TopKSignal
+from otkd.losses.sinkd import SoftCrossEntropyLoss
 from otkd.supports import TopK
+from otkd.teachers import DenseTeacher, TopKTeacher
 from tests.problems import logits, points
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -120,7 +120,7 @@ def test_reports_of_the_terms_can_be_reached_by_name():
 @pytest.mark.parametrize("nested", [False, True])
 def test_every_term_gets_a_stored_teacher_in_the_form_that_it_reads(nested):
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
-    signal, foreign = TopKSignal.of(teacher, 4), Foreign()
+    signal, foreign = TopKTeacher.from_logits(teacher, 4), Foreign()
     terms = {"sinkhorn": (1.0, sinkhorn()), "mine": (2.0, foreign), "ce": (1.0, "ce")}
     loss = otkd.WeightedLoss(terms)
     if nested:
@@ -129,7 +129,7 @@ def test_every_term_gets_a_stored_teacher_in_the_form_that_it_reads(nested):
     value = loss(student, signal, labels=labels)
     expected = sinkhorn()(student, signal) + otkd.get_loss("ce")(student, labels=labels)
     close(value, expected + 2 * (student - signal.logits_beside(student)).square().mean())
-    loss(student, DenseSignal(teacher), labels=labels)
+    loss(student, DenseTeacher(teacher), labels=labels)
     assert foreign.seen == [torch.Tensor, torch.Tensor]
 
 
@@ -153,7 +153,7 @@ def test_a_foreign_module_is_adapted():
     assert as_loss(around).reductions == {"sum"}
     around.needs_labels = around.reads_stored = True
     assert as_loss(around).needs_labels
-    signal = TopKSignal.of(logits(2, 3, VOCAB), 4)
+    signal = TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
     assert teacher_for(around, signal, logits(1, 3, VOCAB)) is signal
     assert isinstance(teacher_for(Foreign(), signal, logits(1, 3, VOCAB)), torch.Tensor)
     assert teacher_for(Foreign(), None, logits(1, 3, VOCAB)) is None
@@ -198,12 +198,12 @@ def test_the_trainer_hands_a_stored_teacher_on_as_it_is(tmp_path):
             ),
             train_dataset=examples,
             loss=loss,
-            teacher=TopKSignal.of(teacher, 4),
+            teacher=TopKTeacher.from_logits(teacher, 4),
         )
         seen.clear()
         trainer.train()
         assert seen
-        assert all(isinstance(stored, TopKSignal) for stored in seen)
+        assert all(isinstance(stored, TopKTeacher) for stored in seen)
         assert "solver/iterations" in trainer.state.log_history[0]
 
 

@@ -205,11 +205,11 @@ def test_low_precision_is_computed_in_float32(name, dtype):
 @every_loss
 def test_a_stored_signal_in_the_place_of_teacher_logits(name):
     data = Data()
-    signal = otkd.DenseSignal(data.teacher)
+    signal = otkd.DenseTeacher(data.teacher)
     loss = BUILDERS[name]()
     expected = evaluate(loss, data.student, data.teacher, **data.options())
     same(evaluate(loss, data.student, signal, **data.options()), expected, rtol=0, atol=0)
-    half = otkd.DenseSignal(data.teacher.bfloat16())
+    half = otkd.DenseTeacher(data.teacher.bfloat16())
     expected = evaluate(loss, data.student, data.teacher.bfloat16(), **data.options())
     same(evaluate(loss, data.student, half, **data.options()), expected, rtol=0, atol=0)
 
@@ -456,7 +456,7 @@ def test_refused_calls(name):
         refuses(TypeError, "got str", student, "teacher.safetensors")
         refuses(ValueError, "needs teacher_logits: a tensor or a stored", student)
         refuses(ValueError, "same batch shape", student, teacher[:1])
-        refuses(ValueError, "same batch shape", student, otkd.DenseSignal(teacher[:2]))
+        refuses(ValueError, "same batch shape", student, otkd.DenseTeacher(teacher[:2]))
         refuses(ValueError, "on cpu but teacher_logits on meta", student, teacher.to("meta"))
         refuses(ValueError, "teacher_logits must have shape", student, torch.tensor(1.0))
     if needs_teacher and name != "uld":
@@ -582,7 +582,7 @@ def test_registry():
     for wrong, nearest in (("KL", "kl"), ("sinkhrn", "sinkhorn"), ("jds", "jsd")):
         with pytest.raises(ValueError, match=f"unknown loss '{wrong}'; did you mean '{nearest}'"):
             otkd.get_loss(wrong)
-    with pytest.raises(ValueError, match=r"unknown loss 'xyzzy'\. The losses are ce, kl"):
+    with pytest.raises(ValueError, match=r"unknown loss 'xyzzy'\. The losses are akl, alpha_beta"):
         otkd.get_loss("xyzzy")
     with pytest.raises(TypeError, match="beta"):
         otkd.get_loss("kl", beta=1)

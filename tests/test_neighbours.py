@@ -11,7 +11,7 @@ import torch
 import otkd
 from otkd import functional as F
 from otkd.costs import EmbeddingCost, MatrixCost
-from otkd.ot.sparse import SparseKernel, SparseLogKernel
+from otkd.ot.kernels.sparse import SparseKernel, SparseLogKernel
 from otkd.supports import Dense, NearestNeighbours
 from otkd.supports.neighbour_index import nearest
 from tests import naive
@@ -171,7 +171,7 @@ def test_blocks_of_rows_add_nothing(monkeypatch):
     kernel, g, b = cost.kernel(0.001), points(5, 3, VOCAB), masses(7, 3, VOCAB)
     whole = kernel.softmin(g, b.log())
     for block in (1, 3 * 9):
-        monkeypatch.setattr(otkd.ot.sparse, "_LOG_DOMAIN_BLOCK", block)
+        monkeypatch.setattr(otkd.ot.kernels.sparse, "_LOG_DOMAIN_BLOCK", block)
         close(kernel.softmin(g, b.log()), whole)
 
 

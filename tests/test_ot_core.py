@@ -12,11 +12,11 @@ import otkd.ot.gradients
 from otkd import ConvergenceWarning, ot
 from otkd.costs import CostMatrices
 from otkd.ot.divergence import solve_divergence
-from otkd.ot.kernels import LogKernel, ProductKernel
+from otkd.ot.kernels.base import LogKernel, ProductKernel
+from otkd.ot.kernels.stabilised import StabilisedKernel
 from otkd.ot.options import Options
 from otkd.ot.problem import Problem
 from otkd.ot.solver import solve_potentials
-from otkd.ot.stabilised import StabilisedKernel
 from tests import naive
 from tests.problems import (
     KINDS,
@@ -246,7 +246,7 @@ def test_the_log_domain_does_not_depend_on_its_blocks(monkeypatch):
     f, g = torch.rand_like(a), torch.rand_like(b)
     log = LogKernel(cost, 0.05)
     whole = log.softmin(g, b.log()), log.mean_cost(f, g, b), log.coupling(f, g, a, b)
-    monkeypatch.setattr("otkd.ot.kernels._LOG_DOMAIN_BLOCK", 1)
+    monkeypatch.setattr("otkd.ot.kernels.base._LOG_DOMAIN_BLOCK", 1)
     blocked = log.softmin(g, b.log()), log.mean_cost(f, g, b), log.coupling(f, g, a, b)
     for left, right in zip(whole, blocked, strict=True):
         close(left, right)

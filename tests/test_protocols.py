@@ -23,9 +23,9 @@ from otkd.cli.protocols import Objective, Tuning, load_protocol
 from otkd.cli.results import read_result
 from otkd.cli.runs import Run
 from otkd.cli.settings import Settings
-from otkd.data import get_task, task_names
 from otkd.integrations.annealing import TemperatureAnnealing
-from otkd.signals import DenseSignal
+from otkd.tasks import get_task, task_names
+from otkd.teachers import DenseTeacher
 from tests.test_cli import WORDS, make_result, otkd_command, said, save_bert, start_command
 
 GLUE = [name for name in task_names() if name != "rotten-tomatoes"]
@@ -459,7 +459,7 @@ def experiment(teacher, glue, tmp_path_factory):
 
 def test_evaluations_and_temperatures_survive_an_interruption(experiment, tmp_path):
     schedule = training.Schedule(3, 8, 1e-3, seed=0, bf16=False, evaluate_every=2)
-    signal = DenseSignal(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)))
+    signal = DenseTeacher(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)))
 
     def run(folder, stop_after=None):
         loss = otkd.KLLoss(temperature=4)

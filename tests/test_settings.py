@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import otkd
-from otkd.losses.batch import UnrolledBatchSinkhornLoss
-from otkd.losses.composite import SoftCrossEntropyLoss
+from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
+from otkd.losses.sinkd import SoftCrossEntropyLoss
 from otkd.supports import TopK
 from tests.problems import logits, points
 

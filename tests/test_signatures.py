@@ -19,7 +19,7 @@ from otkd.ot.options import Options
 NEEDS_COST = ("sinkhorn", "wasserstein")
 
 MODULES = (
-    *(otkd, functional, otkd.ot, otkd.costs, otkd.supports, otkd.signals, otkd.losses),
+    *(otkd, functional, otkd.ot, otkd.costs, otkd.supports, otkd.teachers, otkd.losses),
     otkd.alignment,
     *(
         importlib.import_module(f"otkd.integrations.{found.name}")

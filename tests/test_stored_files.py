@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 import otkd
 from otkd.costs import EmbeddingCost
-from otkd.signals import DenseSignal, TopKSignal
 from otkd.supports import TopK
+from otkd.teachers import DenseTeacher, TopKTeacher
 from tests.problems import logits, points
 
 pytestmark = [
@@ -53,14 +53,14 @@ def swapped(tensor):
 )
 def test_a_file_that_was_changed_is_refused(tmp_path, change):
     path = tmp_path / "teacher.safetensors"
-    signal = TopKSignal.of(logits(1, 4, VOCAB), 3).with_self_term(topk_loss())
+    signal = topk_loss().with_self_term(TopKTeacher.from_logits(logits(1, 4, VOCAB), 3))
     signal.save(path)
     tensors, metadata = contents(path)
     safetensors.torch.save_file(change(dict(tensors), metadata), path, metadata)
     with pytest.raises(ValueError, match=r"changed after it was saved.*store the teacher anew"):
-        TopKSignal.load(path)
+        TopKTeacher.load(path)
     safetensors.torch.save_file(tensors, path, contents_of_saved(signal, tmp_path))
-    assert torch.equal(TopKSignal.load(path).self_potential, signal.self_potential)
+    assert torch.equal(TopKTeacher.load(path).self_potential, signal.self_potential)
 
 
 def contents_of_saved(signal, folder):
@@ -71,38 +71,40 @@ def contents_of_saved(signal, folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_dense_file_that_was_changed_is_refused(tmp_path, dtype):
     path = tmp_path / "teacher.safetensors"
-    signal = DenseSignal(logits(1, 4, VOCAB, dtype=dtype), logits(2, 4, 5, dtype=dtype))
+    signal = DenseTeacher(logits(1, 4, VOCAB, dtype=dtype), logits(2, 4, 5, dtype=dtype))
     signal.save(path)
     tensors, metadata = contents(path)
     for name in tensors:
         changed = tensors | {name: swapped(tensors[name])}
         safetensors.torch.save_file(changed, path, metadata)
         with pytest.raises(ValueError, match="changed after it was saved"):
-            DenseSignal.load(path)
-    DenseSignal(torch.empty(0, VOCAB)).save(path)
-    assert len(DenseSignal.load(path)) == 0
+            DenseTeacher.load(path)
+    DenseTeacher(torch.empty(0, VOCAB)).save(path)
+    assert len(DenseTeacher.load(path)) == 0
 
 
 def test_a_file_of_an_older_version_is_read_if_it_is_sound(tmp_path):
     path = tmp_path / "teacher.safetensors"
-    signal = TopKSignal.of(logits(1, 4, 2, VOCAB), 3).with_length(3).with_self_term(topk_loss())
+    signal = topk_loss().with_self_term(
+        TopKTeacher.from_logits(logits(1, 4, 2, VOCAB), 3).with_length(3)
+    )
     signal.save(path)
     tensors, metadata = contents(path)
     del metadata["checksum"]
     safetensors.torch.save_file(tensors, path, metadata)
-    assert torch.equal(TopKSignal.load(path).tokens, signal.tokens)
+    assert torch.equal(TopKTeacher.load(path).tokens, signal.tokens)
     for value in (torch.nan, torch.inf):
         tensors["self_potential"][2, 1, 0] = value
         safetensors.torch.save_file(tensors, path, metadata)
         with pytest.raises(ValueError, match=r"self_potential is not finite .*with_self_term"):
-            TopKSignal.load(path)
+            TopKTeacher.load(path)
     safetensors.torch.save_file({"logits": logits(1, 4, VOCAB)}, path)
-    assert len(DenseSignal.load(path)) == 4
+    assert len(DenseTeacher.load(path)) == 4
 
 
 def test_a_self_term_of_other_masses_is_not_used():
     student, loss = logits(3, 8, VOCAB), topk_loss()
-    signal = TopKSignal.of(logits(1, 8, VOCAB), 3).with_self_term(loss)
+    signal = loss.with_self_term(TopKTeacher.from_logits(logits(1, 8, VOCAB), 3))
     expected = loss(student, dataclasses.replace(signal, self_potential=None, self_settings=None))
     close(loss(student, signal), expected, rtol=1e-3, atol=1e-4)
     potential = signal.self_potential
@@ -112,7 +114,7 @@ def test_a_self_term_of_other_masses_is_not_used():
         potential + 0.3,
         potential.masked_fill(torch.arange(8)[:, None] == 5, torch.nan),
     ):
-        with pytest.warns(UserWarning, match="not that of these masses: renew it with"):
+        with pytest.warns(UserWarning, match="not that of these masses: compute it again with"):
             found = loss(student, dataclasses.replace(signal, self_potential=other))
         close(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -122,13 +124,13 @@ def test_without_safetensors_the_error_says_what_to_install(tmp_path):
 import sys
 sys.modules["safetensors"] = None
 import torch
-from otkd.signals import DenseSignal, TopKSignal
-signal = TopKSignal.of(torch.ones(2, 3), 2)
+from otkd.teachers import DenseTeacher, TopKTeacher
+signal = TopKTeacher.from_logits(torch.ones(2, 3), 2)
 for call in (
     lambda: signal.save("new/a"),
-    lambda: DenseSignal(torch.ones(2, 3)).save("new/a"),
-    lambda: TopKSignal.load("a"),
-    lambda: DenseSignal.load("a"),
+    lambda: DenseTeacher(torch.ones(2, 3)).save("new/a"),
+    lambda: TopKTeacher.load("a"),
+    lambda: DenseTeacher.load("a"),
 ):
     try:
         call()
@@ -160,7 +162,7 @@ def test_logprobs_of_a_server():
         ]
         for i, example in enumerate(counts)
     ]
-    signal = TopKSignal.from_logprobs(entries, VOCAB, dtype=torch.float64)
+    signal = TopKTeacher.from_logprobs(entries, VOCAB, dtype=torch.float64)
     assert signal.shape == (2, 3, VOCAB)
     assert signal.k == 5
     student = logits(2, 2, 3, VOCAB)
@@ -170,33 +172,33 @@ def test_logprobs_of_a_server():
         found = loss(student, signal, mask=mask)
         for i, example in enumerate(counts):
             for j, count in enumerate(example):
-                alone = loss(student[i, j], TopKSignal.of(teacher[i, j], count))
+                alone = loss(student[i, j], TopKTeacher.from_logits(teacher[i, j], count))
                 close(found[i, j], alone, rtol=1e-6, atol=1e-9)
         with pytest.raises(ValueError, match=r"1 of 6 positions|not finite"):
             loss(student, signal)  # the second example ends before
     pairs = [[list(entry.items()) for entry in example] for example in entries]
     objects = [[{t: Logprob(x) for t, x in e.items()} for e in example] for example in entries]
     for other in (pairs, objects):
-        same = TopKSignal.from_logprobs(other, VOCAB, dtype=torch.float64)
+        same = TopKTeacher.from_logprobs(other, VOCAB, dtype=torch.float64)
         assert torch.equal(same.tokens, signal.tokens)
         close(same.log_masses, signal.log_masses, equal_nan=True)
-    one = TopKSignal.from_logprobs([None, *entries[0][1:]], VOCAB)
+    one = TopKTeacher.from_logprobs([None, *entries[0][1:]], VOCAB)
     assert one.shape == (3, VOCAB)
     assert one.log_masses[0].isnan().all()
-    kept = TopKSignal.from_logprobs(entries, VOCAB, k=2)
+    kept = TopKTeacher.from_logprobs(entries, VOCAB, k=2)
     close(kept.masses()[0, 0, :2], log_p[0, 0].exp().topk(2).values.float())
-    assert TopKSignal.from_logprobs([None, None], VOCAB).log_masses.isnan().all()
+    assert TopKTeacher.from_logprobs([None, None], VOCAB).log_masses.isnan().all()
 
 
 def test_a_ragged_signal_in_a_file_and_in_a_batch(tmp_path):
     entries = [[{3: -0.1}], [{1: -1.0, 2: -2.0, 0: -3.0}]]
-    whole = TopKSignal.from_logprobs(entries, VOCAB)
-    parts = [TopKSignal.from_logprobs([entry], VOCAB) for entry in entries]
-    joined = TopKSignal.cat(parts)
+    whole = TopKTeacher.from_logprobs(entries, VOCAB)
+    parts = [TopKTeacher.from_logprobs([entry], VOCAB) for entry in entries]
+    joined = TopKTeacher.cat(parts)
     assert torch.equal(joined.tokens, whole.tokens)
     assert torch.equal(joined.log_masses, whole.log_masses)
     whole.with_length(2).save(tmp_path / "teacher.safetensors")
-    loaded = TopKSignal.load(tmp_path / "teacher.safetensors")
+    loaded = TopKTeacher.load(tmp_path / "teacher.safetensors")
     assert torch.equal(loaded.with_length(1).tokens, whole.tokens)
     student, mask = logits(1, 2, 2, VOCAB), torch.tensor([[1, 0], [1, 0]])
     for loss in (otkd.KLLoss(reduction="none"), topk_loss()):
@@ -226,6 +228,6 @@ def test_a_ragged_signal_in_a_file_and_in_a_batch(tmp_path):
 )
 def test_refused_logprobs(error, message, entries):
     with pytest.raises(error, match=message):
-        TopKSignal.from_logprobs(entries, VOCAB)
+        TopKTeacher.from_logprobs(entries, VOCAB)
     with pytest.raises(ValueError, match="k must be at least 1"):
-        TopKSignal.from_logprobs([{1: -1.0}], VOCAB, k=0)
+        TopKTeacher.from_logprobs([{1: -1.0}], VOCAB, k=0)

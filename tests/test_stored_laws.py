@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import otkd
 from otkd.costs import EmbeddingCost
-from otkd.losses.composite import SoftCrossEntropyLoss
-from otkd.signals import DenseSignal, TopKSignal
+from otkd.losses.sinkd import SoftCrossEntropyLoss
 from otkd.supports import CoverageWarning, Dense, TopK
+from otkd.teachers import DenseTeacher, TopKTeacher
 from tests.problems import logits, points, seeds
 
 pytestmark = [
@@ -92,7 +92,7 @@ def test_zero_and_flat_where_student_and_teacher_are_the_same(name):
         loss = LOSSES[name](reduction="none", **({} if dtype == torch.float64 else coarse))
         student = logits(1, 3, VOCAB, dtype=dtype, scale=1.5)
         for k in (4,) if name == "wasserstein" else (1, 4, VOCAB - 1, VOCAB):
-            signal = TopKSignal.of(student, k)
+            signal = TopKTeacher.from_logits(student, k)
             few = ragged(signal, [k, 1, max(1, k // 2)], tokens=0)
             # A server adds the token that was sampled, which may be a light one.
             added = dataclasses.replace(
@@ -117,7 +117,7 @@ def test_zero_and_flat_where_student_and_teacher_are_the_same(name):
 @given(seed=seeds, k=st.integers(1, VOCAB))
 def test_nothing_is_negative(name, seed, k):
     loss = LOSSES[name](reduction="none")
-    value = loss(logits(seed, 3, VOCAB), TopKSignal.of(logits(seed + 1, 3, VOCAB), k))
+    value = loss(logits(seed, 3, VOCAB), TopKTeacher.from_logits(logits(seed + 1, 3, VOCAB), k))
     assert (value > -1e-7).all()
 
 
@@ -129,7 +129,7 @@ def test_more_tokens_say_more_up_to_all_of_them(name, seed, scale):
     student, teacher = logits(seed, 4, VOCAB), logits(seed + 1, 4, VOCAB, scale=scale)
     dense, before = value_and_gradient(loss, student, teacher), torch.zeros(4)
     for k in range(1, VOCAB + 1):
-        value, gradient = value_and_gradient(loss, student, TopKSignal.of(teacher, k))
+        value, gradient = value_and_gradient(loss, student, TopKTeacher.from_logits(teacher, k))
         # What is left of 1 in float64 has few digits if it is as small as 1e-10.
         assert (value >= before - 1e-5).all()
         assert (value <= dense[0] + 1e-5).all()
@@ -150,7 +150,7 @@ def test_value_and_gradient_are_those_of_the_distributions_over_atoms(name, temp
     loss = LOSSES[name](reduction="none", temperature=temperature, rescale_t2=False)
     plain = LOSSES[name](reduction="none", rescale_t2=False)
     student, teacher = logits(1, 3, VOCAB).requires_grad_(), logits(2, 3, VOCAB)
-    signal = TopKSignal.of(teacher, 4, temperature)
+    signal = TopKTeacher.from_logits(teacher, 4, temperature)
     tokens = signal.tokens.long()
     q, p = (atoms((x / temperature).softmax(-1), tokens) for x in (student, teacher))
     if name.startswith("akl"):  # of which the tail is no part of the head
@@ -174,13 +174,16 @@ def test_ranks_are_compared_between_any_two_vocabularies():
         student, teacher = logits(1, 4, sizes[0]), logits(2, 4, sizes[1])
         dense, before = loss(student, teacher), torch.zeros(4)
         for k in (1, 2, 5, sizes[1]):
-            value, gradient = value_and_gradient(loss, student, TopKSignal.of(teacher, k))
+            value, gradient = value_and_gradient(loss, student, TopKTeacher.from_logits(teacher, k))
             assert (value >= before - 1e-12).all()
             assert (value <= dense + 1e-12).all()
             assert gradient.isfinite().all()
             before = value
         close(value, dense)
-    student, signal = logits(1, 4, VOCAB).requires_grad_(), TopKSignal.of(logits(2, 4, 20), 3)
+    student, signal = (
+        logits(1, 4, VOCAB).requires_grad_(),
+        TopKTeacher.from_logits(logits(2, 4, 20), 3),
+    )
     assert torch.autograd.gradcheck(lambda s: loss(s, signal), student)
 
 
@@ -189,7 +192,7 @@ def test_a_ragged_position_is_one_of_fewer_tokens(name):
     loss = LOSSES[name](reduction="none")
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
     counts = [5, 1, 3]
-    signal = TopKSignal.of(teacher, 5)
+    signal = TopKTeacher.from_logits(teacher, 5)
     mask = torch.tensor([True, False, True])
     broken = student.clone()
     broken[1] = torch.nan
@@ -201,7 +204,9 @@ def test_a_ragged_position_is_one_of_fewer_tokens(name):
             continue
         for i, count in enumerate(counts):
             rows = slice(i, i + 1)
-            alone = value_and_gradient(loss, student[rows], TopKSignal.of(teacher[rows], count))
+            alone = value_and_gradient(
+                loss, student[rows], TopKTeacher.from_logits(teacher[rows], count)
+            )
             close((found[0][rows], found[1][rows]), alone, rtol=1e-6, atol=1e-8)
         value, gradient = value_and_gradient(loss, broken, teacher_rows, mask=mask)
         close(value[mask], found[0][mask])
@@ -225,52 +230,54 @@ def test_padded_vocabularies_are_the_same_to_every_form_of_teacher(name):
     bare = teacher.clone()
     bare[:, size:] = -torch.inf
     # Known in full, the padding can be taken away whatever it holds.
-    for form in (teacher, DenseSignal(teacher), TopKSignal.of(bare, VOCAB)):
+    for form in (teacher, DenseTeacher(teacher), TopKTeacher.from_logits(bare, VOCAB)):
         value, gradient = value_and_gradient(loss, student, form)
-        if isinstance(form, TopKSignal) and name in ("topk", "headless"):
+        if isinstance(form, TopKTeacher) and name in ("topk", "headless"):
             expected = value_and_gradient(
-                plain, student[:, :size], TopKSignal.of(teacher[:, :size], size)
+                plain, student[:, :size], TopKTeacher.from_logits(teacher[:, :size], size)
             )
         close((value, gradient[:, :size]), expected, rtol=1e-6, atol=1e-8)
         assert (gradient[:, size:] == 0).all()
-    heavy = TopKSignal.of(teacher, VOCAB)
+    heavy = TopKTeacher.from_logits(teacher, VOCAB)
     close(loss(student, heavy), value, rtol=1e-6, atol=1e-8)
     # Otherwise it must not be stored.
-    stored = value_and_gradient(plain, student[:, :size], TopKSignal.of(teacher[:, :size], 4))
+    stored = value_and_gradient(
+        plain, student[:, :size], TopKTeacher.from_logits(teacher[:, :size], 4)
+    )
     for form in (
-        TopKSignal.of(bare, 4),
-        ragged(TopKSignal.of(bare, 6), [4, 4, 4], tokens=VOCAB - 1),
-        TopKSignal.of(teacher[:, :size], 4),
+        TopKTeacher.from_logits(bare, 4),
+        ragged(TopKTeacher.from_logits(bare, 6), [4, 4, 4], tokens=VOCAB - 1),
+        TopKTeacher.from_logits(teacher[:, :size], 4),
     ):
         value, gradient = value_and_gradient(loss, student, form)
         close((value, gradient[:, :size]), stored, rtol=1e-6, atol=1e-8)
     heavy = teacher.clone()
     heavy[:, -1] = 9
     with pytest.raises(ValueError, match=r"mass on tokens of the padding, from 9 on.*rebuild"):
-        loss(student, TopKSignal.of(heavy, 4))
+        loss(student, TopKTeacher.from_logits(heavy, 4))
     mask = torch.tensor([1, 1, 0])
     only_there = teacher.clone()
     only_there[:, size:] = -torch.inf
     only_there[2, -1] = 9
-    assert loss(student, TopKSignal.of(only_there, 4), mask=mask).isfinite().all()
+    assert loss(student, TopKTeacher.from_logits(only_there, 4), mask=mask).isfinite().all()
 
 
 def test_a_cut_signal_keeps_its_self_term():
     loss = sinkhorn(TopK(3), VOCAB - 3)(vocab_size=VOCAB - 3, reduction="none")
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
     teacher[:, VOCAB - 3 :] = -torch.inf
-    signal = TopKSignal.of(teacher, VOCAB - 1).sliced(VOCAB - 3)
+    signal = TopKTeacher.from_logits(teacher, VOCAB - 1).sliced(VOCAB - 3)
     assert signal.k == signal.vocab_size == VOCAB - 3
-    kept = signal.with_self_term(loss)
+    kept = loss.with_self_term(signal)
     close(loss(student, kept), loss(student, signal), rtol=1e-6, atol=1e-8)
-    few = ragged(TopKSignal.of(teacher[:, : VOCAB - 3], 5), [5, 1, 3])
-    kept = few.with_self_term(loss)
+    few = ragged(TopKTeacher.from_logits(teacher[:, : VOCAB - 3], 5), [5, 1, 3])
+    kept = loss.with_self_term(few)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", CoverageWarning)
         close(loss(student, kept), loss(student, few), rtol=1e-6, atol=1e-8)
-        wide = TopKSignal.cat(
-            [kept, TopKSignal.of(teacher[:, : VOCAB - 3], 6).with_self_term(loss)]
+        wide = TopKTeacher.cat(
+            [kept, loss.with_self_term(TopKTeacher.from_logits(teacher[:, : VOCAB - 3], 6))]
         )
         assert wide.k == 6
         twice = torch.cat([student, student])
@@ -283,10 +290,10 @@ def test_masses_of_any_precision(name, stored):
     options = {"tolerance": 1e-4} if name in TRANSPORT else {}
     loss = LOSSES[name](reduction="none", **options)
     student, teacher = logits(1, 3, VOCAB, dtype=torch.float32), logits(2, 3, VOCAB)
-    exact = loss(student.double(), TopKSignal.of(teacher, 5))
-    found = loss(student, TopKSignal.of(teacher, 5, dtype=stored))
+    exact = loss(student.double(), TopKTeacher.from_logits(teacher, 5))
+    found = loss(student, TopKTeacher.from_logits(teacher, 5, dtype=stored))
     close(found.double(), exact, rtol=0.1, atol=0.05)
-    half = loss(student.to(torch.bfloat16), TopKSignal.of(teacher, 5, dtype=stored))
+    half = loss(student.to(torch.bfloat16), TopKTeacher.from_logits(teacher, 5, dtype=stored))
     assert half.dtype == torch.float32
     assert half.isfinite().all()
 
@@ -304,14 +311,14 @@ def test_extreme_logits(name):
         student[0, 4], student[1, 0], student[3] = 1e4, -torch.inf, -torch.inf
         student[3, 5] = 0
         for k in (1, 3, VOCAB):
-            value, gradient = value_and_gradient(loss, student, TopKSignal.of(teacher, k))
+            value, gradient = value_and_gradient(loss, student, TopKTeacher.from_logits(teacher, k))
             assert value.isfinite().all()
             assert gradient.isfinite().all()
 
 
 def test_the_mass_left_over_is_shared_as_the_student_shares_it():
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
-    signal = TopKSignal.of(teacher, 4, 2.0)
+    signal = TopKTeacher.from_logits(teacher, 4, 2.0)
     q, p = (student / 0.5).softmax(-1), (signal.logits_beside(student, 0.5) / 2.0).softmax(-1)
     tokens = signal.tokens.long()
     close(p.gather(-1, tokens), (teacher / 2.0).softmax(-1).gather(-1, tokens))
@@ -319,14 +326,14 @@ def test_the_mass_left_over_is_shared_as_the_student_shares_it():
     close(ratios.nan_to_num(0).amax(-1), ratios.nan_to_num(torch.inf).amin(-1))
     close(p.sum(-1), torch.ones(3).double())
     # Where the student has the masses it is the student, bit for bit.
-    assert torch.equal(TopKSignal.of(student, 4).logits_beside(student), student)
+    assert torch.equal(TopKTeacher.from_logits(student, 4).logits_beside(student), student)
     # Where the student has none on the others they share evenly.
     alone = torch.full_like(student, -torch.inf).scatter(-1, tokens, 0.0)
     close(signal.logits_beside(alone).softmax(-1), signal.logits().softmax(-1))
 
 
 def test_a_position_must_have_something():
-    signal = TopKSignal.of(logits(2, 3, VOCAB), 4)
+    signal = TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
     nothing = ragged(signal, [4, 0, 2])
     mask = torch.tensor([1, 0, 1])
     for name, make in LOSSES.items():

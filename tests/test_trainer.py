@@ -18,7 +18,7 @@ import otkd
 from otkd.integrations.records import LossRecord
 from otkd.integrations.transformers import DistillationTrainer
 from otkd.losses.protocol import as_loss
-from otkd.signals import DenseSignal
+from otkd.teachers import DenseTeacher
 from tests.models import (
     CLASSES,
     VOCAB,
@@ -464,7 +464,7 @@ def test_stored_logits_train_as_their_teacher_does(arguments, build, examples, k
         logits = logits.half()
     stored, dataset = {"teacher": logits}, examples
     if kind == "half":
-        stored["teacher"] = DenseSignal(logits)
+        stored["teacher"] = DenseTeacher(logits)
     elif kind == "column":
         stored, dataset = {}, []
         for row, example in zip(logits, examples, strict=True):

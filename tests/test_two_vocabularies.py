@@ -392,7 +392,7 @@ def test_each_side_is_sliced_at_its_own_number_of_tokens(sizes, support, padding
             torch.nn.functional.pad(z, (0, width), value=padding)
             for z, width in zip((student, teacher), widths, strict=True)
         ]
-        for given_teacher in (padded[1], otkd.DenseSignal(padded[1])):
+        for given_teacher in (padded[1], otkd.DenseTeacher(padded[1])):
             value, slope = slopes(lambda z: loss(z, given_teacher), padded[0])  # noqa: B023
             close(value, expected[0], atol=1e-10, rtol=1e-9)
             close(slope[:, : sizes[0]], expected[1], atol=1e-10, rtol=1e-9)

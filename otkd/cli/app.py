@@ -42,7 +42,7 @@ Overwrite = Annotated[
 def _reporting(output_dir: Path | None = None) -> Iterator[None]:
     """Turn mistakes, refusals of the system and signals into a message and an exit status."""
     # Imported here so that --help need not load the package's data module.
-    from otkd.data.tasks import DataError
+    from otkd.tasks.tasks import DataError
 
     kept = "" if output_dir is None else f"finished runs are kept in {output_dir}"
     try:

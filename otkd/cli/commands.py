@@ -33,7 +33,7 @@ from otkd.cli.teachers import (
     with_features,
 )
 from otkd.cli.workers import run_all, worker_count
-from otkd.data import get_task
+from otkd.tasks import get_task
 
 
 def compare(

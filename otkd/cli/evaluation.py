@@ -22,7 +22,7 @@ class Predictor:
     """Rows in padded batches of similar length, for many models or many evaluations of one.
 
     Args:
-        rows: encoded rows (see :func:`otkd.data.encode`).
+        rows: encoded rows (see :func:`otkd.tasks.encode`).
         tokenizer: pads the batches.
         bf16: predict under bfloat16 autocast.
     """

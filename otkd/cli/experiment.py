@@ -26,7 +26,7 @@ from otkd.cli.precision import (
     write_precision,
 )
 from otkd.cli.training import Schedule, device
-from otkd.data import SAMPLE_SEED, encode, get_task, load_task
+from otkd.tasks import SAMPLE_SEED, encode, get_task, load_task
 
 if TYPE_CHECKING:
     from datasets import Dataset

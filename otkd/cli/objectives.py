@@ -12,8 +12,8 @@ import otkd
 from otkd.cli.catalogue import loss_parameters
 from otkd.cli.console import CommandError
 from otkd.cli.settings import option
-from otkd.losses.batch import UnrolledBatchSinkhornLoss
-from otkd.losses.composite import SoftCrossEntropyLoss
+from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
+from otkd.losses.sinkd import SoftCrossEntropyLoss
 
 if TYPE_CHECKING:
     from otkd.cli.protocols import Objective

@@ -16,7 +16,7 @@ from otkd.cli.failures import sentence
 from otkd.cli.names import check_file_names
 from otkd.cli.ranges import shown
 from otkd.cli.settings import RANGES, Settings
-from otkd.data.tasks import get_task
+from otkd.tasks.tasks import get_task
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from otkd.cli.results import Result
 from otkd.cli.stats import Estimate, LossSummary, summarise
-from otkd.data import get_task
 from otkd.files import written_whole
+from otkd.tasks import get_task
 
 _METRIC_TITLES = {"accuracy": "accuracy", "f1": "F1", "mcc": "MCC"}
 

@@ -30,8 +30,8 @@ from otkd.cli.results import (
 from otkd.cli.teachers import Teacher
 from otkd.cli.traces import check_work, claim, common_fields, save_model
 from otkd.cli.training import DivergedError, Fit, fit
-from otkd.data import agreement, score
 from otkd.integrations.annealing import TemperatureAnnealing
+from otkd.tasks import agreement, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

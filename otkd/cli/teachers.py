@@ -26,9 +26,9 @@ from otkd.cli.results import (
 )
 from otkd.cli.traces import check_work, claim, common_fields, save_model
 from otkd.cli.training import DivergedError, Fit, device, fit
-from otkd.data import majority_score, score
-from otkd.signals import DenseSignal
-from otkd.signals.files import load_tensors, save_tensors
+from otkd.tasks import majority_score, score
+from otkd.teachers import DenseTeacher
+from otkd.teachers.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from otkd.cli.experiment import Experiment, Rows
@@ -57,8 +57,8 @@ class Teacher:
     """
 
     result: Result
-    train: DenseSignal
-    dev_logits: DenseSignal
+    train: DenseTeacher
+    dev_logits: DenseTeacher
     class_rows: Tensor
     features: Tensor | None = None
 
@@ -67,12 +67,12 @@ class Teacher:
         """What tells one teacher's training logits from another's."""
         return self.result.teacher_logits
 
-    def on(self, rows: Rows, *, features: bool) -> DenseSignal:
+    def on(self, rows: Rows, *, features: bool) -> DenseTeacher:
         """What it says of the training rows, with its states if they are asked for."""
         index = slice(None) if rows.index is None else torch.tensor(rows.index)
         signal = self.train[index]
         if features and self.features is not None:
-            signal = DenseSignal(signal.values, self.features[index])
+            signal = DenseTeacher(signal.values, self.features[index])
         return signal
 
     def on_dev(self, rows: Rows) -> Tensor:
@@ -174,8 +174,8 @@ def _train_teacher(
         save_model(folder / _MODEL, model, tokenizer)
     train = Predictor(rows.train, tokenizer, bf16=experiment.precision.bf16).logits(model)
     dev = rows.predict(model)
-    DenseSignal(train).save(folder / _TRAIN_LOGITS)
-    DenseSignal(torch.cat(list(dev.values()))).save(folder / _DEV_LOGITS)
+    DenseTeacher(train).save(folder / _TRAIN_LOGITS)
+    DenseTeacher(torch.cat(list(dev.values()))).save(folder / _DEV_LOGITS)
     save_tensors(folder / _CLASS_ROWS, {"class_rows": models.class_embedding(model)})
     kept = [folder / name for name in _OUTPUTS]
     files = file_digests(
@@ -207,7 +207,7 @@ def _load_teacher(experiment: Experiment, folder: Path, result: Result) -> Teach
         ValueError: if they do not hold numbers for these rows and classes.
     """
     data, classes = experiment.data, experiment.task.num_labels
-    train, dev = (DenseSignal.load(folder / name) for name in (_TRAIN_LOGITS, _DEV_LOGITS))
+    train, dev = (DenseTeacher.load(folder / name) for name in (_TRAIN_LOGITS, _DEV_LOGITS))
     rows = load_tensors(folder / _CLASS_ROWS, "class_rows")[0]["class_rows"]
     _check(folder / _TRAIN_LOGITS, train.values, (len(data.train), classes))
     _check(folder / _DEV_LOGITS, dev.values, (data.dev_rows, classes))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from otkd.signals import TeacherSignal
+    from otkd.teachers import StoredTeacher
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def fit(
     folder: Path,
     *,
     loss: nn.Module | None = None,
-    teacher: TeacherSignal | None = None,
+    teacher: StoredTeacher | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
     on_steps: Callable[[int], None],
@@ -202,7 +202,7 @@ def fit(
 
     Args:
         model: a classifier.
-        train: encoded rows (see :func:`otkd.data.encode`).
+        train: encoded rows (see :func:`otkd.tasks.encode`).
         tokenizer: pads the batches.
         schedule: how long and how fast.
         folder: where a checkpoint is kept after every epoch; for the caller to remove.

@@ -5,10 +5,10 @@ within each side for debiasing. Every cost is an ``nn.Module``, so that it follo
 device; nothing of it is saved with a model.
 """
 
-from otkd.costs.base import Cost, CostMatrices
+from otkd.costs.base import Cost, CostMatrices, PowerCost
 from otkd.costs.embedding import EmbeddingCost
 from otkd.costs.forms import as_cost_matrices
-from otkd.costs.simple import DiscreteCost, MatrixCost, OrdinalCost, PowerCost
+from otkd.costs.simple import DiscreteCost, MatrixCost, OrdinalCost
 
 __all__ = [
     "Cost",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from otkd.scalars import as_positive
 
 Side = Literal["source", "target"]
 LARGEST_COST = 1e30
@@ -109,8 +112,6 @@ class Cost(nn.Module, ABC):
 
     def power(self, p: float) -> Cost:
         """The cost raised to the power ``p``, entry by entry."""
-        from otkd.costs.simple import PowerCost
-
         return self if p == 1 else PowerCost(self, p)
 
     def keeps_divergence_positive(self, epsilon: float) -> bool:
@@ -145,6 +146,64 @@ class Cost(nn.Module, ABC):
                 f"{type(self).__name__} has costs up to {self.largest(n, m):.1e} between {n} and "
                 f"{m} tokens; they must be below {LARGEST_COST:.0e}: give the cost in larger units"
             )
+
+
+class PowerCost(Cost):
+    """Another cost raised to the power ``p``, entry by entry."""
+
+    def __init__(self, base: Cost, p: float) -> None:
+        super().__init__()
+        self.base, self.p, self.shape = base, float(as_positive("p", p)), base.shape
+        if self.shape is not None:
+            self.check_size(*self.shape)
+
+    def largest(self, n: int, m: int) -> float:
+        """See :class:`Cost`."""
+        return power_bound(self.base.largest(n, m), self.p)
+
+    def matrices(
+        self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
+    ) -> CostMatrices:
+        """See :class:`Cost`."""
+        base = self.base.matrices(n, m, dtype=dtype, device=device, self_terms=self_terms)
+        raised = (None if matrix is None else matrix**self.p for matrix in base[1:])
+        return CostMatrices(base.cross**self.p, *raised)
+
+    def between(
+        self,
+        x: Int[Tensor, "batch k"],
+        y: Int[Tensor, "batch l"],
+        sides: tuple[Side, Side],
+        dtype: torch.dtype,
+    ) -> Float[Tensor, "batch k l"]:
+        """See :class:`Cost`."""
+        return self.base.between(x, y, sides, dtype) ** self.p
+
+    def check_within(self) -> None:
+        """See :class:`Cost`."""
+        self.base.check_within()
+
+    @property
+    def learns(self) -> bool:
+        """Whether the base learns."""
+        return self.base.learns
+
+    @property
+    def one_vocabulary(self) -> bool:
+        """Whether it is for the base."""
+        return self.base.one_vocabulary
+
+    def keeps_divergence_positive(self, epsilon: float) -> bool:
+        """Powers below 1 keep it (Schoenberg, 1938); others are taken as not shown."""
+        return self.p <= 1 and self.base.keeps_divergence_positive(epsilon)
+
+
+def power_bound(base: float, p: float) -> float:
+    """``base**p``, infinite where it is too large for a float."""
+    try:
+        return base**p
+    except OverflowError:
+        return math.inf
 
 
 def same_for_all(matrix: Tensor, self_terms: bool) -> CostMatrices:

@@ -1,14 +1,12 @@
-"""Costs that need no embedding: given by identity, by order, by a matrix, or by a power."""
+"""Costs that need no embedding: given by identity, by order or by a matrix."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from otkd.costs.base import Cost, CostMatrices, Side, hold, same_for_all
+from otkd.costs.base import Cost, CostMatrices, Side, hold, power_bound, same_for_all
 from otkd.costs.checks import check_self_cost, has_positive_kernel
 from otkd.scalars import as_flag, as_positive
 from otkd.tensors import check_floating
@@ -59,7 +57,7 @@ class OrdinalCost(Cost):
 
     def largest(self, n: int, m: int) -> float:
         """See :class:`Cost`."""
-        return _power(max(n, m) - 1.0, self.p)
+        return power_bound(max(n, m) - 1.0, self.p)
 
     def matrices(
         self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
@@ -168,60 +166,3 @@ class MatrixCost(Cost):
     def keeps_divergence_positive(self, epsilon: float) -> bool:
         """Checked by factorising the kernel, up to 1024 tokens; beyond, taken as not shown."""
         return has_positive_kernel(self.matrix, epsilon)
-
-
-class PowerCost(Cost):
-    """Another cost raised to the power ``p``, entry by entry."""
-
-    def __init__(self, base: Cost, p: float) -> None:
-        super().__init__()
-        self.base, self.p, self.shape = base, float(as_positive("p", p)), base.shape
-        if self.shape is not None:
-            self.check_size(*self.shape)
-
-    def largest(self, n: int, m: int) -> float:
-        """See :class:`Cost`."""
-        return _power(self.base.largest(n, m), self.p)
-
-    def matrices(
-        self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
-    ) -> CostMatrices:
-        """See :class:`Cost`."""
-        base = self.base.matrices(n, m, dtype=dtype, device=device, self_terms=self_terms)
-        raised = (None if matrix is None else matrix**self.p for matrix in base[1:])
-        return CostMatrices(base.cross**self.p, *raised)
-
-    def between(
-        self,
-        x: Int[Tensor, "batch k"],
-        y: Int[Tensor, "batch l"],
-        sides: tuple[Side, Side],
-        dtype: torch.dtype,
-    ) -> Float[Tensor, "batch k l"]:
-        """See :class:`Cost`."""
-        return self.base.between(x, y, sides, dtype) ** self.p
-
-    def check_within(self) -> None:
-        """See :class:`Cost`."""
-        self.base.check_within()
-
-    @property
-    def learns(self) -> bool:
-        """Whether the base learns."""
-        return self.base.learns
-
-    @property
-    def one_vocabulary(self) -> bool:
-        """Whether it is for the base."""
-        return self.base.one_vocabulary
-
-    def keeps_divergence_positive(self, epsilon: float) -> bool:
-        """Powers below 1 keep it (Schoenberg, 1938); others are taken as not shown."""
-        return self.p <= 1 and self.base.keeps_divergence_positive(epsilon)
-
-
-def _power(base: float, p: float) -> float:
-    try:
-        return base**p
-    except OverflowError:
-        return math.inf

@@ -16,7 +16,7 @@ from otkd.costs import CostMatrices
 from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
 from otkd.ot.divergence import DivergenceSolution, solve_divergence
-from otkd.ot.line import LineCost
+from otkd.ot.kernels.line import LineCost
 from otkd.ot.options import Options
 from otkd.precision import inner_products, without_autocast
 

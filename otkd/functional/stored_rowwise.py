@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from otkd.functional.rowwise import Formula, Pair, Spread, Teacher, compare_rowwise
-from otkd.signals import TopKSignal
-from otkd.signals.atoms import rounding_of
-from otkd.signals.beside import atoms_beside
-from otkd.signals.slots import Slots
+from otkd.teachers import TopKTeacher
+from otkd.teachers.atoms import rounding_of
+from otkd.teachers.beside import atoms_beside
+from otkd.teachers.slots import Slots
 
 
 class AtomPair(Pair):
@@ -48,14 +48,14 @@ class AtomPair(Pair):
 class StoredTeacher(Teacher):
     """A stored teacher of N positions."""
 
-    def __init__(self, signal: TopKSignal):
-        self.signal = signal
+    def __init__(self, teacher: TopKTeacher):
+        self.teacher = teacher
 
     def compare(
         self, student: Tensor, rows: slice | Tensor, formula: Formula
     ) -> tuple[Pair, Spread]:
         """See :class:`~otkd.functional.rowwise.Teacher`."""
-        stored = self.signal[rows]
+        stored = self.teacher[rows]
         teacher, slots = stored.log_atoms().to(student.dtype), stored.slots
         if not formula.same_vocabulary:
             # Ranks are compared: the heaviest tokens of each side, as many as are stored.
@@ -82,7 +82,7 @@ def _spread(slots: Slots, shares: Tensor, gradient: Tensor, place: Tensor | None
 def stored_divergence(
     formula: Formula,
     student_logits: Tensor,
-    stored: TopKSignal,
+    stored: TopKTeacher,
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,

@@ -15,9 +15,9 @@ from otkd.ot.divergence import Report
 from otkd.ot.exact import exact_transport
 from otkd.ot.options import Options
 from otkd.precision import compute_dtype
-from otkd.signals import TopKSignal
-from otkd.signals.beside import evenly_spread_logits, logits_shaped_by
 from otkd.supports import Positions, Support, as_support, choose_support
+from otkd.teachers import TopKTeacher
+from otkd.teachers.beside import evenly_spread_logits, logits_shaped_by
 
 
 @outside_graphs
@@ -94,7 +94,7 @@ def sinkhorn_with_report(
     temperature: float,
     teacher_temperature: float | None,
     mask: Tensor | None,
-    stored: TopKSignal | None = None,
+    stored: TopKTeacher | None = None,
 ) -> tuple[Tensor, Report | None]:
     """:func:`sinkhorn_divergence` and what its solver did (None without a counted position).
 
@@ -130,7 +130,7 @@ def transport_positions(
     temperature: float,
     teacher_temperature: float | None,
     mask: Tensor | None,
-    stored: TopKSignal | None = None,
+    stored: TopKTeacher | None = None,
 ) -> tuple[Positions, Support]:
     """The positions of :func:`sinkhorn_divergence` and the support that transports them, checked.
 

@@ -82,12 +82,12 @@ def refuse_training(
         if teacher is None and not has_features(train_dataset):
             raise ValueError(
                 f"{name} compares features, which stored logits lack: pass the teacher as a model, "
-                "or as DenseSignal(logits, features)"
+                "or as DenseTeacher(logits, features)"
             )
         if any(isinstance(each, WithTeacher) and not has_features(each) for each in evaluated):
             raise ValueError(
                 f"{name} compares features, which the eval_teacher lacks: pass it as "
-                "DenseSignal(logits, features)"
+                "DenseTeacher(logits, features)"
             )
     if teacher is not None:
         trained = [*student.parameters(), *loss.parameters()]

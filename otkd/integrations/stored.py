@@ -11,57 +11,58 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from otkd.signals import DenseSignal, TeacherSignal, TopKSignal
+from otkd.teachers import DenseTeacher, StoredTeacher, TopKTeacher
 
 TEACHER_KEY = "teacher_logits"
 
 
 @dataclass(frozen=True)
-class SignalRow:
-    """One example of a signal, looked up with its whole batch and not before."""
+class TeacherRow:
+    """One example of a stored teacher, looked up with its whole batch and not before."""
 
-    signal: TeacherSignal
+    teacher: StoredTeacher
     index: int
 
 
 class WithTeacher(Dataset):
-    """A map-style data set of dictionaries, each with its row of a signal as ``teacher_logits``.
+    """A map-style data set of dictionaries, each with its stored teacher as ``teacher_logits``.
 
     Args:
         dataset: the examples, in the order in which the teacher saw them.
-        signal: one entry per example.
+        teacher: one entry per example.
         name: what to call the data set in an error.
 
     Raises:
-        ValueError: if the data set has no length, or another length than the signal.
+        ValueError: if the data set has no length, or another length than the stored teacher.
     """
 
-    def __init__(self, dataset: Any, signal: TeacherSignal, name: str = "dataset") -> None:
+    def __init__(self, dataset: Any, teacher: StoredTeacher, name: str = "dataset") -> None:
         if not hasattr(dataset, "__len__"):
             raise ValueError(
                 f"a stored teacher needs a {name} with a length and a fixed order, "
                 f"got {type(dataset).__name__}"
             )
-        if len(signal) != len(dataset):
+        if len(teacher) != len(dataset):
             raise ValueError(
-                f"the stored teacher has {len(signal)} entries and the {name} {len(dataset)} "
+                f"the stored teacher has {len(teacher)} entries and the {name} {len(dataset)} "
                 "examples; it must have one entry per example, in the same order"
             )
         self.dataset = dataset
-        self.signal = signal
+        self.teacher = teacher
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], TEACHER_KEY: SignalRow(self.signal, index)}
+        return {**self.dataset[index], TEACHER_KEY: TeacherRow(self.teacher, index)}
 
 
 class TeacherCollator:
     """Collates with ``inner``, past which it carries the ``teacher_logits`` of the examples.
 
-    Rows of a signal become the signal of the batch; tensors, arrays and lists of logits become one
-    tensor, padded along the sequence with NaN, which a loss refuses where a position counts.
+    Rows of a stored teacher become the stored teacher of the batch; tensors, arrays and lists of
+    logits become one tensor, padded along the sequence with NaN, which a loss refuses where a
+    position counts.
 
     Args:
         inner: collates the rest of each example.
@@ -82,9 +83,9 @@ class TeacherCollator:
         features = [dict(feature) for feature in features]
         rows = [feature.pop(TEACHER_KEY) for feature in features]
         batch = self.inner(features)
-        if isinstance(rows[0], SignalRow):
+        if isinstance(rows[0], TeacherRow):
             index = torch.tensor([row.index for row in rows])
-            batch[TEACHER_KEY] = rows[0].signal[index]
+            batch[TEACHER_KEY] = rows[0].teacher[index]
         else:
             rows = [torch.as_tensor(row) for row in rows]
             batch[TEACHER_KEY] = pad_sequence(rows, batch_first=True, padding_value=float("nan"))
@@ -97,10 +98,10 @@ def _refuse_left_padding(attention_mask: Any, rows: Sequence[Any]) -> None:
         return
     if attention_mask[:, 0].all():
         return
-    if isinstance(rows[0], SignalRow):
-        # All entries of a signal have one length: one is enough, as it may be costly to expand.
-        row = rows[0].signal[rows[0].index]
-        rows = [row.without_logits() if isinstance(row, TopKSignal) else row.logits()]
+    if isinstance(rows[0], TeacherRow):
+        # All entries have the same length. Only one is expanded, since that may be costly.
+        row = rows[0].teacher[rows[0].index]
+        rows = [row.without_logits() if isinstance(row, TopKTeacher) else row.logits()]
     length = attention_mask.shape[1]
     for logits in rows:
         if logits.ndim == 2 and logits.shape[0] != length:
@@ -111,7 +112,9 @@ def _refuse_left_padding(attention_mask: Any, rows: Sequence[Any]) -> None:
             )
 
 
-def fit_length(teacher_logits: Tensor | TopKSignal, student_logits: Tensor) -> Tensor | TopKSignal:
+def fit_length(
+    teacher_logits: Tensor | TopKTeacher, student_logits: Tensor
+) -> Tensor | TopKTeacher:
     """Crop token-level teacher logits to the student's length, or pad them with NaN.
 
     Stored logits have the length of the longest example or of the teacher's own padding, a batch
@@ -120,7 +123,7 @@ def fit_length(teacher_logits: Tensor | TopKSignal, student_logits: Tensor) -> T
     if len(teacher_logits.shape) != 3 or student_logits.ndim != 3:
         return teacher_logits
     length = student_logits.shape[1]
-    if isinstance(teacher_logits, TopKSignal):
+    if isinstance(teacher_logits, TopKTeacher):
         return teacher_logits.with_length(length)
     missing = length - teacher_logits.shape[1]
     if missing > 0:
@@ -143,22 +146,22 @@ def may_carry_teacher(dataset: Any) -> bool:
 def has_features(dataset: Any) -> bool:
     """Whether a data set has a stored teacher beside it, and that has features."""
     return (
-        isinstance(dataset, WithTeacher) and getattr(dataset.signal, "features", None) is not None
+        isinstance(dataset, WithTeacher) and getattr(dataset.teacher, "features", None) is not None
     )
 
 
-def as_signal(teacher: Any) -> TeacherSignal:
-    """Stored logits as a signal.
+def as_stored_teacher(teacher: Any) -> StoredTeacher:
+    """Stored logits as a stored teacher.
 
     Raises:
-        TypeError: if ``teacher`` is neither a tensor nor a signal.
+        TypeError: if ``teacher`` is neither a tensor nor a stored teacher.
     """
     if isinstance(teacher, Tensor):
-        return DenseSignal(teacher)
-    if isinstance(teacher, TeacherSignal) and not isinstance(teacher, nn.Module):
+        return DenseTeacher(teacher)
+    if isinstance(teacher, StoredTeacher) and not isinstance(teacher, nn.Module):
         return teacher
     raise TypeError(
-        "a teacher is a model or stored logits (a tensor or a TeacherSignal), and an eval_teacher "
+        "a teacher is a model or stored logits (a tensor or a StoredTeacher), and an eval_teacher "
         f"stored logits; got {type(teacher).__name__}"
     )
 
@@ -167,16 +170,16 @@ def with_eval_teacher(dataset: Any, teacher: Any) -> Any:
     """A data set, or a dictionary of them, with its stored teacher or theirs.
 
     Raises:
-        ValueError: if a signal has no data set, or one of another length.
+        ValueError: if a stored teacher has no data set, or one of another length.
     """
     if not isinstance(teacher, Mapping):
-        return WithTeacher(dataset, as_signal(teacher), "eval_dataset")
+        return WithTeacher(dataset, as_stored_teacher(teacher), "eval_dataset")
     if not isinstance(dataset, Mapping) or not teacher.keys() <= dataset.keys():
         raise ValueError(
             f"eval_teacher has the entries {sorted(teacher)}, so eval_dataset must be a dictionary "
             "with these"
         )
     return dict(dataset) | {
-        name: WithTeacher(dataset[name], as_signal(signal), f"eval_dataset {name!r}")
-        for name, signal in teacher.items()
+        name: WithTeacher(dataset[name], as_stored_teacher(stored), f"eval_dataset {name!r}")
+        for name, stored in teacher.items()
     }

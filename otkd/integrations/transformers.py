@@ -31,14 +31,14 @@ from otkd.integrations.stored import (
     TEACHER_KEY,
     TeacherCollator,
     WithTeacher,
-    as_signal,
+    as_stored_teacher,
     fit_length,
     with_eval_teacher,
 )
 from otkd.losses.protocol import as_loss, teacher_for
 from otkd.reductions import ItemCounts
-from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
-from otkd.signals.protocol import teacher_features_of
+from otkd.teachers import StoredTeacher, TopKTeacher, teacher_logits_of
+from otkd.teachers.protocol import teacher_features_of
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -84,10 +84,10 @@ class DistillationTrainer(Trainer):
         loss: an otkd loss, moved to the training device.
         teacher: a model that takes the student's inputs and gives ``logits``; or stored logits, one
             entry per example of ``train_dataset`` in its order, as a tensor or a
-            :class:`~otkd.signals.TeacherSignal`, token-level ones from the first token on; or None
+            :class:`~otkd.teachers.StoredTeacher`, token-level ones from the first token on; or None
             if the examples have a ``teacher_logits`` entry or the loss needs no teacher. Logits
             that come with the examples are used before those of a model. Where the loss compares
-            features: a model, or ``DenseSignal(logits, features)`` with what the student is read
+            features: a model, or ``DenseTeacher(logits, features)`` with what the student is read
             for, the last hidden states (of a classifier of sequences, the first token's).
         eval_teacher: stored logits of ``eval_dataset``; a dictionary of them if that is one.
         shift: whether logits are paired with the next label; by default, if the student is a causal
@@ -107,8 +107,8 @@ class DistillationTrainer(Trainer):
         self,
         *args: Any,
         loss: nn.Module,
-        teacher: nn.Module | TeacherSignal | Tensor | None = None,
-        eval_teacher: TeacherSignal | Tensor | Mapping[str, TeacherSignal | Tensor] | None = None,
+        teacher: nn.Module | StoredTeacher | Tensor | None = None,
+        eval_teacher: StoredTeacher | Tensor | Mapping[str, StoredTeacher | Tensor] | None = None,
         shift: bool | None = None,
         **kwargs: Any,
     ) -> None:
@@ -118,8 +118,8 @@ class DistillationTrainer(Trainer):
         self._loss = as_loss(self.loss)
         self.teacher = teacher if isinstance(teacher, nn.Module) else None
         if teacher is not None and self.teacher is None:
-            signal = as_signal(teacher)
-            self.train_dataset = WithTeacher(self.train_dataset, signal, "train_dataset")
+            stored = as_stored_teacher(teacher)
+            self.train_dataset = WithTeacher(self.train_dataset, stored, "train_dataset")
         if eval_teacher is not None:
             self.eval_dataset = with_eval_teacher(self.eval_dataset, eval_teacher)
         self.data_collator = TeacherCollator(self.data_collator)
@@ -278,7 +278,7 @@ class DistillationTrainer(Trainer):
     def _teacher_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         if TEACHER_KEY in inputs:
             stored = inputs[TEACHER_KEY]
-            if isinstance(stored, TopKSignal):
+            if isinstance(stored, TopKTeacher):
                 return {"logits": stored.to(self.args.device)}
             outputs = {"logits": teacher_logits_of(stored, self.args.device)}
             features = teacher_features_of(stored, self.args.device)

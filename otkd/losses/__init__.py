@@ -1,7 +1,6 @@
 """The losses as ``nn.Module``s, one family a file, behind one call."""
 
 from otkd.losses.batch import BatchSinkhornLoss
-from otkd.losses.composite import SinKDLoss, WeightedLoss
 from otkd.losses.divergences import (
     AdaptiveKLLoss,
     AlphaBetaLoss,
@@ -14,8 +13,10 @@ from otkd.losses.divergences import (
     TVDLoss,
     UniversalLogitLoss,
 )
-from otkd.losses.registry import get_loss, list_losses, loss_class
+from otkd.losses.registry import get_loss, list_losses, loss_class, register_loss
+from otkd.losses.sinkd import SinKDLoss
 from otkd.losses.transport import SinkhornLoss, WassersteinLoss
+from otkd.losses.weighted import WeightedLoss
 
 __all__ = [
     "AdaptiveKLLoss",
@@ -36,4 +37,5 @@ __all__ = [
     "get_loss",
     "list_losses",
     "loss_class",
+    "register_loss",
 ]

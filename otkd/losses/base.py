@@ -17,9 +17,9 @@ from otkd.compilation import outside_graphs
 from otkd.ot.divergence import Report
 from otkd.reductions import REDUCTIONS, ItemCounts, counted_positions, reduce_positions
 from otkd.scalars import as_flag, as_positive, as_whole
-from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
-from otkd.signals.beside import evenly_spread_logits, logits_shaped_by
-from otkd.signals.protocol import teacher_features_of
+from otkd.teachers import StoredTeacher, TopKTeacher, teacher_logits_of
+from otkd.teachers.beside import evenly_spread_logits, logits_shaped_by
+from otkd.teachers.protocol import teacher_features_of
 
 
 class SettingsBesideTemperature(TypedDict, total=False):
@@ -58,7 +58,7 @@ class Batch:
     labels: Tensor
     student_features: Tensor | None = None
     teacher_features: Tensor | None = None
-    stored: TopKSignal | None = None
+    stored: TopKTeacher | None = None
 
 
 class _WholeSignature:
@@ -167,7 +167,7 @@ class DistillationLoss(nn.Module, ABC):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | TeacherSignal | None = None,
+        teacher_logits: Tensor | StoredTeacher | None = None,
         *,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
@@ -180,7 +180,7 @@ class DistillationLoss(nn.Module, ABC):
         Args:
             student_logits: ``(*batch, vocab)``. Losses never shift: give the logits of the
                 positions that the labels are for.
-            teacher_logits: ``(*batch, vocab)``, or a stored teacher signal. A constant.
+            teacher_logits: ``(*batch, vocab)``, or a stored teacher. A constant.
             labels: ``(*batch,)``; positions labelled −100 do not count. Needed by hard-label
                 terms alone.
             mask: ``(*batch,)``, true or non-zero where a position counts. Other positions may hold
@@ -228,13 +228,13 @@ class DistillationLoss(nn.Module, ABC):
         if self.needs_features and (student_features is None or teacher_features is None):
             raise ValueError(f"{name} needs student_features= and teacher_features=")
         counted = counted_positions(tuple(student_logits.shape[:-1]), mask, labels)
-        teacher = stored = signal = None
+        teacher = topk = stored = None
         if self.needs_teacher:
             if teacher_logits is None:
-                raise ValueError(f"{name} needs teacher_logits: a tensor or a stored TeacherSignal")
-            if isinstance(teacher_logits, TopKSignal):
-                signal = teacher_logits.to(student_logits.device)
-                teacher = signal.without_logits()
+                raise ValueError(f"{name} needs teacher_logits: a tensor or a stored teacher")
+            if isinstance(teacher_logits, TopKTeacher):
+                topk = teacher_logits.to(student_logits.device)
+                teacher = topk.without_logits()
             else:
                 teacher = teacher_logits_of(teacher_logits, student_logits.device)
             sliced = self.vocab_size is not None
@@ -244,9 +244,9 @@ class DistillationLoss(nn.Module, ABC):
         student = self._slice(student_logits, 0)
         if teacher is not None and not self.bridges_vocabularies:
             self._check_one_vocabulary(student.shape[-1], teacher.shape[-1])
-        if signal is not None and teacher is not None:
-            signal.check_temperature(self.teacher_temperature or self.temperature)
-            stored = signal.validate(counted).sliced(teacher.shape[-1], counted)
+        if topk is not None and teacher is not None:
+            topk.check_temperature(self.teacher_temperature or self.temperature)
+            stored = topk.validate(counted).sliced(teacher.shape[-1], counted)
             if not self.reads_stored:
                 teacher, stored = self._expanded(stored, student), None
         return Batch(
@@ -259,7 +259,7 @@ class DistillationLoss(nn.Module, ABC):
             stored=stored,
         )
 
-    def _expanded(self, stored: TopKSignal, student: Tensor) -> Tensor:
+    def _expanded(self, stored: TopKTeacher, student: Tensor) -> Tensor:
         """Dense logits of a stored teacher, for a loss that compares all tokens."""
         if self.bridges_vocabularies:
             return evenly_spread_logits(stored)

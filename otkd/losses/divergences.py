@@ -13,6 +13,7 @@ from otkd.functional import formulas
 from otkd.functional.rowwise import Formula, rowwise_divergence
 from otkd.functional.stored_rowwise import stored_divergence
 from otkd.losses.base import Batch, CommonSettings, DistillationLoss
+from otkd.losses.registry import register_loss
 from otkd.precision import compute_dtype
 from otkd.reductions import IGNORE_INDEX
 
@@ -59,6 +60,7 @@ class DivergenceLoss(DistillationLoss):
         return parameters + super().extra_repr()
 
 
+@register_loss("kl")
 class KLLoss(DivergenceLoss):
     """KL(p‖q): the classical distillation loss; mass-covering.
 
@@ -70,6 +72,7 @@ class KLLoss(DivergenceLoss):
         super().__init__(formulas.KL(), **common)
 
 
+@register_loss("rkl")
 class ReverseKLLoss(DivergenceLoss):
     """KL(q‖p): reverse KL; mode-seeking.
 
@@ -81,6 +84,7 @@ class ReverseKLLoss(DivergenceLoss):
         super().__init__(formulas.ReverseKL(), **common)
 
 
+@register_loss("jsd")
 class JSDLoss(DivergenceLoss):
     """β·KL(p‖m) + (1−β)·KL(q‖m): generalised Jensen-Shannon divergence, bounded.
 
@@ -92,6 +96,7 @@ class JSDLoss(DivergenceLoss):
         super().__init__(formulas.JensenShannon(beta=beta), **common)
 
 
+@register_loss("tvd")
 class TVDLoss(DivergenceLoss):
     """½·Σ|p − q|: total variation distance.
 
@@ -105,6 +110,7 @@ class TVDLoss(DivergenceLoss):
         super().__init__(formulas.TotalVariation(), **common)
 
 
+@register_loss("skl")
 class SkewKLLoss(DivergenceLoss):
     """KL(p‖α·p + (1−α)·q): skew KL of DistiLLM, bounded.
 
@@ -116,6 +122,7 @@ class SkewKLLoss(DivergenceLoss):
         super().__init__(formulas.SkewKL(alpha=alpha), **common)
 
 
+@register_loss("srkl")
 class SkewReverseKLLoss(DivergenceLoss):
     """KL(q‖α·q + (1−α)·p): skew reverse KL of DistiLLM, bounded.
 
@@ -127,6 +134,7 @@ class SkewReverseKLLoss(DivergenceLoss):
         super().__init__(formulas.SkewReverseKL(alpha=alpha), **common)
 
 
+@register_loss("akl")
 class AdaptiveKLLoss(DivergenceLoss):
     """(g_h·KL + g_t·RKL)/(g_h + g_t): adaptive KL, weighted by the gaps in head and tail.
 
@@ -141,6 +149,7 @@ class AdaptiveKLLoss(DivergenceLoss):
         super().__init__(formulas.AdaptiveKL(head_mass=head_mass), **common)
 
 
+@register_loss("alpha_beta")
 class AlphaBetaLoss(DivergenceLoss):
     """α-β-divergence: a family with KL at (1, 0) and reverse KL at (0, 1).
 
@@ -157,6 +166,7 @@ class AlphaBetaLoss(DivergenceLoss):
         super().__init__(formulas.AlphaBeta(alpha=alpha, beta=beta), **common)
 
 
+@register_loss("uld")
 class UniversalLogitLoss(DivergenceLoss):
     """Σ|sorted p − sorted q|: universal logit distillation (ULD), across any two vocabularies.
 
@@ -178,6 +188,7 @@ class UniversalLogitLoss(DivergenceLoss):
         return True
 
 
+@register_loss("ce")
 class CrossEntropyLoss(DistillationLoss):
     """−log q(label): hard labels only, in the common call; the teacher is not used.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from otkd.ot.divergence import Report
-from otkd.signals import TeacherSignal, TopKSignal, teacher_logits_of
+from otkd.teachers import StoredTeacher, TopKTeacher, teacher_logits_of
 
 
 @runtime_checkable
@@ -22,7 +22,7 @@ class Loss(Protocol):
         needs_teacher: whether the call needs ``teacher_logits``.
         needs_labels: whether the call needs ``labels``.
         needs_features: whether the call needs ``student_features`` and ``teacher_features``.
-        reads_stored: whether a :class:`~otkd.signals.TopKSignal` is read as it is stored, by this
+        reads_stored: whether a :class:`~otkd.teachers.TopKTeacher` is read as it is stored, by this
             loss or at least one of its terms, and not expanded to dense logits first. Every loss
             takes a stored teacher in the place of logits, whatever this says.
         bridges_vocabularies: whether student and teacher may have vocabularies of different size.
@@ -73,17 +73,17 @@ def as_loss(module: nn.Module) -> Loss:
 
 
 def teacher_for(
-    loss: nn.Module, teacher: Tensor | TeacherSignal | None, student_logits: Tensor
-) -> Tensor | TeacherSignal | None:
+    loss: nn.Module, teacher: Tensor | StoredTeacher | None, student_logits: Tensor
+) -> Tensor | StoredTeacher | None:
     """The teacher in the form that ``loss`` reads.
 
     Losses with the protocol take any; another module gets dense logits, those of a stored top-k
-    :meth:`~otkd.signals.TopKSignal.logits_beside` the student's. One whose call hands the teacher
+    :meth:`~otkd.teachers.TopKTeacher.logits_beside` the student's. One whose call hands the teacher
     on to losses of otkd gets a stored top-k as it is if it says ``reads_stored = True``.
     """
     if teacher is None or has_protocol(loss):
         return teacher
-    if not isinstance(teacher, TopKSignal):
+    if not isinstance(teacher, TopKTeacher):
         return teacher_logits_of(teacher, student_logits.device)
     if as_loss(loss).reads_stored:
         return teacher

@@ -3,49 +3,50 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
 from otkd.checks import did_you_mean
 from otkd.losses.base import unknown_argument
-from otkd.losses.batch import BatchSinkhornLoss
-from otkd.losses.composite import SinKDLoss
-from otkd.losses.divergences import (
-    AdaptiveKLLoss,
-    AlphaBetaLoss,
-    CrossEntropyLoss,
-    JSDLoss,
-    KLLoss,
-    ReverseKLLoss,
-    SkewKLLoss,
-    SkewReverseKLLoss,
-    TVDLoss,
-    UniversalLogitLoss,
-)
-from otkd.losses.transport import MissingCost, SinkhornLoss, WassersteinLoss
+from otkd.losses.ground_cost import MissingCost
 
-LOSSES: dict[str, type[nn.Module]] = {
-    "ce": CrossEntropyLoss,
-    "kl": KLLoss,
-    "rkl": ReverseKLLoss,
-    "jsd": JSDLoss,
-    "tvd": TVDLoss,
-    "skl": SkewKLLoss,
-    "srkl": SkewReverseKLLoss,
-    "akl": AdaptiveKLLoss,
-    "alpha_beta": AlphaBetaLoss,
-    "sinkhorn": SinkhornLoss,
-    "wasserstein": WassersteinLoss,
-    "batch_sinkhorn": BatchSinkhornLoss,
-    "sinkd": SinKDLoss,
-    "uld": UniversalLogitLoss,
-}
+LOSSES: dict[str, type[nn.Module]] = {}
+_Class = TypeVar("_Class", bound=type[nn.Module])
+
+
+def register_loss(name: str) -> Callable[[_Class], _Class]:
+    """Class decorator: make a loss available to :func:`get_loss` under ``name``.
+
+    Works for classes outside otkd, too.
+
+    Raises:
+        ValueError: if another class has the name.
+
+    Example:
+        >>> @otkd.register_loss("half_kl")
+        ... class HalfKLLoss(otkd.KLLoss):
+        ...     def per_position(self, batch):
+        ...         return super().per_position(batch) / 2
+        >>> otkd.get_loss("half_kl")
+        HalfKLLoss(temperature=1.0, rescale_t2=True, reduction='mean')
+    """
+
+    def register(loss: _Class) -> _Class:
+        known = LOSSES.setdefault(name, loss)
+        # A module that is executed again, as in a notebook, defines its class again.
+        if (known.__module__, known.__qualname__) != (loss.__module__, loss.__qualname__):
+            raise ValueError(f"the loss {name!r} is already registered: it is {known.__qualname__}")
+        LOSSES[name] = loss
+        return loss
+
+    return register
 
 
 def list_losses() -> list[str]:
-    """The registry names, as :func:`get_loss` takes them."""
-    return list(LOSSES)
+    """The registry names, in alphabetical order, as :func:`get_loss` takes them."""
+    return sorted(LOSSES)
 
 
 def loss_class(name: str) -> type[nn.Module]:
@@ -57,7 +58,7 @@ def loss_class(name: str) -> type[nn.Module]:
     if name in LOSSES:
         return LOSSES[name]
     hint = did_you_mean(str(name), LOSSES)
-    raise ValueError(f"unknown loss {name!r}{hint} The losses are {', '.join(LOSSES)}")
+    raise ValueError(f"unknown loss {name!r}{hint} The losses are {', '.join(list_losses())}")
 
 
 def get_loss(name: str, **options: Any) -> nn.Module:

@@ -4,72 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
 
-from otkd.checks import check_choice
-from otkd.costs import Cost, DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost
+from otkd.costs import Cost
 from otkd.functional.transport import sinkhorn_with_report, wasserstein_distance
 from otkd.losses.base import Batch, CommonSettings, DistillationLoss
 from otkd.losses.explain import Explanation, explain_position
+from otkd.losses.ground_cost import make_cost
+from otkd.losses.registry import register_loss
 from otkd.ot.options import Options
 from otkd.scalars import as_positive
-from otkd.signals import TeacherSignal
-from otkd.supports import Support, as_support
-
-COSTS = ("embedding", "discrete", "ordinal")
+from otkd.supports import Support, as_support, choose_support
+from otkd.teachers import StoredTeacher, TopKTeacher
 
 
-class MissingCost(ValueError):
-    """A loss between tokens was made without the cost between them.
-
-    Attributes:
-        advice: a sentence with what to pass.
-    """
-
-    def __init__(self, call: str = "SinkhornLoss(") -> None:
-        super().__init__(call)
-        self.advice = (
-            f"Write {call}embedding=teacher.get_input_embeddings().weight), or {call}cost=...) "
-            "with 'discrete', 'ordinal', a (vocab, vocab) tensor or an object of otkd.costs"
-        )
-
-    def __str__(self) -> str:
-        return (
-            'cost="embedding", the default, needs embedding=, the vectors of the tokens '
-            f"(vocab, width). {self.advice}"
-        )
-
-
-def make_cost(cost: str | Tensor | Cost, embedding: Tensor | None = None) -> Cost:
-    """A cost object from any form in which a loss takes its cost.
-
-    Raises:
-        TypeError: if ``cost`` is no string, tensor or cost object.
-        ValueError: for an unknown name, or an embedding that is missing or has no use.
-    """
-    if isinstance(cost, str):
-        check_choice("cost", cost, COSTS)
-        if cost == "embedding":
-            if embedding is None:
-                raise MissingCost
-            return EmbeddingCost(embedding)
-    if embedding is not None:
-        raise ValueError('embedding= is used by cost="embedding" only')
-    if isinstance(cost, str):
-        return DiscreteCost() if cost == "discrete" else OrdinalCost()
-    if isinstance(cost, Cost):
-        return cost
-    if isinstance(cost, Tensor):
-        return MatrixCost(cost)
-    raise TypeError(
-        f"cost must be one of {', '.join(map(repr, COSTS))}, a (vocab, vocab) tensor or a cost "
-        f"object of otkd.costs, got {type(cost).__name__}"
-    )
-
-
+@register_loss("sinkhorn")
 class SinkhornLoss(DistillationLoss):
     """Debiased entropic transport between q and p over tokens, with a cost that knows meaning.
 
@@ -172,7 +125,7 @@ class SinkhornLoss(DistillationLoss):
     def explain(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | TeacherSignal,
+        teacher_logits: Tensor | StoredTeacher,
         tokenizer: Any = None,
         position: int | Sequence[int] = 0,
         *,
@@ -200,6 +153,28 @@ class SinkhornLoss(DistillationLoss):
         batch = self._prepare(student_logits, teacher_logits, None, None, None, None)
         return explain_position(self, batch, tokenizer, position, top)
 
+    def with_self_term(self, teacher: TopKTeacher) -> TopKTeacher:
+        """The stored teacher together with its term OT_ε(p, p), solved once for all steps to come.
+
+        That term of the debiased divergence depends neither on the student nor on the student's
+        tokens, on which p has no mass, so it can be stored beside the teacher's masses.
+
+        Args:
+            teacher: stored at the temperature at which this loss reads it.
+
+        Returns:
+            A copy of ``teacher`` with ``self_potential`` and ``self_settings``.
+
+        Raises:
+            ValueError: if this loss has no such term that could be stored: it needs a ``TopK``
+                support with one tail atom, ``debias``, the dual value, balanced marginals and a
+                constant cost.
+        """
+        teacher.check_temperature(self.teacher_temperature or self.temperature)
+        support = self.support or choose_support(teacher.vocab_size, teacher.vocab_size)
+        potential, settings = support.stored_self_term(teacher, self.cost, self.solver_options)
+        return replace(teacher, self_potential=potential, self_settings=settings)
+
     def extra_repr(self) -> str:
         """The settings of the transport and the common ones."""
         options = self.solver_options
@@ -209,6 +184,7 @@ class SinkhornLoss(DistillationLoss):
         )
 
 
+@register_loss("wasserstein")
 class WassersteinLoss(DistillationLoss):
     """Exact transport between q and p over tokens: min_P ⟨P, C^p⟩, no root taken.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from otkd.checks import refuse_second_derivative
 from otkd.ot.acceleration import Anderson
-from otkd.ot.kernels import Kernel
+from otkd.ot.kernels.base import Kernel
 from otkd.ot.normal_form import NormalForm
 from otkd.ot.problem import Problem
 from otkd.ot.solver import Potentials

@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from otkd.ot.dense import dense_kernel
-from otkd.ot.kernels import Kernel, log_density
-from otkd.ot.lazy import LazyCost
+from otkd.ot.kernels.base import Kernel, log_density
+from otkd.ot.kernels.choice import dense_kernel
+from otkd.ot.kernels.lazy import LazyCost
 from otkd.ot.problem import Problem
 
 _ROUNDINGS = 2  # of C/ε, which are to be within the tolerance of the marginals

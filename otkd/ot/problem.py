@@ -10,9 +10,9 @@ from torch import Tensor
 
 from otkd.checks import check_cost_shape
 from otkd.costs import CostMatrices
-from otkd.ot.dense import kernel_of
-from otkd.ot.kernels import Kernel
-from otkd.ot.lazy import LazyCost
+from otkd.ot.kernels.base import Kernel
+from otkd.ot.kernels.choice import kernel_of
+from otkd.ot.kernels.lazy import LazyCost
 from otkd.tensors import check_floating
 
 MASS_TOLERANCE = 1e-3

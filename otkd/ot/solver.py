@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from otkd.ot.acceleration import Anderson
-from otkd.ot.kernels import Kernel
+from otkd.ot.kernels.base import Kernel
 from otkd.ot.newton import newton_potentials
 from otkd.ot.problem import Marginal, Problem
 

@@ -14,7 +14,8 @@ from otkd.checks import check_finite_rows
 from otkd.costs import Cost
 from otkd.ot.divergence import Report
 from otkd.ot.options import Options
-from otkd.signals import TopKSignal
+from otkd.teachers import TopKTeacher
+from otkd.teachers.self_term import SelfTermSettings
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class Positions:
     counted: Tensor | None
     temperature: float
     teacher_temperature: float
-    stored: TopKSignal | None = None
+    stored: TopKTeacher | None = None
 
-    def counted_stored(self) -> TopKSignal:
+    def counted_stored(self) -> TopKTeacher:
         """What is stored of the positions that count."""
         assert self.stored is not None
         return self.stored if self.counted is None else self.stored[self.counted]
@@ -125,6 +126,18 @@ class Support(ABC):
         self, positions: Positions, cost: Cost, options: Options
     ) -> tuple[Tensor, Report]:
         """The divergence of every position that counts, ``(len(positions),)``, and a report."""
+
+    def stored_self_term(
+        self, teacher: TopKTeacher, cost: Cost, options: Options
+    ) -> tuple[Tensor, SelfTermSettings]:
+        """The potentials of OT_ε(p, p) at every stored position; see the support that has them.
+
+        Raises:
+            ValueError: if there is no such term that could be stored.
+        """
+        raise ValueError(
+            f"the self-term of the teacher cannot be stored: the support is {self!r}, not a TopK"
+        )
 
     def atoms(self, positions: Positions, cost: Cost, options: Options) -> Atoms:
         """The problem of the one position that counts.

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from otkd.costs import Cost, CostMatrices, EmbeddingCost
 from otkd.costs.base import Side, same_for_all
-from otkd.ot.blocked import BlockedCost, PointCost
 from otkd.ot.divergence import Report, solve_divergence
-from otkd.ot.keops import KeOpsCost, keops_works
+from otkd.ot.kernels.blocked import BlockedCost, PointCost
+from otkd.ot.kernels.keops import KeOpsCost, keops_works
 from otkd.ot.options import Options
 from otkd.ot.problem import check_costs
 from otkd.supports.base import Atoms, Positions, Support, check_softmax

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from otkd.precision import without_autocast
-from otkd.signals.beside import certainly_heavier
 from otkd.supports.base import Positions, check_softmax, over_temperature
+from otkd.teachers.beside import certainly_heavier
 from otkd.tensors import refuse_batched
 
 _BLOCK_ELEMENTS_ON_CPU = 2**19  # about what a core's cache holds

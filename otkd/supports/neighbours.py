@@ -14,8 +14,8 @@ from otkd.costs import Cost, CostMatrices, EmbeddingCost
 from otkd.costs.base import Side, same_for_all
 from otkd.costs.tails import sample_tokens
 from otkd.ot.divergence import Report
+from otkd.ot.kernels.sparse import Graph, SparseCost
 from otkd.ot.options import Options
-from otkd.ot.sparse import Graph, SparseCost
 from otkd.scalars import as_whole, settle
 from otkd.supports.base import Positions, Support
 from otkd.supports.dense import transport_distributions

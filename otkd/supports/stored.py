@@ -13,12 +13,11 @@ from otkd.ot.options import Options
 from otkd.ot.problem import Problem
 from otkd.ot.transport import solve_transport
 from otkd.precision import without_autocast
-from otkd.signals.self_term import SelfTermSettings
-from otkd.signals.topk import TopKSignal
 from otkd.supports.heads import Heads
+from otkd.teachers.self_term import SelfTermSettings
+from otkd.teachers.topk import TopKTeacher
 
 if TYPE_CHECKING:
-    from otkd.supports.base import Support
     from otkd.supports.topk import TopK
 
 _COMPARED_TOKENS = 6
@@ -29,7 +28,7 @@ _LARGEST_ERROR = 0.05
 """L1 marginal error of a self-term that was not solved to the end, and may yet be right."""
 
 
-def stored_masses(stored: TopKSignal, heads: Heads, dtype: torch.dtype) -> Tensor:
+def stored_masses(stored: TopKTeacher, heads: Heads, dtype: torch.dtype) -> Tensor:
     """The masses of N stored positions on atoms that include their tokens, ``(N, K + 1)``.
 
     An atom that is not stored has none; the last has what is left. A constant.
@@ -43,7 +42,7 @@ def stored_masses(stored: TopKSignal, heads: Heads, dtype: torch.dtype) -> Tenso
 
 
 def stored_self_values(
-    stored: TopKSignal, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+    stored: TopKTeacher, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
 ) -> Tensor | None:
     """OT_ε(p, p) of N stored positions as their potentials have it, ``(N,)``.
 
@@ -57,7 +56,9 @@ def stored_self_values(
         if not stored.self_settings.fits(settings):
             reason = "it was stored for another cost or epsilon"
         elif not _solves_its_problem(stored, cost, support, options, dtype):
-            reason = "it is not that of these masses: renew it with with_self_term(loss)"
+            reason = (
+                "it is not that of these masses: compute it again with loss.with_self_term(teacher)"
+            )
         else:
             return 2 * (stored.masses(dtype) * stored.self_potential.to(dtype)).sum(-1)
     warnings.warn(
@@ -69,7 +70,7 @@ def stored_self_values(
 
 @torch.no_grad()
 def _solves_its_problem(
-    stored: TopKSignal, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+    stored: TopKTeacher, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
 ) -> bool:
     """Whether the potentials solve OT_ε(p, p): all are finite, and a few have the marginals."""
     assert stored.self_potential is not None
@@ -86,7 +87,7 @@ def _solves_its_problem(
 
 @torch.no_grad()
 def solve_self_term(
-    signal: TopKSignal, cost: Cost, support: Support | None, options: Options
+    teacher: TopKTeacher, cost: Cost, support: TopK, options: Options
 ) -> tuple[Tensor, SelfTermSettings]:
     """The potential of OT_ε(p, p) at every stored position, ``(*batch, k + 1)``.
 
@@ -95,20 +96,11 @@ def solve_self_term(
     Raises:
         ValueError: if what is asked for has no such term that could be kept.
     """
-    from otkd.supports import choose_support
-    from otkd.supports.topk import TopK
-
-    if support is None:
-        support = choose_support(signal.vocab_size, signal.vocab_size)
-    reason = "debias=False" if not options.debias else None
-    if not isinstance(support, TopK):
-        reason = f"the support is {support!r}, not a TopK"
-    reason = reason or _obstacle(cost, support, options)  # pyright: ignore[reportArgumentType]
+    reason = _obstacle(cost, support, options) if options.debias else "debias=False"
     if reason is not None:
         raise ValueError(f"the self-term of the teacher cannot be stored: {reason}")
-    assert isinstance(support, TopK)
-    flat = signal.flatten()
-    dtype = torch.float64 if signal.log_masses.dtype == torch.float64 else torch.float32
+    flat = teacher.flatten()
+    dtype = torch.float64 if teacher.log_masses.dtype == torch.float64 else torch.float32
     potential = flat.log_masses.new_full((len(flat), flat.k + 1), torch.nan, dtype=dtype)
     there = (~flat.log_masses.isnan().any(-1)).nonzero().squeeze(-1)
     for rows in there.split(max(1, _BLOCK_ELEMENTS // (flat.k + 1) ** 2)):
@@ -120,8 +112,8 @@ def solve_self_term(
         # Of the unconverged rest, too: 2·⟨b, f⟩ is then the dual value as it is solved in a step.
         excess = options.epsilon / 2 * solved.potentials.row_excess
         potential[rows] = (solved.f - excess).to(dtype)
-    settings = _settings(signal, cost, support, options, dtype)
-    return potential.reshape(*signal.tokens.shape[:-1], -1), settings
+    settings = _settings(teacher, cost, support, options, dtype)
+    return potential.reshape(*teacher.tokens.shape[:-1], -1), settings
 
 
 def _obstacle(cost: Cost, support: TopK, options: Options) -> str | None:
@@ -137,7 +129,7 @@ def _obstacle(cost: Cost, support: TopK, options: Options) -> str | None:
 
 
 def _matrix(
-    stored: TopKSignal, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+    stored: TopKTeacher, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
 ) -> Tensor:
     tokens, size = stored.slots.tokens, stored.vocab_size
     # Of one vocabulary the sides are all the same: then it is what the steps compute, too.
@@ -146,14 +138,14 @@ def _matrix(
 
 
 def _settings(
-    stored: TopKSignal, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+    stored: TopKTeacher, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
 ) -> SelfTermSettings:
     """ε and the costs between a few tokens, spread over the vocabulary, and the tail."""
     key = ("settings", stored.vocab_size, options.epsilon, stored.tokens.device)
     if key not in cost.tail_constants:
         size = stored.vocab_size
         chosen = torch.linspace(0, size - 1, min(size, _COMPARED_TOKENS)).round().long()
-        few = TopKSignal(chosen.unsqueeze(0), torch.zeros(1, len(chosen)), size)
+        few = TopKTeacher(chosen.unsqueeze(0), torch.zeros(1, len(chosen)), size)
         few = few.to(stored.tokens.device)
         with torch.no_grad():
             matrix = _matrix(few, cost, support, options, dtype)[0]

@@ -22,12 +22,14 @@ from otkd.ot.divergence import Report, solve_divergence
 from otkd.ot.options import Options
 from otkd.ot.problem import check_costs
 from otkd.scalars import as_flag, as_whole, settle
-from otkd.signals.atoms import same_up_to_rounding
 from otkd.supports.base import Atoms, Positions, Support
 from otkd.supports.coverage import warn_of_coverage
 from otkd.supports.heads import HeadMasses, Heads, select_heads
 from otkd.supports.on_chip import check_on_chip, solve_on_chip
-from otkd.supports.stored import stored_masses, stored_self_values
+from otkd.supports.stored import solve_self_term, stored_masses, stored_self_values
+from otkd.teachers import TopKTeacher
+from otkd.teachers.atoms import same_up_to_rounding
+from otkd.teachers.self_term import SelfTermSettings
 
 _BLOCK_ELEMENTS_ON_CPU = 2**22
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
@@ -175,6 +177,12 @@ class TopK(Support):
                 same = same_up_to_rounding(a.detach(), b, b.log(), stored.log_masses.dtype)
                 b = torch.where(same, a.detach(), b)
         return (student, a), (teacher, b.detach())
+
+    def stored_self_term(
+        self, teacher: TopKTeacher, cost: Cost, options: Options
+    ) -> tuple[Tensor, SelfTermSettings]:
+        """See :func:`otkd.supports.stored.solve_self_term`."""
+        return solve_self_term(teacher, cost, self, options)
 
     def _stored_self_values(self, positions, cost, options) -> Tensor | None:
         if positions.stored is None:

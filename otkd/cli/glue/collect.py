@@ -14,7 +14,7 @@ from typing import Any
 from otkd.cli.console import CommandError
 from otkd.cli.protocols import Protocol, load_protocol
 from otkd.cli.results import CorruptResultError, Result, read_result
-from otkd.data.tasks import DataError, Task, get_task
+from otkd.tasks.tasks import DataError, Task, get_task
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -17,8 +17,8 @@ from otkd.cli.stats import (
     estimate,
     paired_difference,
 )
-from otkd.data.tasks import Task
-from otkd.losses.batch import UnrolledBatchSinkhornLoss
+from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
+from otkd.tasks.tasks import Task
 
 # The outcomes of a comparison.
 ABOVE, BELOW, TOGETHER, UNKNOWN = "above", "below", "not apart", "unknown"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from otkd.cli.protocols import load_published
-from otkd.data.tasks import Task, get_task
+from otkd.tasks.tasks import Task, get_task
 
 
 @dataclass(frozen=True)

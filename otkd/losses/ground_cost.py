@@ -1,0 +1,58 @@
+"""The ground cost of a transport loss, from any form in which it may be given."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from otkd.checks import check_choice
+from otkd.costs import Cost, DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost
+
+COSTS = ("embedding", "discrete", "ordinal")
+
+
+class MissingCost(ValueError):
+    """A loss between tokens was made without the cost between them.
+
+    Attributes:
+        advice: a sentence with what to pass.
+    """
+
+    def __init__(self, call: str = "SinkhornLoss(") -> None:
+        super().__init__(call)
+        self.advice = (
+            f"Write {call}embedding=teacher.get_input_embeddings().weight), or {call}cost=...) "
+            "with 'discrete', 'ordinal', a (vocab, vocab) tensor or an object of otkd.costs"
+        )
+
+    def __str__(self) -> str:
+        return (
+            'cost="embedding", the default, needs embedding=, the vectors of the tokens '
+            f"(vocab, width). {self.advice}"
+        )
+
+
+def make_cost(cost: str | Tensor | Cost, embedding: Tensor | None = None) -> Cost:
+    """A cost object from any form in which a loss takes its cost.
+
+    Raises:
+        TypeError: if ``cost`` is no string, tensor or cost object.
+        ValueError: for an unknown name, or an embedding that is missing or has no use.
+    """
+    if isinstance(cost, str):
+        check_choice("cost", cost, COSTS)
+        if cost == "embedding":
+            if embedding is None:
+                raise MissingCost
+            return EmbeddingCost(embedding)
+    if embedding is not None:
+        raise ValueError('embedding= is used by cost="embedding" only')
+    if isinstance(cost, str):
+        return DiscreteCost() if cost == "discrete" else OrdinalCost()
+    if isinstance(cost, Cost):
+        return cost
+    if isinstance(cost, Tensor):
+        return MatrixCost(cost)
+    raise TypeError(
+        f"cost must be one of {', '.join(map(repr, COSTS))}, a (vocab, vocab) tensor or a cost "
+        f"object of otkd.costs, got {type(cost).__name__}"
+    )

@@ -1,0 +1,89 @@
+"""The metrics of the catalogue's tasks, from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from otkd.tasks.tasks import Task
+
+
+def _accuracy(predictions: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    return multiclass_accuracy(predictions, labels, num_classes=num_labels, average="micro")
+
+
+def _f1(predictions: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    from torchmetrics.functional.classification import binary_f1_score
+
+    return binary_f1_score(predictions, labels)
+
+
+def _mcc(predictions: Tensor, labels: Tensor, num_labels: int) -> Tensor:
+    from torchmetrics.functional.classification import multiclass_matthews_corrcoef
+
+    # Where one side is constant the coefficient is 0/0. GLUE scores that 0; torchmetrics gives the
+    # limit of a small perturbation, which rewards always answering the larger class.
+    if len(predictions.unique()) == 1 or len(labels.unique()) == 1:
+        return torch.zeros(())
+    return multiclass_matthews_corrcoef(predictions, labels, num_classes=num_labels)
+
+
+_METRICS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "mcc": _mcc,
+}
+
+
+def score(
+    task: Task, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """All of a task's metrics, as fractions of one; the headline is ``task.headline``.
+
+    Args:
+        task: the task.
+        logits: ``(rows, num_labels)`` by development split.
+        labels: ``(rows,)`` by development split.
+
+    Raises:
+        KeyError: if a development split of the task is absent.
+    """
+    return {
+        task.metric_key(split, metric): float(
+            _METRICS[metric](logits[split].argmax(-1), labels[split], task.num_labels)
+        )
+        for split in task.dev_splits
+        for metric in task.metrics
+    }
+
+
+def majority_score(task: Task, train: Tensor, labels: Mapping[str, Tensor]) -> dict[str, float]:
+    """What a classifier scores that always answers the class most frequent in training.
+
+    Args:
+        task: the task.
+        train: ``(rows,)`` labels of the training rows; of classes as frequent the first counts.
+        labels: ``(rows,)`` by development split.
+
+    Raises:
+        KeyError: if a development split of the task is absent.
+    """
+    classes = torch.bincount(train, minlength=task.num_labels)
+    answer = torch.nn.functional.one_hot(classes.argmax(), task.num_labels)
+    logits = {split: answer.expand(len(rows), -1) for split, rows in labels.items()}
+    return score(task, logits, labels)
+
+
+def agreement(first: Tensor, second: Tensor) -> float:
+    """The share of rows for which two ``(rows, num_labels)`` logits choose the same class.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"logits of shapes {tuple(first.shape)} and {tuple(second.shape)}")
+    return (first.argmax(-1) == second.argmax(-1)).float().mean().item()

@@ -1,0 +1,104 @@
+"""The catalogue of classification tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from otkd.checks import did_you_mean
+
+
+class DataError(ValueError):
+    """Rows that cannot be read, or a task that does not exist; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task with one or two sentences a row.
+
+    Attributes:
+        name: the name on the command line.
+        title: the name in tables, which is also the folder's name in GLUE's layout.
+        sentences: the one or two sentence columns, as the Hugging Face hub calls them.
+        label_names: the classes in the order of their label ids.
+        metrics: metric names (see :mod:`otkd.tasks.metrics`), the headline first.
+        dev_splits: names of the development splits; with more than one, each metric is reported
+            once a split as ``split_metric``, and the first split's is the headline.
+    """
+
+    name: str
+    title: str
+    sentences: tuple[str, ...]
+    label_names: tuple[str, ...]
+    metrics: tuple[str, ...]
+    dev_splits: tuple[str, ...] = ("dev",)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes."""
+        return len(self.label_names)
+
+    @property
+    def headline(self) -> str:
+        """The key of the headline number in a result's metrics."""
+        return self.metric_key(self.dev_splits[0], self.metrics[0])
+
+    def metric_key(self, split: str, metric: str) -> str:
+        """The key under which ``metric`` on ``split`` is reported."""
+        return metric if len(self.dev_splits) == 1 else f"{split}_{metric}"
+
+
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+_TASKS = {
+    task.name: task
+    for task in (
+        Task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), ("mcc",)),
+        Task("sst2", "SST-2", ("sentence",), ("negative", "positive"), ("accuracy",)),
+        Task(
+            "mnli",
+            "MNLI",
+            ("premise", "hypothesis"),
+            ("entailment", "neutral", "contradiction"),
+            ("accuracy",),
+            ("matched", "mismatched"),
+        ),
+        Task("mrpc", "MRPC", _PAIR, ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+        Task("rte", "RTE", _PAIR, _ENTAILMENT, ("accuracy",)),
+        Task("qnli", "QNLI", ("question", "sentence"), _ENTAILMENT, ("accuracy",)),
+        Task(
+            "qqp",
+            "QQP",
+            ("question1", "question2"),
+            ("not_duplicate", "duplicate"),
+            ("accuracy", "f1"),
+        ),
+        Task("wnli", "WNLI", _PAIR, ("not_entailment", "entailment"), ("accuracy",)),
+        Task(
+            "rotten-tomatoes", "Rotten Tomatoes", ("text",), ("negative", "positive"), ("accuracy",)
+        ),
+    )
+}
+
+
+def task_names() -> tuple[str, ...]:
+    """Every task's name on the command line."""
+    return tuple(_TASKS)
+
+
+def get_task(name: str) -> Task:
+    """The task called ``name``; case, hyphens and underscores do not matter (``SST-2``, ``sst2``).
+
+    Raises:
+        DataError: if there is no such task; the message has the nearest name and the list.
+    """
+    plain = {_plain(known): known for known in _TASKS}
+    wanted = _plain(name)
+    if wanted in plain:
+        return _TASKS[plain[wanted]]
+    hint = did_you_mean(wanted, _TASKS)
+    raise DataError(f"There is no task '{name}'{hint} The tasks are {', '.join(_TASKS)}.")
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "").replace("_", "")

@@ -1,0 +1,7 @@
+"""Stored teacher outputs: what a loss accepts in the place of teacher logits."""
+
+from otkd.teachers.dense import DenseTeacher
+from otkd.teachers.protocol import StoredTeacher, teacher_logits_of
+from otkd.teachers.topk import TopKTeacher
+
+__all__ = ["DenseTeacher", "StoredTeacher", "TopKTeacher", "teacher_logits_of"]

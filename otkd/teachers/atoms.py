@@ -1,0 +1,67 @@
+"""The k + 1 masses of a position of a stored teacher: of its tokens, and of all others as one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from otkd.precision import compute_dtype
+from otkd.teachers.slots import complete_positions
+
+if TYPE_CHECKING:
+    from otkd.teachers.topk import TopKTeacher
+
+_ROUNDING = 32  # in units of the last place: what a few operations on a probability leave
+_STEEPEST = 1e5  # a mass of 0 has no rounding error, though its logarithm is −inf
+
+
+def atom_masses(teacher: TopKTeacher, dtype: torch.dtype | None = None) -> Tensor:
+    """See :meth:`otkd.teachers.TopKTeacher.masses`."""
+    stored, _, total, complete = _stored_masses(teacher, dtype)
+    head = stored / torch.where(complete, total, total.clamp(min=1))
+    # NaN, where there is no teacher, stays NaN.
+    return torch.cat([head, (1 - total).clamp(min=0).masked_fill(complete, 0)], -1)
+
+
+def log_atom_masses(teacher: TopKTeacher) -> Tensor:
+    """See :meth:`otkd.teachers.TopKTeacher.log_atoms`."""
+    _, empty, total, complete = _stored_masses(teacher)
+    rest = (1 - total).clamp(min=torch.finfo(total.dtype).eps).masked_fill(complete, 0)
+    head = teacher.log_masses.to(total.dtype).masked_fill(empty, -torch.inf)
+    head = head - torch.where(complete, total, total.clamp(min=1)).log()
+    return torch.cat([head, rest.log()], -1)
+
+
+def _stored_masses(
+    teacher: TopKTeacher, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The stored masses, the empty slots, the sums of the masses, and the complete positions."""
+    stored = teacher.log_masses.to(dtype or compute_dtype(teacher.log_masses)).exp()
+    empty = teacher.slots.empty
+    stored = stored.masked_fill(empty, 0)
+    complete = complete_positions(teacher.tokens, teacher.vocab_size).unsqueeze(-1)
+    return stored, empty, stored.sum(-1, keepdim=True), complete
+
+
+def rounding_of(p: Tensor, log_p: Tensor, stored_dtype: torch.dtype) -> Tensor:
+    """How far masses of atoms may be from the teacher's by rounding alone, ``(*batch, k + 1)``.
+
+    Of a logarithm that is stored, of the sum that the tail is left from, and of the arithmetic.
+    """
+    of_logarithm = torch.finfo(stored_dtype).eps * log_p.abs().clamp(min=1, max=_STEEPEST)
+    relative = of_logarithm + _ROUNDING * torch.finfo(p.dtype).eps
+    absolute = (p * relative)[..., :-1]
+    of_sum = absolute.sum(-1, keepdim=True) + _ROUNDING * torch.finfo(p.dtype).eps
+    return torch.cat([absolute + p[..., :-1] * of_sum, of_sum], -1)
+
+
+def same_up_to_rounding(q: Tensor, p: Tensor, log_p: Tensor, stored_dtype: torch.dtype) -> Tensor:
+    """Where the student has the stored masses, ``(*batch, 1)``.
+
+    Its own masses are taken for the teacher's there. Absolute values, exact transport and transport
+    at costs far above ε have gradients that depend on the sign of a difference, even of rounding.
+    """
+    rounding = rounding_of(p, log_p, stored_dtype)
+    return ((q - p).abs() <= rounding).all(-1, keepdim=True)

@@ -1,0 +1,340 @@
+"""A stored teacher that keeps the heaviest tokens of each position and their masses."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from otkd.checks import check_positive
+from otkd.teachers.atoms import atom_masses, log_atom_masses
+from otkd.teachers.beside import evenly_spread_logits, logits_shaped_by
+from otkd.teachers.checks import check_distributions, check_self_term, check_shapes
+from otkd.teachers.heaviest import heaviest_of_logits
+from otkd.teachers.logprobs import tensors_of_logprobs
+from otkd.teachers.self_term import SelfTermSettings
+from otkd.teachers.shapes import concatenated_teachers, lengthened_teacher, sliced_teacher
+from otkd.teachers.slots import Slots, empty_slots
+from otkd.teachers.topk_files import load_topk, save_topk
+from otkd.warn import warn_deprecated
+
+
+@dataclass(frozen=True, repr=False)
+class TopKTeacher:
+    """The k heaviest tokens of a teacher at each position, and their masses.
+
+    What is not stored is known as one mass, that of all other tokens (the tail), and every loss
+    takes it so. Divergences compare k + 1 atoms: the stored tokens and the tail, which has the mass
+    of the same other tokens on the student's side. ``SinkhornLoss`` with a
+    :class:`~otkd.supports.TopK` support adds atoms for tokens that are certain to be heavier in the
+    student. Losses that compare all tokens see :meth:`logits_beside` the student's. So a loss that
+    is 0 and flat at student = teacher stays so.
+
+    A position may have fewer than k tokens, but at least one: a token of −1 or a log-mass of −inf
+    marks an empty slot. See :meth:`from_logprobs` for what inference servers return.
+
+    Attributes:
+        tokens: ``(examples, *positions, k)``, int32 or int64; distinct at each position.
+        log_masses: log-probabilities of these tokens at ``temperature``, of the same shape; in half
+            precision the mass of all others, which is what is left of 1, has an error of about 1e-3
+            (float16) or 1e-2 (bfloat16). NaN where there is no teacher.
+        vocab_size: number of tokens of the teacher.
+        temperature: divided the teacher's logits.
+        self_potential: ``(examples, *positions, k + 1)`` or None: the potential f of the teacher's
+            self-term on its tokens and the tail, with OT_ε(p, p) = 2·⟨p, f⟩; see
+            :meth:`with_self_term`.
+        self_settings: what it was made for.
+
+    Raises:
+        ValueError: for shapes or dtypes other than these, or settings out of range.
+    """
+
+    tokens: Tensor
+    log_masses: Tensor
+    vocab_size: int
+    temperature: float = 1.0
+    self_potential: Tensor | None = None
+    self_settings: SelfTermSettings | None = None
+
+    def __post_init__(self):
+        check_shapes(self)
+
+    @classmethod
+    def from_logits(
+        cls,
+        teacher_logits: Float[Tensor, "*batch vocab"],
+        k: int,
+        temperature: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> TopKTeacher:
+        """Keep the ``k`` heaviest tokens of dense logits, heaviest first; all if there are only k.
+
+        Args:
+            teacher_logits: ``(*batch, vocab)``.
+            k: number of tokens to keep at each position, at least 1.
+            temperature: divides the logits; a loss that reads this teacher must use the same.
+            dtype: of ``log_masses``; by default float32, or float64 for float64 logits.
+
+        Raises:
+            TypeError: if ``teacher_logits`` is not a floating-point tensor.
+            ValueError: for settings out of range.
+
+        Example:
+            >>> teacher = otkd.TopKTeacher.from_logits(torch.tensor([[2.0, 1.0, 0.0, 0.0]]), k=2)
+            >>> teacher.masses()
+            tensor([[0.6103, 0.2245, 0.1652]])
+        """
+        tokens, log_masses = heaviest_of_logits(teacher_logits, k, temperature, dtype)
+        return cls(tokens, log_masses, teacher_logits.shape[-1], temperature)
+
+    @classmethod
+    def of(cls, *args: Any, **kwargs: Any) -> TopKTeacher:
+        """Deprecated name of :meth:`from_logits`."""
+        warn_deprecated("TopKTeacher.of", "TopKTeacher.from_logits")
+        return cls.from_logits(*args, **kwargs)
+
+    @classmethod
+    def from_logprobs(
+        cls,
+        entries: Sequence[Any],
+        vocab_size: int,
+        *,
+        k: int | None = None,
+        temperature: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> TopKTeacher:
+        """The teacher of log-probabilities as inference servers return them.
+
+        Args:
+            entries: one for each position, or for each example a list of those of its positions,
+                which may differ in length. An entry is ``{token: logprob}`` or a list of pairs
+                ``(token, logprob)``, with as many tokens as there are; all others belong to the
+                tail. An object with an attribute ``logprob`` will do as a logprob (vLLM's
+                ``prompt_logprobs``). None is a position without a teacher, which must not count.
+            vocab_size: number of tokens of the teacher.
+            k: how many tokens are kept of each position, the heaviest; all by default.
+            temperature: that divided the server's logits, which is 1 unless it was told otherwise.
+            dtype: of ``log_masses``.
+
+        Raises:
+            TypeError: for entries of another kind.
+            ValueError: for a token that is repeated or not in the vocabulary, a positive logprob,
+                or probabilities of a position that add up to more than 1.
+        """
+        check_positive(temperature=temperature)
+        if k is not None and k < 1:
+            raise ValueError(f"k must be at least 1, got {k!r}")
+        tokens, log_masses = tensors_of_logprobs(entries, vocab_size, k, dtype)
+        return cls(tokens, log_masses, vocab_size, temperature)
+
+    @classmethod
+    def cat(cls, teachers: Sequence[TopKTeacher]) -> TopKTeacher:
+        """The examples of several teachers, such as those of one batch each, in this order.
+
+        Where some store fewer tokens of each position than others, the rest of their slots is
+        empty.
+
+        Raises:
+            ValueError: if there is none, or they differ in more than their number of examples and
+                of tokens.
+        """
+        return concatenated_teachers(teachers)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logits it stands for, ``(*batch, vocab)``."""
+        return (*self.tokens.shape[:-1], self.vocab_size)
+
+    @property
+    def k(self) -> int:
+        """Number of tokens stored of each position."""
+        return self.tokens.shape[-1]
+
+    @property
+    def tail_mass(self) -> Tensor:
+        """What the tokens that are not stored have together, ``(*batch,)``."""
+        return self.masses()[..., -1]
+
+    def __repr__(self) -> str:
+        known = "" if self.self_settings is None else ", with self-term"
+        return f"TopKTeacher({self.shape}, k={self.k}, temperature={self.temperature}{known})"
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, index) -> TopKTeacher:
+        part = self._map(lambda tensor: tensor[index])
+        if part.k != self.k:
+            raise IndexError(
+                f"{index!r} takes tokens away: only the batch {self.shape[:-1]} can be"
+            )
+        return part
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TopKTeacher:
+        """The same teacher on ``device``."""
+        if self.tokens.device == torch.device(device):
+            return self
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def with_length(self, length: int) -> TopKTeacher:
+        """The first ``length`` positions of each example, ``(examples, length, …)``.
+
+        Where fewer are stored the others have NaN masses, which a loss refuses where they count.
+        """
+        return lengthened_teacher(self, length)
+
+    def flatten(self) -> TopKTeacher:
+        """The same positions with one batch dimension."""
+        return self._map(lambda tensor: tensor.reshape(-1, tensor.shape[-1]))
+
+    @property
+    def slots(self) -> Slots:
+        """The stored tokens, and which slots are empty."""
+        empty = empty_slots(self.tokens, self.log_masses, self.vocab_size)
+        # Positions that do not count may hold anything.
+        return Slots.of(self.tokens.clamp(max=self.vocab_size - 1), empty)
+
+    def masses(self, dtype: torch.dtype | None = None) -> Shaped[Tensor, "*batch atoms"]:
+        """Masses of the stored tokens and, last, of all others: ``(*batch, k + 1)``; they sum to 1.
+
+        In float32 at least. Empty slots have none. Where rounding lifts the stored masses above 1
+        they are divided by their sum, and so they are where all tokens are stored.
+        """
+        return atom_masses(self, dtype)
+
+    def log_atoms(self) -> Shaped[Tensor, "*batch atoms"]:
+        """Logarithms of :meth:`masses`, whose tail is at least the rounding error of 1.
+
+        So no token is without mass that may have had some. The tail is −inf where all tokens are
+        stored.
+        """
+        return log_atom_masses(self)
+
+    def logits(self, counted: Tensor | None = None) -> Float[Tensor, "*batch vocab"]:
+        """Dense logits of a teacher whose other tokens share the mass left to them evenly.
+
+        ``(*batch, vocab)``, with ``softmax(logits / temperature)`` of the stored masses at the
+        stored tokens. The teacher did not spread that mass evenly: values and gradients are those
+        of this stand-in, and not 0 at student = teacher. Losses take it only where the student's
+        logits cannot say more (:meth:`logits_beside`): where its vocabulary is another one.
+
+        Args:
+            counted: boolean ``(*batch,)``: the positions that are checked; all by default.
+
+        Raises:
+            ValueError: see :meth:`validate`.
+        """
+        self.validate(counted)
+        return evenly_spread_logits(self)
+
+    def logits_beside(
+        self,
+        student_logits: Float[Tensor, "*batch vocab"],
+        temperature: float | None = None,
+        counted: Tensor | None = None,
+    ) -> Float[Tensor, "*batch vocab"]:
+        """Dense logits of a teacher whose other tokens share the mass left to them as q does.
+
+        With p_i = p_tail·q_i/q_tail for tokens that are not stored: the teacher nearest to the
+        student, in every f-divergence, of all that have the stored masses. Where the student has
+        the stored masses, too, it is the student. A constant: no gradient flows through it.
+
+        Args:
+            student_logits: ``(*batch, vocab)``, of the same vocabulary.
+            temperature: of the student; by default that of the teacher.
+            counted: boolean ``(*batch,)``: the positions that are checked; all by default.
+
+        Raises:
+            ValueError: see :meth:`validate`.
+        """
+        self.validate(counted)
+        return logits_shaped_by(self, student_logits, temperature or self.temperature)
+
+    def without_logits(self) -> Tensor:
+        """NaN in the shape of :meth:`logits` and without its memory: what stands for them."""
+        return self.log_masses.new_full((), torch.nan).expand(self.shape)
+
+    def validate(self, counted: Tensor | None = None) -> TopKTeacher:
+        """Itself, if every position is a distribution over distinct tokens of the vocabulary.
+
+        Positions without a teacher may hold NaN masses, and empty slots any token.
+
+        Args:
+            counted: boolean ``(*batch,)``: the positions that are checked; all by default.
+
+        Raises:
+            ValueError: for a token that is repeated or not in the vocabulary, or masses of a
+                position that add up to more than 1.
+        """
+        check_distributions(self if counted is None else self[counted])
+        return self
+
+    def check_temperature(self, temperature: float) -> None:
+        """Raise ``ValueError`` unless a loss has the temperature for which the masses are."""
+        if not math.isclose(self.temperature, temperature, rel_tol=1e-6):
+            raise ValueError(
+                f"the stored teacher's masses are at temperature {self.temperature} but the loss "
+                f"takes the teacher's at {temperature}: set teacher_temperature="
+                f"{self.temperature}, or store the teacher at the temperature of the loss"
+            )
+
+    def sliced(self, vocab_size: int, counted: Tensor | None = None) -> TopKTeacher:
+        """The same teacher of the first ``vocab_size`` tokens, where the others are padding.
+
+        Exact if the padding has no mass, and where all tokens are stored: the slots of its tokens
+        become empty.
+
+        Args:
+            vocab_size: number of real tokens.
+            counted: boolean ``(*batch,)``: the positions that are checked; all by default.
+
+        Raises:
+            ValueError: if tokens of the padding have mass: what the others have of it is not known,
+                so that the masses cannot be renormalised.
+        """
+        return sliced_teacher(self, vocab_size, counted)
+
+    def with_self_term(self, loss: Any) -> TopKTeacher:
+        """Deprecated form of :meth:`otkd.SinkhornLoss.with_self_term`."""
+        warn_deprecated("teacher.with_self_term(loss)", "loss.with_self_term(teacher)")
+        return loss.with_self_term(self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the teacher and its checksum to a safetensors file, whole or not at all.
+
+        Raises:
+            ImportError: without the package safetensors.
+        """
+        save_topk(path, self)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> TopKTeacher:
+        """Read a teacher written by :meth:`save`.
+
+        Raises:
+            ImportError: without the package safetensors.
+            ValueError: if it is no safetensors file, was changed after it was saved, or what it
+                holds is no such teacher.
+        """
+        fields = load_topk(path)
+        try:
+            teacher = cls(**fields).validate()
+            check_self_term(teacher)
+        except ValueError as error:
+            raise ValueError(f"{path} does not hold a valid stored teacher: {error}") from error
+        return teacher
+
+    def _map(self, change) -> TopKTeacher:
+        potential = self.self_potential
+        return replace(
+            self,
+            tokens=change(self.tokens),
+            log_masses=change(self.log_masses),
+            self_potential=None if potential is None else change(potential),
+        )
