@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -505,6 +506,26 @@ def test_one_epoch_keeps_the_temperature():
         TemperatureAnnealing(otkd.SinKDLoss())
     with pytest.raises(ValueError, match="end"):
         TemperatureAnnealing(loss, end=0)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "temperature"),
+    [(0.0, 5.0), (0.75, 5.0), (1.0, 3.0), (2 - 1e-9, 1.0), (1.5, 3.0), (2.0, 1.0), (2.5, 1.0)],
+)
+def test_a_training_resumed_within_an_epoch_keeps_its_temperature(epoch, temperature):
+    loss = otkd.KLLoss(temperature=5)
+    state = transformers.TrainerState(epoch=epoch)
+    state.num_train_epochs = 3
+    TemperatureAnnealing(loss).on_epoch_begin(None, state, None)
+    assert loss.temperature == temperature
+
+
+def test_annealing_needs_the_number_of_epochs():
+    loss = otkd.KLLoss(temperature=5)
+    state = transformers.TrainerState(epoch=0.0)
+    state.num_train_epochs = sys.maxsize
+    with pytest.raises(ValueError, match="number of epochs"):
+        TemperatureAnnealing(loss).on_epoch_begin(None, state, None)
 
 
 def test_evaluation_changes_nothing(experiment):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 from torch import nn
@@ -9,13 +11,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from otkd.checks import check_positive
 
+_ROUNDING = 1e-6
+
 
 class TemperatureAnnealing(TrainerCallback):
     """Lowers the temperature of a loss linearly from epoch to epoch, ending at ``end``.
 
     In epoch e of E: τ = T + (end − T)·e/(E − 1), T being the temperature that the loss has when
     this is made; τ = T where E = 1. The temperature of the teacher follows where it is not set
-    apart. A training resumed at an epoch goes on as if it had not stopped.
+    apart. A training that is resumed, at the end of an epoch or within one, continues with the
+    temperature of that epoch.
 
     Args:
         loss: an otkd loss with a temperature; of a weighted sum the term that is meant:
@@ -53,7 +58,19 @@ class TemperatureAnnealing(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """Set the temperature of the epoch that begins."""
+        """Set the temperature of the epoch that begins, or is resumed.
+
+        Raises:
+            ValueError: if the number of epochs is not known.
+        """
         epochs = state.num_train_epochs
-        share = round(state.epoch or 0) / (epochs - 1) if epochs > 1 else 0.0
+        if epochs == sys.maxsize:  # what Trainer sets for a data set without a length
+            raise ValueError(
+                "TemperatureAnnealing needs the number of epochs, which is not known for a data "
+                "set without a length: set loss.temperature in a callback of your own"
+            )
+        # A training resumed within an epoch is part of the way through it. The margin is for the
+        # rounding of a sum of steps.
+        epoch = math.floor((state.epoch or 0) + _ROUNDING)
+        share = epoch / (epochs - 1) if epochs > 1 else 0.0
         self.loss.temperature = self.start + (self.end - self.start) * share
