@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tokenizers
 import torch
 import transformers
 
@@ -75,6 +76,18 @@ def tiny_llama(seed: int = 0, *, vocab: int = VOCAB):
         eos_token_id=2,
     )
     return _built(seed, transformers.LlamaForCausalLM, config)
+
+
+def save_tokenizer(folder: str, vocab: int):
+    """Save a tokenizer of ``vocab`` words "w3", "w4", …, of which the first three are special."""
+    special = ["<pad>", "<bos>", "<eos>"]
+    words = [*special, *(f"w{i}" for i in range(len(special), vocab))]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(folder)
 
 
 def tiny_gpt2(seed: int = 0):
