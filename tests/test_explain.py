@@ -234,9 +234,9 @@ def test_refused(error, message, options):
         loss.explain(logits(1, 2, 3, VOCAB), logits(2, 2, 3, VOCAB), **options)
 
 
-def test_a_support_without_a_plan_says_so():
-    class Own(Dense):
-        atoms = otkd.supports.Support.atoms
-
-    with pytest.raises(ValueError, match=r"Own does not hold the transport .* use"):
-        loss_with(Own()).explain(logits(1, 2, VOCAB), logits(2, 2, VOCAB))
+def test_a_support_without_a_plan_says_so(monkeypatch):
+    monkeypatch.setattr("otkd.supports.dense.LARGEST_DENSE", VOCAB - 1)
+    cost = otkd.costs.EmbeddingCost(logits(0, VOCAB, 3))
+    loss = otkd.SinkhornLoss(cost, support=Dense())
+    with pytest.raises(ValueError, match=r"Dense\(\) does not hold the transport .* use"):
+        loss.explain(logits(1, 2, VOCAB), logits(2, 2, VOCAB))

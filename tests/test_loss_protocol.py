@@ -172,9 +172,9 @@ def test_the_trainer_hands_a_stored_teacher_on_as_it_is(tmp_path):
     seen = []
 
     class Spying(TopK):
-        def transport(self, positions, cost, options):
+        def select(self, positions, cost, options):
             seen.append(positions.stored)
-            return super().transport(positions, cost, options)
+            return super().select(positions, cost, options)
 
     transport = otkd.SinkhornLoss("discrete", support=Spying(3))
     inner = otkd.WeightedLoss({"sinkhorn": (1.0, transport), "kl": (1.0, "kl")})

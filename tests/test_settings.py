@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import otkd
-from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
-from otkd.losses.sinkd import SoftCrossEntropyLoss
+from otkd.losses.sinkd import SoftCrossEntropyLoss, UnrolledBatchSinkhornLoss
 from otkd.supports import TopK
 from tests.problems import logits, points
 

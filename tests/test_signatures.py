@@ -13,7 +13,7 @@ from torch import Tensor
 
 import otkd
 from otkd import functional
-from otkd.ot.divergence import Report
+from otkd.functional.report import Report
 from otkd.ot.options import Options
 
 NEEDS_COST = ("sinkhorn", "wasserstein")

@@ -12,8 +12,7 @@ import otkd
 from otkd.cli.catalogue import loss_parameters
 from otkd.cli.console import CommandError
 from otkd.cli.settings import option
-from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
-from otkd.losses.sinkd import SoftCrossEntropyLoss
+from otkd.losses.sinkd import SoftCrossEntropyLoss, UnrolledBatchSinkhornLoss
 
 if TYPE_CHECKING:
     from otkd.cli.protocols import Objective

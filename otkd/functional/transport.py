@@ -11,11 +11,12 @@ from torch import Tensor
 from otkd.checks import check_finite_rows, check_logits, check_mask, check_temperatures
 from otkd.compilation import outside_graphs
 from otkd.costs import Cost, MatrixCost
-from otkd.ot.divergence import Report
+from otkd.functional.report import Report
 from otkd.ot.exact import exact_transport
 from otkd.ot.options import Options
 from otkd.precision import compute_dtype
 from otkd.supports import Positions, Support, as_support, choose_support
+from otkd.supports.base import Selection
 from otkd.teachers import TopKTeacher
 from otkd.teachers.beside import evenly_spread_logits, logits_shaped_by
 
@@ -98,9 +99,12 @@ def sinkhorn_with_report(
 ) -> tuple[Tensor, Report | None]:
     """:func:`sinkhorn_divergence` and what its solver did (None without a counted position).
 
-    Arguments as :func:`transport_positions` takes them.
+    The whole way in one place: logits → positions that count → the atoms that the support selects,
+    with their masses and costs → solver → one value per position.
+
+    Arguments as :func:`counted_positions_of` takes them.
     """
-    positions, support = transport_positions(
+    positions, support = counted_positions_of(
         student_logits,
         teacher_logits,
         cost=cost,
@@ -114,13 +118,35 @@ def sinkhorn_with_report(
     batch_shape = student_logits.shape[:-1]
     values, report = positions.student[:0].sum(-1).to(positions.dtype), None
     if len(positions):
-        values, report = support.transport(positions, cost, options)
+        values, report = solve_selection(support.select(positions, cost, options), options)
     if positions.counted is not None:
         values = values.new_zeros(batch_shape.numel()).index_copy(0, positions.counted, values)
     return values.reshape(batch_shape), report
 
 
-def transport_positions(
+def solve_selection(selection: Selection, options: Options) -> tuple[Tensor, Report]:
+    """The value of every position of a selection, block by block, and one report of all."""
+    values, reports, places = [], [], []
+    for block in selection.blocks:
+        value, report = block.solve(options)
+        values.append(value)
+        reports.append(report)
+        places.append(block.places)
+    value = torch.cat(values)
+    if places[0] is not None:
+        value = value[torch.cat(places).argsort()]
+    coverage = selection.coverage
+    report = Report.of(
+        reports,
+        support=selection.support,
+        backend=selection.backend,
+        coverage=None if coverage is None else coverage.mean(),
+        worst_coverage=None if coverage is None else coverage.min(),
+    )
+    return value, report
+
+
+def counted_positions_of(
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
@@ -132,7 +158,7 @@ def transport_positions(
     mask: Tensor | None,
     stored: TopKTeacher | None = None,
 ) -> tuple[Positions, Support]:
-    """The positions of :func:`sinkhorn_divergence` and the support that transports them, checked.
+    """The positions of :func:`sinkhorn_divergence` and the support that selects atoms, checked.
 
     Where there is a ``stored`` teacher, already validated, ``teacher_logits`` have its shape alone.
     Supports that do not read it get dense logits, whose tokens that are not stored share their mass

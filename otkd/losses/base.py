@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from otkd.checks import check_choice, check_logits, check_one_logits
 from otkd.compilation import outside_graphs
-from otkd.ot.divergence import Report
+from otkd.functional.report import Report
 from otkd.reductions import REDUCTIONS, ItemCounts, counted_positions, reduce_positions
 from otkd.scalars import as_flag, as_positive, as_whole
 from otkd.teachers import StoredTeacher, TopKTeacher, teacher_logits_of

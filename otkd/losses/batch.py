@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from otkd.checks import check_choice
 from otkd.functional.batch_transport import BATCH_COSTS, transport_between_points
+from otkd.functional.report import Report
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.batch_base import SINKD_TEMPERATURE, BatchLoss, BatchSettings, counted_rows
 from otkd.losses.registry import register_loss
@@ -141,7 +140,7 @@ class BatchSinkhornLoss(BatchLoss):
             sample_cost=self.sample_cost,
         )
         support = f"the {len(student)} samples of the batch"
-        self.last_report = replace(solution.report, support=support)
+        self.last_report = Report.of([solution.report], support=support)
         source, target = solution.shares()
         return solution.value, source + target
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from otkd.costs import CostMatrices
-from otkd.functional.transport import transport_positions
+from otkd.costs import Cost, CostMatrices
+from otkd.functional.transport import counted_positions_of
+from otkd.losses.base import Batch
 from otkd.ot.divergence import solve_divergence
-from otkd.supports.base import Atoms
-
-if TYPE_CHECKING:
-    from otkd.losses.base import Batch
-    from otkd.losses.transport import SinkhornLoss
+from otkd.ot.kernels.lazy import LazyCost
+from otkd.ot.options import Options
+from otkd.supports import LARGEST_DENSE, Support
+from otkd.supports.base import Block
 
 OTHER_TOKENS = "(other tokens)"
 
@@ -77,65 +77,88 @@ class Explanation:
 
 
 def explain_position(
-    loss: SinkhornLoss,
     batch: Batch,
-    tokenizer: Any,
     position: int | Sequence[int],
+    *,
+    cost: Cost,
+    support: Support | None,
+    options: Options,
+    temperature: float,
+    teacher_temperature: float | None,
+    tokenizer: Any,
     top: int | None,
 ) -> Explanation:
     """See :meth:`otkd.SinkhornLoss.explain`."""
     shape = tuple(batch.student_logits.shape[:-1])
     if top is not None and top < 0:
         raise ValueError(f"top must be a number of moves or None for all, got {top!r}")
-    two = not loss.cost.one_vocabulary
+    two = not cost.one_vocabulary
     source_names, target_names = _tokenizers(tokenizer, two=two)
-    options = loss.solver_options
+    options = replace(options, backend="auto")  # others may not hold the costs
     mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=batch.student_logits.device)
     mask[_flat_index(position, shape)] = True
     with torch.no_grad():
-        positions, support = transport_positions(
+        positions, support = counted_positions_of(
             batch.student_logits,
             batch.teacher_logits,
-            cost=loss.cost,
-            support=loss.support,
+            cost=cost,
+            support=support,
             options=options,
-            temperature=loss.temperature,
-            teacher_temperature=loss.teacher_temperature,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
             mask=mask.reshape(shape),
             stored=batch.stored,
         )
-        atoms = support.atoms(positions, loss.cost, options)
-        value = support.transport(positions, loss.cost, options)[0].item()
-        plan, error = _plan(atoms, loss)
-    stays = atoms.source_tokens.unsqueeze(-1) == atoms.target_tokens
+        (block,) = support.select(positions, cost, options).blocks
+        if isinstance(block.costs.cross, LazyCost):
+            raise ValueError(
+                f"{support!r} does not hold the transport of a position in full: use "
+                f"otkd.supports.TopK or, up to {LARGEST_DENSE} tokens, Dense"
+            )
+        value, _ = block.solve(options)
+        plan, costs, error = _plan(block, options)
+    source_tokens, target_tokens = _tokens(block)
+    stays = source_tokens.unsqueeze(-1) == target_tokens
     moved = plan.sum() if two else plan.masked_fill(stays, 0).sum()
     masses, places = plan.flatten().topk(plan.numel() if top is None else min(top, plan.numel()))
     rows, columns = places // plan.shape[-1], places % plan.shape[-1]
-    several = bool((atoms.source_tokens < -1).any())
+    several = bool((source_tokens < -1).any())
     moves = zip(
-        _names(atoms.source_tokens[rows], source_names, several=several),
-        _names(atoms.target_tokens[columns], target_names, several=several),
+        _names(source_tokens[rows], source_names, several=several),
+        _names(target_tokens[columns], target_names, several=several),
         masses.tolist(),
-        atoms.cost.flatten()[places].tolist(),
+        costs.flatten()[places].tolist(),
         strict=True,
     )
     return Explanation(
         moves=tuple(Move(*move) for move in moves),
-        value=value,
-        transport_cost=(plan * atoms.cost).sum().item(),
+        value=value.item(),
+        transport_cost=(plan * costs).sum().item(),
         moved_mass=moved.item(),
         marginal_error=error.item(),
     )
 
 
-def _plan(atoms: Atoms, loss: SinkhornLoss) -> tuple[Tensor, Tensor]:
-    """The plan of OT_ε(q, p), ``(n, m)``, and its marginal error."""
-    options = replace(loss.solver_options, debias=False, value="dual")
-    solution = solve_divergence(
-        atoms.source[None], atoms.target[None], CostMatrices(atoms.cost), options
-    )
-    (transport,) = solution.parts
-    return transport.plan()[0], transport.potentials.marginal_error[0]
+def _plan(block: Block, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The plan of OT_ε(q, p) and its costs, ``(n, m)``, and the marginal error."""
+    options = replace(options, debias=False, value="dual")
+    costs = CostMatrices(block.costs.cross)
+    (transport,) = solve_divergence(block.source, block.target, costs, options).parts
+    plan = transport.plan()[0]
+    return plan, costs.cross.expand(1, *plan.shape)[0], transport.potentials.marginal_error[0]
+
+
+def _tokens(block: Block) -> tuple[Tensor, ...]:
+    """The tokens of the atoms of both sides; −1, −2, … for atoms that stand for several tokens."""
+    sides = []
+    for place, masses in enumerate((block.source, block.target)):
+        tokens = torch.arange(masses.shape[-1], device=masses.device)
+        if block.tokens is not None:
+            known = block.tokens[place][0]
+            others = -1 - torch.arange(len(tokens) - len(known), device=masses.device)
+            tokens = torch.cat([known, others])
+        sides.append(tokens)
+    return tuple(sides)
 
 
 def _flat_index(position: int | Sequence[int], shape: tuple[int, ...]) -> int:

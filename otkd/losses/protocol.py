@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from otkd.ot.divergence import Report
+from otkd.functional.report import Report
 from otkd.teachers import StoredTeacher, TopKTeacher, teacher_logits_of
 
 

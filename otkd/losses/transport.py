@@ -151,7 +151,17 @@ class SinkhornLoss(DistillationLoss):
                 support that does not hold a plan.
         """
         batch = self._prepare(student_logits, teacher_logits, None, None, None, None)
-        return explain_position(self, batch, tokenizer, position, top)
+        return explain_position(
+            batch,
+            position,
+            cost=self.cost,
+            support=self.support,
+            options=self.solver_options,
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            tokenizer=tokenizer,
+            top=top,
+        )
 
     def with_self_term(self, teacher: TopKTeacher) -> TopKTeacher:
         """The stored teacher together with its term OT_ε(p, p), solved once for all steps to come.

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from otkd.checks import check_one_logits
 from otkd.compilation import outside_graphs
+from otkd.functional.report import Report
 from otkd.losses.ground_cost import MissingCost
 from otkd.losses.protocol import Loss, as_loss, joined, teacher_for, worst_report
 from otkd.losses.registry import get_loss
-from otkd.ot.divergence import Report
 from otkd.precision import compute_dtype
 from otkd.reductions import ItemCounts
 from otkd.scalars import as_number

@@ -18,31 +18,22 @@ from otkd.precision import without_autocast
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class SolverReport:
     """What the solver did, for logs.
 
     Attributes:
         iterations: the most iterations any of the solves took.
         marginal_error: the largest L1 marginal error of any problem, a scalar tensor.
         converged: whether every marginal error is within the tolerance.
-        support: what took part: tokens, or the samples of a batch.
-        backend: what computed the kernel products.
-        coverage: mean over the positions of the mass that the head has, on the side that has less
-            of it; a scalar tensor, None where every token took part.
-        worst_coverage: the same at the position where it is least.
     """
 
     iterations: int
     marginal_error: Tensor
     converged: bool
-    support: str = "every point"
-    backend: str = "torch"
-    coverage: Tensor | None = None
-    worst_coverage: Tensor | None = None
 
     @classmethod
-    def of_parts(cls, parts: Sequence[Transport]) -> Report:
-        """That of the problems of one divergence."""
+    def of_parts(cls, parts: Sequence[Transport]) -> SolverReport:
+        """The report of the problems of one divergence."""
         potentials = [part.potentials for part in parts]
         errors = [p.marginal_error.max() for p in potentials if p.marginal_error.numel()]
         none = potentials[0].marginal_error.new_zeros(())
@@ -50,16 +41,6 @@ class Report:
             iterations=max(p.iterations for p in potentials),
             marginal_error=torch.stack(errors).max() if errors else none,
             converged=all(part.converged for part in parts),
-        )
-
-    @classmethod
-    def of(cls, blocks: Sequence[Report], **fields) -> Report:
-        """One report of all blocks of positions."""
-        return cls(
-            iterations=max(block.iterations for block in blocks),
-            marginal_error=torch.stack([block.marginal_error for block in blocks]).max(),
-            converged=all(block.converged for block in blocks),
-            **fields,
         )
 
 
@@ -74,7 +55,7 @@ class DivergenceSolution:
     """
 
     value: Float[Tensor, "*batch"]
-    report: Report
+    report: SolverReport
     parts: tuple[Transport, ...] = field(repr=False)
 
     @property
@@ -158,7 +139,7 @@ def solve_divergence(
         # Séjourné et al. (2019), "Sinkhorn Divergences for Unbalanced Optimal Transport".
         value = value + options.epsilon / 2 * (a.sum(-1) - b.sum(-1)).square()
     return DivergenceSolution(
-        value=value.reshape(batch), report=Report.of_parts(parts), parts=parts
+        value=value.reshape(batch), report=SolverReport.of_parts(parts), parts=parts
     )
 
 

@@ -1,18 +1,18 @@
-"""What a support is: from the logits of the positions that count to their transport."""
+"""What a support is: from the logits of the positions that count to their transport problems."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from otkd.checks import check_finite_rows
-from otkd.costs import Cost
-from otkd.ot.divergence import Report
+from otkd.costs import Cost, CostMatrices
+from otkd.ot.divergence import SolverReport, solve_divergence
 from otkd.ot.options import Options
 from otkd.teachers import TopKTeacher
 from otkd.teachers.self_term import SelfTermSettings
@@ -80,22 +80,53 @@ def check_softmax(name: str, normaliser: Tensor) -> None:
     check_finite_rows(normaliser.detach(), f"{name} without a softmax")
 
 
-class Atoms(NamedTuple):
-    """The transport problem of one position, for who wants to see it.
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """The transport problems of N positions: what the solver needs, and nothing else.
 
     Attributes:
-        source: masses of the student's atoms, ``(n,)``.
-        target: masses of the teacher's, ``(m,)``.
-        cost: ``(n, m)``.
-        source_tokens: ``(n,)``; what is below 0 is an atom of other tokens.
-        target_tokens: ``(m,)``.
+        source: masses of the student's atoms, ``(N, n)``; differentiable in the logits.
+        target: masses of the teacher's atoms, ``(N, m)``.
+        costs: between the atoms of the two sides and, for debiasing, within each.
+        target_value: OT_ε(p, p) where it is known, ``(N,)``.
+        places: the place of each of these positions among those that count, ``(N,)``; None where
+            blocks come in the order of the positions.
+        tokens: tokens of the student's and of the teacher's atoms, ``(N, ≤ n)`` and ``(N, ≤ m)``;
+            atoms beyond these columns stand for several tokens. None where the i-th atom is the
+            i-th token.
     """
 
     source: Tensor
     target: Tensor
-    cost: Tensor
-    source_tokens: Tensor
-    target_tokens: Tensor
+    costs: CostMatrices
+    target_value: Tensor | None = None
+    places: Tensor | None = None
+    tokens: tuple[Tensor, Tensor] | None = None
+
+    def solve(self, options: Options) -> tuple[Tensor, SolverReport]:
+        """The values of these problems, ``(N,)``, and what the solver did."""
+        solution = solve_divergence(
+            self.source, self.target, self.costs, options, target_value=self.target_value
+        )
+        return solution.value, solution.report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The transport problems of all positions that count.
+
+    Attributes:
+        blocks: of some positions each, made when they are asked for.
+        support: which atoms take part, for reports.
+        backend: what computes the products with the kernel.
+        coverage: probability mass of the tokens that take part one by one, ``(positions,)``; None
+            where all tokens do.
+    """
+
+    blocks: Iterable[Block]
+    support: str
+    backend: str = "torch"
+    coverage: Tensor | None = None
 
 
 class Support(ABC):
@@ -122,10 +153,8 @@ class Support(ABC):
             )
 
     @abstractmethod
-    def transport(
-        self, positions: Positions, cost: Cost, options: Options
-    ) -> tuple[Tensor, Report]:
-        """The divergence of every position that counts, ``(len(positions),)``, and a report."""
+    def select(self, positions: Positions, cost: Cost, options: Options) -> Selection:
+        """The transport problems of the positions that count; nothing is solved."""
 
     def stored_self_term(
         self, teacher: TopKTeacher, cost: Cost, options: Options
@@ -137,15 +166,4 @@ class Support(ABC):
         """
         raise ValueError(
             f"the self-term of the teacher cannot be stored: the support is {self!r}, not a TopK"
-        )
-
-    def atoms(self, positions: Positions, cost: Cost, options: Options) -> Atoms:
-        """The problem of the one position that counts.
-
-        Raises:
-            ValueError: if this support does not have it in full.
-        """
-        raise ValueError(
-            f"{type(self).__name__} does not hold the transport of a position in full: use "
-            "otkd.supports.Dense or TopK"
         )

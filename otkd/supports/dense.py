@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -10,12 +11,11 @@ from torch import Tensor
 
 from otkd.costs import Cost, CostMatrices, EmbeddingCost
 from otkd.costs.base import Side, same_for_all
-from otkd.ot.divergence import Report, solve_divergence
 from otkd.ot.kernels.blocked import BlockedCost, PointCost
 from otkd.ot.kernels.keops import KeOpsCost, keops_works
 from otkd.ot.options import Options
 from otkd.ot.problem import check_costs
-from otkd.supports.base import Atoms, Positions, Support, check_softmax
+from otkd.supports.base import Block, Positions, Selection, Support, check_softmax
 
 LARGEST_DENSE = 16_384
 """Largest vocabulary for which a dense cost matrix is made: 1 GiB in float32."""
@@ -54,9 +54,7 @@ class Dense(Support):
                 f"this is {kind}: use otkd.supports.TopK(64)"
             )
 
-    def transport(
-        self, positions: Positions, cost: Cost, options: Options
-    ) -> tuple[Tensor, Report]:
+    def select(self, positions: Positions, cost: Cost, options: Options) -> Selection:
         """See :class:`Support`."""
         n, m = positions.student.shape[-1], positions.teacher.shape[-1]
         where = {"dtype": positions.dtype, "device": positions.student.device}
@@ -66,38 +64,21 @@ class Dense(Support):
         else:
             matrices = _lazy_costs(lazy, cast(EmbeddingCost, cost), options.debias, where)
         check_costs(n, m, matrices)
-        values, reports = transport_distributions(positions, matrices, options)
-        backend = "keops" if lazy is KeOpsCost else "torch"
-        return values, Report.of(reports, support=repr(self), backend=backend)
-
-    def atoms(self, positions: Positions, cost: Cost, options: Options) -> Atoms:
-        """See :class:`Support`."""
-        n, m = positions.student.shape[-1], positions.teacher.shape[-1]
-        if max(n, m) > LARGEST_DENSE:
-            raise ValueError(
-                f"the transport of {n}×{m} tokens is not held in full: use otkd.supports.TopK(64)"
-            )
-        (rows,) = positions.blocks(1)
-        q, p = _distributions(positions, rows)
-        where = {"dtype": positions.dtype, "device": q.device}
-        matrix = cost.matrices(n, m, self_terms=False, **where).cross
-        tokens = (torch.arange(size, device=q.device) for size in (n, m))
-        return Atoms(q[0], p[0], matrix, *tokens)
+        return Selection(
+            blocks=full_blocks(positions, matrices),
+            support=repr(self),
+            backend="keops" if lazy is KeOpsCost else "torch",
+        )
 
 
-def transport_distributions(
-    positions: Positions, matrices: CostMatrices, options: Options
-) -> tuple[Tensor, list[Report]]:
-    """The divergence of every position over all tokens, and a report of each block of them."""
+def full_blocks(positions: Positions, costs: CostMatrices) -> Iterator[Block]:
+    """The problems over all tokens, whose costs are the same at every position."""
     on_cpu = positions.student.device.type == "cpu"
     elements = _BLOCK_ELEMENTS_ON_CPU if on_cpu else _BLOCK_ELEMENTS_ON_DEVICE
     vocab = max(positions.student.shape[-1], positions.teacher.shape[-1])
-    values, reports = [], []
     for rows in positions.blocks(max(1, elements // vocab)):
-        solution = solve_divergence(*_distributions(positions, rows), matrices, options)
-        values.append(solution.value)
-        reports.append(solution.report)
-    return torch.cat(values), reports
+        q, p = _distributions(positions, rows)
+        yield Block(source=q, target=p, costs=costs)
 
 
 def _distributions(positions: Positions, rows: slice | Tensor) -> tuple[Tensor, Tensor]:

@@ -37,6 +37,39 @@ class Heads(NamedTuple):
         return places < self.counts.unsqueeze(-1)
 
 
+class Atoms(NamedTuple):
+    """The atoms of one side: tokens one by one, then atoms that stand for all others.
+
+    Attributes:
+        heads: the tokens.
+        masses: ``(N, K + others)``.
+    """
+
+    heads: Heads
+    masses: Tensor
+
+    @property
+    def width(self) -> int:
+        """Number of columns with a token of their own, K."""
+        return self.heads.tokens.shape[-1]
+
+    def others(self) -> Tensor:
+        """Mass of all other tokens, ``(N,)``; detached."""
+        return self.masses.detach()[:, self.width :].sum(-1)
+
+    def without_others(self, *, normalize: bool) -> Atoms:
+        """The tokens alone, with the mass that they have or, normalised, a mass of 1."""
+        masses = self.masses[:, : self.width]
+        return Atoms(self.heads, masses / masses.sum(-1, keepdim=True) if normalize else masses)
+
+    def part(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and masses of some positions, without columns that only repeat tokens."""
+        count = int(self.heads.counts[places].max())
+        masses = self.masses[places]
+        masses = torch.cat([masses[:, :count], masses[:, self.width :]], -1)
+        return self.heads.tokens[places, :count], masses
+
+
 def block_size(vocab: int, device: torch.device) -> int:
     """How many rows of logits are worked on at a time."""
     elements = _BLOCK_ELEMENTS_ON_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE

@@ -13,12 +13,11 @@ from torch import Tensor
 from otkd.costs import Cost, CostMatrices, EmbeddingCost
 from otkd.costs.base import Side, same_for_all
 from otkd.costs.tails import sample_tokens
-from otkd.ot.divergence import Report
 from otkd.ot.kernels.sparse import Graph, SparseCost
 from otkd.ot.options import Options
 from otkd.scalars import as_whole, settle
-from otkd.supports.base import Positions, Support
-from otkd.supports.dense import transport_distributions
+from otkd.supports.base import Positions, Selection, Support
+from otkd.supports.dense import full_blocks
 from otkd.supports.neighbour_index import nearest
 
 Sides = tuple[Side, Side]
@@ -71,15 +70,12 @@ class NearestNeighbours(Support):
                 f"a {kind}; use otkd.supports.TopK or Dense for others"
             )
 
-    def transport(
-        self, positions: Positions, cost: Cost, options: Options
-    ) -> tuple[Tensor, Report]:
+    def select(self, positions: Positions, cost: Cost, options: Options) -> Selection:
         """See :class:`Support`."""
         assert isinstance(cost, EmbeddingCost)
         device = positions.student.device
         costs = self._costs(cost, positions.dtype, device, self_terms=options.debias)
-        values, reports = transport_distributions(positions, costs, options)
-        return values, Report.of(reports, support=repr(self))
+        return Selection(blocks=full_blocks(positions, costs), support=repr(self))
 
     def _costs(self, cost: EmbeddingCost, dtype, device, *, self_terms: bool) -> CostMatrices:
         """The sparse costs between and within the sides, made once and kept with the cost."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from otkd.costs import Cost, EmbeddingCost
+from otkd.costs import Cost, CostMatrices, EmbeddingCost
 from otkd.costs.base import Side
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
 from otkd.fused.topk_sinkhorn import TopKSinkhorn
-from otkd.ot.divergence import Report
+from otkd.ot.divergence import SolverReport
 from otkd.ot.options import Options
 from otkd.ot.solution import warn_not_converged
-from otkd.supports.heads import Heads
+from otkd.supports.base import Block
+from otkd.supports.heads import Atoms, Heads
 
 
 def check_on_chip(cost: Cost, options: Options) -> None:
@@ -28,37 +31,63 @@ def check_on_chip(cost: Cost, options: Options) -> None:
         )
 
 
-def solve_on_chip(
-    a: Tensor, b: Tensor, heads: Heads, cost: EmbeddingCost, options: Options, vocab: int
-) -> tuple[Tensor, Report]:
-    """The divergences of masses ``(N, K + 1)``, differentiable in a, and a report.
+@dataclass(frozen=True, kw_only=True)
+class OnChipBlock(Block):
+    """All positions as one block, solved by the kernel.
 
-    Raises:
-        ImportError, ValueError: see :func:`otkd.fused.topk_sinkhorn.topk_sinkhorn`.
+    Attributes:
+        heads: the tokens of all positions.
+        cost: between all tokens; ``costs`` are not made.
+        vocab: number of tokens.
     """
-    sides: tuple[Side, Side] = ("source", "target")
-    sizes = (vocab, vocab)
-    every = torch.arange(vocab, device=a.device).unsqueeze(0)
-    to_tail = mean_cost_to_all(cost, every, sides, sizes, a.dtype).squeeze(0)
-    corner = soft_mean_cost(cost, sides, sizes, options.epsilon, a.dtype, a.device)
-    settings = {
-        "metric": cost.metric,
-        "scale": cost.scale,
-        "centre": None if cost.centre is None else cost.centre.to(a.device),
-        "epsilon": options.epsilon,
-        "tolerance": options.tolerance,
-        "max_iterations": options.max_iterations,
-        "debias": options.debias,
-    }
-    embedding = cost.source.to(a.device)
-    value, error, iterations = TopKSinkhorn.apply(
-        a, b, heads.tokens, embedding, to_tail, corner, settings
+
+    heads: Heads
+    cost: EmbeddingCost
+    vocab: int
+
+    def solve(self, options: Options) -> tuple[Tensor, SolverReport]:
+        """See :class:`~otkd.supports.base.Block`.
+
+        Raises:
+            ImportError, ValueError: see :func:`otkd.fused.topk_sinkhorn.topk_sinkhorn`.
+        """
+        a, b, cost = self.source, self.target, self.cost
+        sides: tuple[Side, Side] = ("source", "target")
+        sizes = (self.vocab, self.vocab)
+        every = torch.arange(self.vocab, device=a.device).unsqueeze(0)
+        to_tail = mean_cost_to_all(cost, every, sides, sizes, a.dtype).squeeze(0)
+        corner = soft_mean_cost(cost, sides, sizes, options.epsilon, a.dtype, a.device)
+        settings = {
+            "metric": cost.metric,
+            "scale": cost.scale,
+            "centre": None if cost.centre is None else cost.centre.to(a.device),
+            "epsilon": options.epsilon,
+            "tolerance": options.tolerance,
+            "max_iterations": options.max_iterations,
+            "debias": options.debias,
+        }
+        embedding = cost.source.to(a.device)
+        value, error, iterations = TopKSinkhorn.apply(
+            a, b, self.heads.tokens, embedding, to_tail, corner, settings
+        )
+        report = SolverReport(
+            iterations=int(iterations.max()),
+            marginal_error=error.max(),
+            converged=bool((error <= options.tolerance).all()),
+        )
+        if not report.converged:
+            warn_not_converged(a, b, options)
+        return value, report
+
+
+def on_chip_block(student: Atoms, teacher: Atoms, cost: EmbeddingCost, vocab: int) -> OnChipBlock:
+    """The block of all positions, whose two sides stand on the same tokens."""
+    none = student.masses.new_empty(0, 0)
+    return OnChipBlock(
+        source=student.masses,
+        target=teacher.masses,
+        costs=CostMatrices(none),
+        heads=student.heads,
+        cost=cost,
+        vocab=vocab,
     )
-    report = Report(
-        iterations=int(iterations.max()),
-        marginal_error=error.max(),
-        converged=bool((error <= options.tolerance).all()),
-    )
-    if not report.converged:
-        warn_not_converged(a, b, options)
-    return value, report

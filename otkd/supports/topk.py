@@ -18,14 +18,13 @@ from otkd.costs.clusters import (
     soft_mean_cost_of_clusters,
 )
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
-from otkd.ot.divergence import Report, solve_divergence
 from otkd.ot.options import Options
 from otkd.ot.problem import check_costs
 from otkd.scalars import as_flag, as_whole, settle
-from otkd.supports.base import Atoms, Positions, Support
+from otkd.supports.base import Block, Positions, Selection, Support
 from otkd.supports.coverage import warn_of_coverage
-from otkd.supports.heads import HeadMasses, Heads, select_heads
-from otkd.supports.on_chip import check_on_chip, solve_on_chip
+from otkd.supports.heads import Atoms, HeadMasses, select_heads
+from otkd.supports.on_chip import check_on_chip, on_chip_block
 from otkd.supports.stored import solve_self_term, stored_masses, stored_self_values
 from otkd.teachers import TopKTeacher
 from otkd.teachers.atoms import same_up_to_rounding
@@ -93,70 +92,53 @@ class TopK(Support):
                 raise ValueError(f"backend='triton' computes TopK({self.k}), got {self!r}")
             check_on_chip(cost, options)
 
-    def transport(
-        self, positions: Positions, cost: Cost, options: Options
-    ) -> tuple[Tensor, Report]:
+    def select(self, positions: Positions, cost: Cost, options: Options) -> Selection:
         """See :class:`Support`."""
-        sizes = positions.student.shape[-1], positions.teacher.shape[-1]
-        (student, a), (teacher, b) = self._heads(positions, cost)
-        heads = student.tokens.shape[-1], teacher.tokens.shape[-1]
-        rests = (s.detach()[:, k:].sum(-1) for s, k in zip((a, b), heads, strict=True))
-        coverage = 1 - torch.maximum(*rests)
-        a, b = (self._marginal(s, k, options) for s, k in zip((a, b), heads, strict=True))
-        self_values = self._stored_self_values(positions, cost, options)
-        settings = {
-            "support": repr(self),
-            "coverage": coverage.mean(),
-            "worst_coverage": coverage.min(),
-        }
+        student, teacher = self._atoms(positions, cost)
+        coverage = 1 - torch.maximum(student.others(), teacher.others())
         if self.tail:
-            warn_of_coverage(settings["coverage"], self.k)
-        if options.backend == "triton":
-            value, report = solve_on_chip(
-                a, b, student, cast(EmbeddingCost, cost), options, sizes[0]
+            warn_of_coverage(coverage.mean(), self.k)
+        else:
+            student, teacher = (
+                side.without_others(normalize=options.unbalanced is None)
+                for side in (student, teacher)
             )
-            return value, Report.of([report], backend="triton", **settings)
-        values, reports = [], []
+        if options.backend == "triton":
+            vocab = positions.student.shape[-1]
+            blocks = [on_chip_block(student, teacher, cast(EmbeddingCost, cost), vocab)]
+        else:
+            blocks = self._blocks(positions, student, teacher, cost, options)
+        backend = "triton" if options.backend == "triton" else "torch"
+        return Selection(blocks=blocks, support=repr(self), backend=backend, coverage=coverage)
+
+    def _blocks(
+        self, positions: Positions, student: Atoms, teacher: Atoms, cost: Cost, options: Options
+    ) -> Iterator[Block]:
+        sizes = positions.student.shape[-1], positions.teacher.shape[-1]
+        self_values = None
+        if positions.stored is not None:
+            stored = positions.counted_stored()
+            self_values = stored_self_values(stored, cost, self, options, positions.dtype)
         # Repeated tokens have no mass and come last: the longest head of a block is enough for it,
         # and positions whose heads are about as long make a block.
-        order = (student.counts + teacher.counts).argsort()
-        for block in _blocks(order, heads):
-            widths = [int(side.counts[block].max()) for side in (student, teacher)]
-            x, y = (s.tokens[block, :w] for s, w in zip((student, teacher), widths, strict=True))
-            if student.tokens is teacher.tokens:
+        order = (student.heads.counts + teacher.heads.counts).argsort()
+        for places in _in_blocks(order, student.width, teacher.width):
+            (x, q), (y, p) = student.part(places), teacher.part(places)
+            if student.heads.tokens is teacher.heads.tokens:
                 y = x
-            matrices = self._costs(cost, x, y, sizes, options, a.dtype)
-            q, p = (
-                self._trim(masses[block], head, width)
-                for masses, head, width in zip((a, b), heads, widths, strict=True)
-            )
+            costs = self._costs(cost, x, y, sizes, options, q.dtype)
             if cost.learns:  # constants were checked when they were given
-                check_costs(q.shape[-1], p.shape[-1], matrices)
-            known = None if self_values is None else self_values[block]
-            solution = solve_divergence(q, p, matrices, options, target_value=known)
-            values.append(solution.value)
-            reports.append(solution.report)
-        return torch.cat(values)[order.argsort()], Report.of(reports, **settings)
+                check_costs(q.shape[-1], p.shape[-1], costs)
+            yield Block(
+                source=q,
+                target=p,
+                costs=costs,
+                target_value=None if self_values is None else self_values[places],
+                places=places,
+                tokens=(x, y),
+            )
 
-    def atoms(self, positions: Positions, cost: Cost, options: Options) -> Atoms:
-        """See :class:`Support`."""
-        sizes = positions.student.shape[-1], positions.teacher.shape[-1]
-        masses, tokens = [], []
-        for heads, side in self._heads(positions, cost):
-            width = int(heads.counts[0])
-            head = heads.tokens.shape[-1]
-            masses.append(self._trim(self._marginal(side.detach(), head, options), head, width)[0])
-            tokens.append(heads.tokens[:, :width])
-        x, y = tokens
-        matrix = self._matrix(cost, x, y, ("source", "target"), sizes, options, positions.dtype)[0]
-        for place, masses_of_side in enumerate(masses):
-            others = len(masses_of_side) - tokens[place].shape[-1]
-            numbers = torch.arange(-1, -1 - others, -1, device=matrix.device)
-            tokens[place] = torch.cat([tokens[place], numbers.unsqueeze(0)], -1)
-        return Atoms(masses[0], masses[1], matrix, tokens[0][0], tokens[1][0])
-
-    def _heads(self, positions: Positions, cost: Cost) -> tuple[tuple[Heads, Tensor], ...]:
-        """The tokens of both sides with their masses and, last, that of all others."""
+    def _atoms(self, positions: Positions, cost: Cost) -> tuple[Atoms, Atoms]:
         student, teacher = select_heads(positions, self.k, shared=cost.one_vocabulary)
         counted, dtype, device = positions.counted, positions.dtype, positions.student.device
         clusters = self._clusters(cost, "source", device)
@@ -170,34 +152,21 @@ class TopK(Support):
             )
         else:
             if self.clusters > 1:
-                raise ValueError("a stored teacher knows its left-over mass as one: use clusters=1")
+                raise ValueError(
+                    "a stored top-k teacher keeps its tail as a single mass: use TopK(clusters=1)"
+                )
             stored = positions.counted_stored()
             b = stored_masses(stored, teacher, positions.dtype)
             if cost.one_vocabulary:
                 same = same_up_to_rounding(a.detach(), b, b.log(), stored.log_masses.dtype)
                 b = torch.where(same, a.detach(), b)
-        return (student, a), (teacher, b.detach())
+        return Atoms(student, a), Atoms(teacher, b.detach())
 
     def stored_self_term(
         self, teacher: TopKTeacher, cost: Cost, options: Options
     ) -> tuple[Tensor, SelfTermSettings]:
         """See :func:`otkd.supports.stored.solve_self_term`."""
         return solve_self_term(teacher, cost, self, options)
-
-    def _stored_self_values(self, positions, cost, options) -> Tensor | None:
-        if positions.stored is None:
-            return None
-        stored = positions.counted_stored()
-        return stored_self_values(stored, cost, self, options, positions.dtype)
-
-    def _marginal(self, masses: Tensor, head: int, options: Options) -> Tensor:
-        if self.tail:
-            return masses
-        masses = masses[:, :head]
-        return masses if options.unbalanced is not None else masses / masses.sum(-1, keepdim=True)
-
-    def _trim(self, masses: Tensor, head: int, width: int) -> Tensor:
-        return torch.cat([masses[:, :width], masses[:, head:]], -1)
 
     def _costs(self, cost, student, teacher, sizes, options, dtype) -> CostMatrices:
         """The costs between the atoms of the two sides, and within each."""
@@ -253,9 +222,8 @@ class TopK(Support):
         return clusters_of(cast(EmbeddingCost, cost), side, self.clusters, device)
 
 
-def _blocks(order: Tensor, heads: tuple[int, int]) -> Iterator[Tensor]:
-    """Positions in this order, in blocks of about one size."""
+def _in_blocks(order: Tensor, n: int, m: int) -> Iterator[Tensor]:
+    """Positions in this order, in blocks of about one size, with n and m tokens at each."""
     elements = _BLOCK_ELEMENTS_ON_CPU if order.device.type == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
-    atoms = (heads[0] + 1) * (heads[1] + 1)
-    count = -(-len(order) * atoms // elements)
+    count = -(-len(order) * (n + 1) * (m + 1) // elements)
     yield from order.split(-(-len(order) // max(1, min(count, len(order)))))
