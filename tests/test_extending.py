@@ -1,0 +1,110 @@
+"""The code of CONTRIBUTING.md runs as it is written; each extension obeys the laws of its kind."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import ot
+import pytest
+import torch
+
+import otkd
+from otkd.losses.registry import LOSSES
+from otkd.supports import Dense, TopK
+from tests import test_divergences as divergence_laws
+from tests import test_every_loss as loss_laws
+from tests import test_stored_laws as stored_laws
+from tests.problems import logits
+
+pytestmark = pytest.mark.usefixtures("seeded")
+close = torch.testing.assert_close
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """What the code of CONTRIBUTING.md defines. Other tests do not see the loss it registers."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = {"__name__": "contributing"}
+    before = dict(LOSSES)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
+    yield SimpleNamespace(**names)
+    LOSSES.clear()
+    LOSSES.update(before)
+
+
+# A divergence ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hellinger(monkeypatch, shown):
+    """Its name in the registry and in the tables that the laws read."""
+    name, loss = "squared_hellinger", shown.HellingerLoss
+
+    def values(student, teacher, **settings):
+        return loss(reduction="none", rescale_t2=False, **settings)(student, teacher)
+
+    def reference(log_q, log_p):
+        return ((log_q / 2).exp() - (log_p / 2).exp()).square().sum(-1) / 2
+
+    monkeypatch.setitem(divergence_laws.CASES, name, (values, reference, {}))
+    monkeypatch.setitem(loss_laws.BUILDERS, name, loss_laws.of(loss))
+    monkeypatch.setitem(stored_laws.LOSSES, name, loss)
+    return name
+
+
+def test_a_divergence_is_registered(hellinger, shown):
+    assert hellinger in otkd.list_losses()
+    assert isinstance(otkd.get_loss(hellinger, temperature=2), shown.HellingerLoss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_divergence_obeys_the_laws_of_divergences(hellinger, dtype):
+    divergence_laws.test_value_and_gradient_are_those_of_the_formula(hellinger, dtype)
+    divergence_laws.test_zero_with_a_zero_gradient_at_equality(hellinger, dtype)
+    divergence_laws.test_finite_on_minus_infinity_and_on_huge_gaps(hellinger, dtype)
+    loss_laws.test_extreme_calls_are_finite(hellinger, dtype)
+    loss_laws.test_nothing_counted_is_zero(hellinger, dtype)
+    loss_laws.test_layout_and_mode_do_not_matter(hellinger, dtype)
+
+
+def test_a_divergence_obeys_the_laws_of_every_call(hellinger):
+    for seed in range(5):
+        law = divergence_laws.test_shift_permutation_and_sign.hypothesis.inner_test
+        law(seed, hellinger)
+    divergence_laws.test_gradcheck(hellinger)
+    loss_laws.test_the_product(hellinger, torch.float32)
+    loss_laws.test_gradients_of_float16_survive_until_a_scaler_lifts_them(hellinger)
+    stored_laws.test_zero_and_flat_where_student_and_teacher_are_the_same(hellinger)
+    stored_laws.test_value_and_gradient_are_those_of_the_distributions_over_atoms(hellinger, 2.0)
+
+
+# A cost ------------------------------------------------------------------------------------------
+
+
+def test_a_cost_is_that_of_exact_transport(shown):
+    student, teacher = logits(1, 3, 12), logits(2, 3, 12)
+    cost = shown.CircularCost(12)
+    matrix = cost(12, 12).double()
+    assert matrix[0, 11] == 1
+    values = otkd.WassersteinLoss(cost, reduction="none")(student, teacher)
+    pairs = zip(student.softmax(-1).numpy(), teacher.softmax(-1).numpy(), strict=True)
+    expected = [ot.emd2(q, p, matrix.numpy()) for q, p in pairs]
+    close(values, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("support", [Dense(), TopK(2)])
+def test_a_cost_obeys_the_laws_of_every_loss(monkeypatch, shown, support):
+    def build(vocab, **options):
+        settings = {**loss_laws.SOLVER, "support": support, **options}
+        return otkd.SinkhornLoss(shown.CircularCost(vocab), **settings)
+
+    name = f"circular-{support}"
+    monkeypatch.setitem(loss_laws.BUILDERS, name, build)
+    loss_laws.test_the_product(name, torch.float32)
+    loss_laws.test_extreme_calls_are_finite(name, torch.float32)
+    loss_laws.test_nothing_counted_is_zero(name, torch.float32)
+
+
+def test_a_cost_refuses_another_vocabulary(shown):
+    with pytest.raises(ValueError, match="12 source and 12 target tokens"):
+        otkd.SinkhornLoss(shown.CircularCost(12))(logits(1, 3, 9), logits(2, 3, 9))
