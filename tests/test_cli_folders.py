@@ -39,7 +39,6 @@ from tests.test_cli import (  # noqa: F401
     start_command,
     teacher,
 )
-from tests.test_glue_report import Tree, report
 from tests.test_protocols import children_of
 
 CORES = os.cpu_count()
@@ -247,30 +246,6 @@ def test_left_over_work_of_finished_runs_is_removed(out, arguments):
     assert not [path for path in out.rglob("*") if path.suffix in (".work", ".partial")]
 
 
-@pytest.mark.parametrize("place", ["glue.md", "images/glue-fair.svg", "link", "folder"])
-def test_pages_and_plots_of_others_are_not_replaced(tmp_path, place):
-    results = Tree(tmp_path / "results")
-    results.runs("fair/rte/kl", [0.6, 0.61])
-    results.runs("fair/rte/jsd", [0.6, 0.62])
-    output = tmp_path / "docs" / "glue.md"
-    report(results, output)
-    report(results, output)  # its own are
-    assert sorted(path.name for path in output.parent.iterdir()) == ["glue.md", "images"]
-    if place == "link":
-        output.rename(output.with_name("real.md"))
-        output.symlink_to("real.md")
-    elif place == "folder":
-        output.unlink()
-        write(output / "notes.txt")
-    else:
-        output.unlink()
-        write(output.parent / place)
-    before = tree(output.parent)
-    message = " ".join(report(results, output, code=1).output.split())
-    assert "cannot be written" in message
-    assert tree(output.parent) == before
-
-
 # One command a folder -----------------------------------------------------------------------------
 
 
@@ -287,14 +262,6 @@ def test_a_second_command_in_a_folder_is_refused(out, arguments):
     write(out / LOCK, " (process 1 on nowhere)")
     assert otkd_command(*TRAIN, *arguments).exit_code == 0
     assert (out / LOCK).read_text() == ""
-
-
-def test_a_report_waits_for_no_other(tmp_path):
-    results = Tree(tmp_path / "results")
-    results.runs("fair/rte/kl", [0.6, 0.61])
-    with locked(tmp_path / "docs"):
-        message = report(results, tmp_path / "docs" / "glue.md", code=1).output
-        assert "in use by another otkd command" in " ".join(message.split())
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError("none")])

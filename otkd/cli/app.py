@@ -25,9 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-report_app = typer.Typer(help="Make a page of a folder of results.", no_args_is_help=True)
-app.add_typer(report_app, name="report")
-
 OutputDir = Annotated[Path, typer.Option(help="Where results are written and looked for.")]
 Overwrite = Annotated[
     bool,
@@ -39,12 +36,11 @@ Overwrite = Annotated[
 
 
 @contextmanager
-def _reporting(output_dir: Path | None = None) -> Iterator[None]:
+def _reporting(output_dir: Path) -> Iterator[None]:
     """Turn mistakes, refusals of the system and signals into a message and an exit status."""
     # Imported here so that --help need not load the package's data module.
     from otkd.tasks.tasks import DataError
 
-    kept = "" if output_dir is None else f"finished runs are kept in {output_dir}"
     try:
         with warnings.catch_warnings(), interrupted_by_signals():
             warnings.showwarning = _show_warning
@@ -55,15 +51,17 @@ def _reporting(output_dir: Path | None = None) -> Iterator[None]:
     except BrokenPipeError:
         raise  # whoever read the output wants no more of it
     except OSError as error:
-        _show_error(f"{sentence(error)}{kept and f' What is done is not lost: {kept}.'}")
+        done = f"What is done is not lost: finished runs are kept in {output_dir}."
+        _show_error(f"{sentence(error)} {done}")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interrupt:
         if isinstance(interrupt, Interrupted):
             name, number = f"Ended by {signal.Signals(interrupt.number).name}", interrupt.number
-            kept = kept and f"what is finished stays in {output_dir}"
+            kept = f"what is finished stays in {output_dir}"
         else:
             name, number = "Interrupted", signal.SIGINT
-        _say(f"{name}{kept and f': {kept}; the same command continues'}.")
+            kept = f"finished runs are kept in {output_dir}"
+        _say(f"{name}: {kept}; the same command continues.")
         raise typer.Exit(128 + number) from None
 
 
@@ -180,23 +178,6 @@ def compare(
             workers=workers,
             overwrite=overwrite,
         )
-
-
-@report_app.command("glue")
-def report_glue(
-    results_dir: Annotated[
-        Path, typer.Option(help="Where `otkd compare --protocol …` wrote, by protocol and task.")
-    ] = Path("benchmarks/results/glue"),
-    output: Annotated[
-        Path, typer.Option(help="The page; its plots go to the folder images beside it.")
-    ] = Path("docs/glue.md"),
-) -> None:
-    """Lay the published figures beside results of the protocols author, fair and sensitivity."""
-    with _reporting():
-        require_train_extra(("matplotlib",))
-        from otkd.cli.glue.page import report
-
-        report(results_dir, output)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -34,13 +33,13 @@ def notice(message: str) -> None:
     err.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def require_train_extra(modules: Sequence[str] = _TRAIN_MODULES) -> None:
+def require_train_extra() -> None:
     """Check that the packages of the ``train`` extra are there, without importing them.
 
     Raises:
         CommandError: if one is missing, with the command that installs it.
     """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    missing = [name for name in _TRAIN_MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandError(
             f"This command needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'}"

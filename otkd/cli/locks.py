@@ -17,7 +17,7 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @contextmanager
-def locked(folder: Path, *, keep: bool = True) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Keep other commands from writing in ``folder``, which is made, for the time of the block.
 
     The operating system holds the lock, so that none is left by a process that was killed. Where it
@@ -25,7 +25,6 @@ def locked(folder: Path, *, keep: bool = True) -> Iterator[None]:
 
     Args:
         folder: to be written in.
-        keep: whether the empty file of the lock stays, in a folder that is the command's own.
 
     Raises:
         CommandError: if another command has it; the message names its process.
@@ -59,9 +58,6 @@ def locked(folder: Path, *, keep: bool = True) -> Iterator[None]:
         yield
     finally:
         _write(path, "")
-        if not keep:
-            with suppress(OSError):
-                path.unlink()
         lock.release()
 
 

@@ -26,10 +26,9 @@ else:
 # In a checkout the protocols are an example to read; a wheel carries them beside this module.
 _FOLDERS = (
     Path(__file__).with_name("protocols"),
-    Path(__file__).parents[2] / "examples" / "glue",
+    Path(__file__).parents[2] / "examples" / "glue" / "protocols",
 )
 _MOST_BYTES = 1_000_000
-_PUBLISHED = "published"  # is no protocol: the figures they are laid beside
 _FOR_REPORTS = ("title", "curves")
 # What the tables of a file may have, and of which kind.
 _SETTINGS = get_type_hints(Settings)
@@ -224,15 +223,10 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8-sig")
 
 
-def load_published() -> dict[str, Any]:
-    """The published figures that come with the protocols: what ``published.toml`` says."""
-    return tomllib.loads(_shipped()[_PUBLISHED].read_text(encoding="utf-8"))
-
-
 def _find(name: str) -> Path:
     if name.endswith(".toml"):
         return Path(name)
-    protocols = {stem: path for stem, path in _shipped().items() if stem != _PUBLISHED}
+    protocols = _shipped()
     if name in protocols:
         return protocols[name]
     raise CommandError(

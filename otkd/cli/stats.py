@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -21,18 +21,6 @@ class Estimate:
 
     mean: float
     interval: float | None
-
-
-@dataclass(frozen=True)
-class PairedDifference(Estimate):
-    """The mean difference of two losses over the ``seeds`` that both have."""
-
-    seeds: tuple[int, ...]
-
-    @property
-    def apart(self) -> bool:
-        """Whether the interval excludes 0; with one seed there is none, and nothing is known."""
-        return self.interval is not None and abs(self.mean) > self.interval
 
 
 @dataclass(frozen=True)
@@ -69,27 +57,6 @@ def estimate(values: Sequence[float]) -> Estimate:
 
     quantile = float(stdtrit(len(values) - 1, 0.975))
     return Estimate(fmean(values), quantile * stdev(values) / math.sqrt(len(values)))
-
-
-def binomial_tail(found: int, trials: int, chance: float) -> float:
-    """The probability of ``found`` successes or more in independent trials of one chance."""
-    from scipy.special import bdtrc
-
-    return float(bdtrc(found - 1, trials, chance)) if found > 0 else 1.0
-
-
-def paired_difference(
-    values: Mapping[int, float], baseline: Mapping[int, float]
-) -> PairedDifference | None:
-    """Mean and 95 % t-interval of ``values[seed] − baseline[seed]``; None if no seed is in both.
-
-    Students of one seed share head and data order, so that what these do to both cancels.
-    """
-    seeds = tuple(sorted(values.keys() & baseline.keys()))
-    if not seeds:
-        return None
-    found = estimate([values[seed] - baseline[seed] for seed in seeds])
-    return PairedDifference(found.mean, found.interval, seeds)
 
 
 def summarise(results: Sequence[Result]) -> list[LossSummary]:

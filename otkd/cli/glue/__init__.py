@@ -1,1 +1,0 @@
-"""The report on GLUE: a page and its plots, made of result files alone."""
