@@ -1,8 +1,10 @@
-"""What a divergence or a ground cost of your own needs, from outside the package.
+"""What a divergence, a ground cost or a support of your own needs, from outside the package.
 
 - A divergence: subclass :class:`Formula`, pass it to a :class:`DivergenceLoss`, and give that loss
   a name with :func:`register_loss`.
 - A ground cost: subclass :class:`Cost`. Its ``matrices`` return :class:`CostMatrices`.
+- A support: subclass :class:`Support`. Its ``select`` takes :class:`Positions` and returns a
+  :class:`Selection` of :class:`Block`.
 
 ``CONTRIBUTING.md`` shows each of them.
 
@@ -23,5 +25,17 @@ from otkd.costs.base import Cost, CostMatrices
 from otkd.functional.rowwise import Formula, Pair
 from otkd.losses.divergences import DivergenceLoss
 from otkd.losses.registry import register_loss
+from otkd.supports.base import Block, Positions, Selection, Support
 
-__all__ = ["Cost", "CostMatrices", "DivergenceLoss", "Formula", "Pair", "register_loss"]
+__all__ = [
+    "Block",
+    "Cost",
+    "CostMatrices",
+    "DivergenceLoss",
+    "Formula",
+    "Pair",
+    "Positions",
+    "Selection",
+    "Support",
+    "register_loss",
+]

@@ -108,3 +108,34 @@ def test_a_cost_obeys_the_laws_of_every_loss(monkeypatch, shown, support):
 def test_a_cost_refuses_another_vocabulary(shown):
     with pytest.raises(ValueError, match="12 source and 12 target tokens"):
         otkd.SinkhornLoss(shown.CircularCost(12))(logits(1, 3, 9), logits(2, 3, 9))
+
+
+# A support ---------------------------------------------------------------------------------------
+
+
+def test_a_support_is_dense_transport_over_its_tokens(shown):
+    student, teacher = logits(1, 2, 3, 9), logits(2, 2, 3, 9)
+    tokens, matrix = [3, 5, 8], shown.CircularCost(9)(9, 9).double()
+    for options in ({}, {"debias": False}, {"value": "sharp"}, {"temperature": 2.0}):
+        options = {"reduction": "none", "tolerance": 1e-9, "max_iterations": 1000, **options}
+        loss = otkd.SinkhornLoss(matrix, support=shown.GivenTokens(tokens), **options)
+        alone = otkd.SinkhornLoss(matrix[tokens][:, tokens], support=Dense(), **options)
+        value, gradient = stored_laws.value_and_gradient(loss, student, teacher)
+        expected = stored_laws.value_and_gradient(alone, student[..., tokens], teacher[..., tokens])
+        close(value, expected[0])
+        close(gradient[..., tokens], expected[1])
+        assert gradient[..., [0, 1, 2, 4, 6, 7]].eq(0).all()
+    assert loss.last_report.support == "GivenTokens"
+    moves = loss.explain(student[0, 0], teacher[0, 0]).moves
+    assert {token for move in moves for token in move[:2]} == set(tokens)
+
+
+def test_a_support_obeys_the_laws_of_every_loss(monkeypatch, shown):
+    def build(vocab, **options):
+        support = shown.GivenTokens(range(0, vocab, 2))
+        return otkd.SinkhornLoss("ordinal", support=support, **{**loss_laws.SOLVER, **options})
+
+    monkeypatch.setitem(loss_laws.BUILDERS, "given tokens", build)
+    loss_laws.test_the_product("given tokens", torch.float32)
+    loss_laws.test_nothing_counted_is_zero("given tokens", torch.float32)
+    loss_laws.test_layout_and_mode_do_not_matter("given tokens", torch.float32)
