@@ -324,7 +324,25 @@ def test_hard_labels_of_a_loss_of_its_own():
     otkd.get_loss("ce")(logits, labels=labels.where(labels != 2, 7), mask=labels != 2)
 
 
-# Two vocabularies, two orders of the classes
+# Two kinds of models, two vocabularies, two orders of the classes
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (tiny_gpt2(0), built("BertForMaskedLM", **BERT)),
+        (built("BertForMaskedLM", **BERT), tiny_llama(1)),
+        (tiny_llama(0), tiny_t5(1)),
+        (tiny_t5(0), tiny_gpt2(1)),
+        (tiny_t5(0), built("BertForMaskedLM", **BERT)),
+        (tiny_gpt2(0), tiny_bert(1)),
+    ],
+)
+def test_a_teacher_that_predicts_another_token_is_refused(arguments, student, teacher):
+    options = {"args": arguments(), "train_dataset": [{}], "loss": otkd.KLLoss()}
+    with pytest.raises(ValueError, match=r"at each position the student \w+ predicts .*shift="):
+        DistillationTrainer(student, teacher=teacher, **options)
+    DistillationTrainer(student, teacher=teacher, shift=False, **options)
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,34 @@ def test_accumulation_without_labels(arguments, build, reduction):
     torch.testing.assert_close(weights(runs[1].model), weights(runs[0].model), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("build", "shift"), [(tiny_llama, 1), (tiny_masked_lm, 0)])
+def test_embedded_tokens_without_labels_and_mask_all_count(arguments, build, shift):
+    generator = torch.Generator().manual_seed(0)
+    examples = [
+        {"inputs_embeds": torch.randn(length, WIDTH, generator=generator)}
+        for length in (6, 6, 3, 3)  # two microbatches, each of one length
+    ]
+    values = []
+    with torch.no_grad():
+        for example in examples:
+            q, p = (build(seed).eval()(inputs_embeds=example["inputs_embeds"][None]).logits
+                    for seed in (0, 1))  # fmt: skip
+            count = q.shape[1] - shift
+            values.append(otkd.functional.kl_divergence(q[0, :count], p[0, :count]))
+    trainer = trained(
+        build(0),
+        arguments(per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        train_dataset=examples,
+        data_collator=lambda rows: {
+            "inputs_embeds": torch.stack([row["inputs_embeds"] for row in rows])
+        },
+        teacher=build(1),
+        loss=otkd.KLLoss(),
+    )
+    expected = torch.cat(values).mean().item()
+    assert logged(trainer, "loss") == [pytest.approx(expected, rel=1e-4)]
+
+
 # What the loss is called with
 
 

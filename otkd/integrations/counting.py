@@ -33,7 +33,7 @@ class StepItems:
     tokens_unknown: bool = False
 
     def of(self, logits: Tensor) -> ItemCounts:
-        """What counts in a step that has such logits."""
+        """What counts in a step; ``logits`` are those that the loss sees."""
         if logits.ndim <= 2:
             return self.example_level
         if not self.tokens_unknown:
@@ -92,10 +92,11 @@ def _items(
 
 def _everywhere(inputs: Mapping[str, Any], shift: bool) -> Tensor | None:
     """Ones where a token has logits, if the inputs say so."""
-    for name in ("decoder_input_ids", "input_ids"):
-        ids = inputs.get(name)
-        if isinstance(ids, Tensor):
-            return torch.ones_like(ids[..., 1:] if shift else ids)
+    for side in ("decoder_", ""):
+        ids, embedded = inputs.get(f"{side}input_ids"), inputs.get(f"{side}inputs_embeds")
+        tokens = embedded[..., 0] if ids is None and isinstance(embedded, Tensor) else ids
+        if isinstance(tokens, Tensor):
+            return torch.ones_like(tokens[..., 1:] if shift else tokens)
     return None
 
 

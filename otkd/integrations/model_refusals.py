@@ -53,16 +53,44 @@ def refuse_model(model: ModelDescription, role: str) -> None:
         )
 
 
-def refuse_pair(student: ModelDescription, teacher: ModelDescription, loss: nn.Module) -> None:
+def refuse_pair(
+    student: ModelDescription,
+    teacher: ModelDescription,
+    loss: nn.Module,
+    *,
+    shift: bool | None = None,
+) -> None:
     """Raise ``ValueError`` where a teacher would read or say something else than the student.
 
     Both read the same ``input_ids``, so that their tokens must be the same; a loss with
     ``vocab_size=`` says that they are, and that the rest is padding. Whether two vocabularies of
-    one size are the same is not known to the models.
+    one size are the same is not known to the models. Nor is what the positions of a model are for
+    where ``shift`` says it.
     """
+    if shift is None:
+        _refuse_other_positions(student, teacher)
     _refuse_order_of_classes(student, teacher)
     if fewer_tokens(student, teacher) is not None and not _judges_vocabularies(student, loss):
         _refuse_vocabularies(student, teacher)
+
+
+def _refuse_other_positions(student: ModelDescription, teacher: ModelDescription) -> None:
+    ours, theirs = (_predicted_at_a_position(model) for model in (student, teacher))
+    if ours != theirs and student.task is not None and teacher.task is not None:
+        raise ValueError(
+            f"at each position the student {student.name} predicts {ours}, and the teacher "
+            f"{teacher.name} predicts {theirs}: their logits at a position cannot be compared. Use "
+            "a teacher of the student's kind, or store its logits at the positions where the "
+            "student predicts the same token. If both predict the same, say so with shift="
+        )
+
+
+def _predicted_at_a_position(model: ModelDescription) -> str:
+    if model.shifts:
+        return "the next token of its input"
+    if model.decodes:
+        return "the next token of its decoder's input"
+    return "a label of that position, or of the whole example"
 
 
 def fewer_tokens(student: ModelDescription, teacher: ModelDescription) -> int | None:

@@ -100,7 +100,8 @@ class DistillationTrainer(Trainer):
             parameters with the student or the loss; for label smoothing, ``compute_loss_func``,
             ``reduction="none"`` and several GPUs in one process; for a loss with parameters in
             several processes; for a model without logits of classes; for a teacher that reads
-            another vocabulary than the student, or names its classes in another order.
+            another vocabulary than the student, names its classes in another order, or predicts
+            another token at each position.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             self._teacher = describe(self.teacher)
             refuse_model(self._teacher, "teacher")
-            refuse_pair(self._student, self._teacher, self.loss)
+            refuse_pair(self._student, self._teacher, self.loss, shift=shift)
             self._vocabularies_differ = fewer_tokens(self._student, self._teacher) is not None
             if getattr(self.teacher, "hf_device_map", None) is None:
                 self.teacher.to(self.args.device)
@@ -232,7 +233,7 @@ class DistillationTrainer(Trainer):
             self._evaluation.see(student["logits"], labels, mask, has_objective=objective)
         if objective:
             items = num_items_in_batch
-            items = items.of(predictions) if isinstance(items, StepItems) else items
+            items = items.of(student["logits"]) if isinstance(items, StepItems) else items
             loss = self._objective(student, teacher, labels, mask, items)
             if model.training:
                 loss = loss * self._record(student["logits"], labels, mask, items)
