@@ -23,7 +23,7 @@ from filelock import FileLock
 from otkd.cli.console import CommandError
 from otkd.cli.failures import sentence
 from otkd.cli.locks import LOCK, locked
-from otkd.cli.ownership import MARKER, check_own, mark, remove
+from otkd.cli.ownership import MARKER, Claim, check_own, mark, remove
 from otkd.cli.protocols import load_protocol
 from otkd.cli.results import read_result
 from otkd.cli.traces import claim
@@ -180,6 +180,38 @@ def test_a_models_folder_is_no_place_for_results(arguments, teacher, tmp_path, p
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
     assert tree(model) == before
+
+
+@pytest.fixture
+def no_waiting():
+    """Raise where a test waits, as for a pipe that nobody writes to."""
+
+    def raise_timeout(number, frame):
+        raise TimeoutError("the test waits")
+
+    before = signal.signal(signal.SIGALRM, raise_timeout)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
+@pytest.mark.usefixtures("no_waiting")
+def test_what_is_no_file_is_neither_read_nor_taken_for_our_own(tmp_path, make):
+    write(tmp_path / "comparison.png")
+    make(tmp_path / "others.json")
+    make(tmp_path / MARKER)
+    with pytest.raises(CommandError, match=r"comparison.png was not written by otkd"):
+        Claim(tmp_path, [tmp_path / "comparison.png"], []).check()
+    work = tmp_path / "student.work"
+    work.mkdir()
+    make(work / "settings.json")
+    with pytest.raises(CommandError, match=r"student.work holds settings.json"):
+        check_own(work)
+    make(work / MARKER)
+    with pytest.raises(CommandError, match=r"student.work holds .otkd.json, settings.json"):
+        check_own(work)
 
 
 def test_own_folders_are_replaced_and_nothing_beside_them(out, arguments):

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from otkd.cli.console import CommandError, notice
 from otkd.cli.locks import locked
@@ -139,18 +140,20 @@ def remove(folder: Path) -> None:
 
 def _holds(folder: Path) -> set[str]:
     """What the marker of a folder lists; nothing if there is none, or it is damaged."""
-    try:
-        content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return set(map(str, content["holds"]))
-    except (FileNotFoundError, NotADirectoryError):
+    marker = folder / MARKER
+    if not os.path.lexists(marker):
         return set(WORK) if _has_signature(folder / WORK[0]) else set()
-    except (ValueError, RecursionError, KeyError, TypeError):
+    try:
+        return set(map(str, _content(marker)["holds"]))
+    except (KeyError, TypeError):
         return set()
 
 
 def _others(folder: Path) -> list[str]:
     """The entries of a folder that the command did not write."""
-    own = {*_holds(folder), MARKER, _PARTIAL}
+    own = {*_holds(folder), _PARTIAL}
+    if (folder / MARKER).is_file():
+        own.add(MARKER)
     return sorted(
         entry.name
         for entry in os.scandir(folder)
@@ -201,11 +204,22 @@ def _recognised(path: Path) -> bool:
 
 
 def _has_signature(path: Path) -> bool:
+    content = _content(path)
+    return any(fields <= content.keys() for fields in _SIGNATURES)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is none, or it cannot be read.
+
+    Others have files of any kind: reading a pipe would wait for its writer.
+    """
+    if not path.is_file():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and any(fields <= content.keys() for fields in _SIGNATURES)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _clear_partial(folder: Path) -> None:
