@@ -1,4 +1,4 @@
-"""What every loss asks of its input, in one place, so that all refuse in the same words."""
+"""Checks of arguments, in one place, so that all losses give the same messages."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ IGNORE_INDEX = -100
 
 
 def check_positive(**values: float) -> None:
-    """:func:`as_positive` for every value given by name."""
+    """Apply :func:`as_positive` to every named value."""
     for name, value in values.items():
         as_positive(name, value)
 
 
 def check_not_negative(**values: float) -> None:
-    """:func:`as_not_negative` for every value given by name."""
+    """Apply :func:`as_not_negative` to every named value."""
     for name, value in values.items():
         as_not_negative(name, value)
 
@@ -50,17 +50,17 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that refuses ``name``: a question with the known name nearest to it."""
+    """The end of a message about the unknown ``name``: a question with the most similar one."""
     near = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else "."
 
 
 def check_one_logits(name: str, logits: Tensor) -> None:
-    """Raise unless ``logits`` is a tensor ``(*batch, vocab)`` that can be computed with.
+    """Raise unless ``logits`` is a usable tensor ``(*batch, vocab)``.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`~otkd.tensors.check_floating`; ``ValueError``
-            for another shape.
+        TypeError, ValueError, RuntimeError: see :func:`~otkd.tensors.check_floating`;
+            ``ValueError`` for another shape.
     """
     check_floating(name, logits, "(*batch, vocab)")
     if logits.ndim < 1 or logits.shape[-1] == 0:
@@ -70,7 +70,7 @@ def check_one_logits(name: str, logits: Tensor) -> None:
 
 
 def check_logits(student: Tensor, teacher: Tensor, *, same_vocabulary: bool = True) -> None:
-    """Raise unless the two are logits of the same positions.
+    """Raise unless both are logits of the same positions.
 
     Raises:
         TypeError: if either is not a floating-point tensor.
@@ -101,7 +101,7 @@ def check_positions(name: str, values: Tensor | None, batch_shape: Sequence[int]
     """Raise unless ``values`` is None or has one entry per position.
 
     Raises:
-        TypeError: if it is no tensor.
+        TypeError: if it is not a tensor.
         ValueError: if its shape is not ``batch_shape``.
     """
     if values is None:
@@ -116,10 +116,10 @@ def check_positions(name: str, values: Tensor | None, batch_shape: Sequence[int]
 
 
 def as_class_labels(labels: Tensor) -> Tensor:
-    """Labels as int64, which is what torch takes for indices of classes.
+    """Labels as int64, the type that torch requires for class indices.
 
     Raises:
-        TypeError: if they are no tensor of integers.
+        TypeError: if they are not an integer tensor.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
@@ -132,9 +132,9 @@ def as_class_labels(labels: Tensor) -> Tensor:
 
 
 def check_class_labels(labels: Tensor, classes: int, *, of: str = "") -> None:
-    """Raise ``ValueError`` unless each label is one of ``classes``, or −100 where none counts.
+    """Raise ``ValueError`` unless each label is one of ``classes``, or −100.
 
-    Labels on another device than the CPU pass unread: it would have to be waited for.
+    Only labels on the CPU are checked, because reading them from a device would synchronise.
     """
     if labels.device.type != "cpu" or labels.numel() == 0:
         return
@@ -148,10 +148,10 @@ def check_class_labels(labels: Tensor, classes: int, *, of: str = "") -> None:
 
 
 def check_mask(mask: Tensor | None, batch_shape: Sequence[int]) -> None:
-    """Raise unless ``mask`` is None or says of every position whether it counts.
+    """Raise unless ``mask`` is None or a valid mask with one entry per position.
 
     Raises:
-        TypeError: if it is no tensor.
+        TypeError: if it is not a tensor.
         ValueError: if its shape is not ``batch_shape``, or it holds a negative number or NaN.
     """
     check_positions("mask", mask, batch_shape)
@@ -176,8 +176,8 @@ def check_cost_shape(cost: Tensor, n: int, m: int) -> None:
 def check_finite_rows(rows: Tensor, what: str) -> None:
     """Raise ``ValueError`` if any entry of ``rows``, one per position, is not finite.
 
-    A row of logits with a NaN, a +inf or nothing but −inf has no softmax: whatever is computed
-    from the row is NaN.
+    A row of logits that holds NaN, +inf or only −inf has no softmax, and every result computed from
+    it would be NaN.
     """
     if math.isfinite(rows.sum().item()):  # the usual case at once
         return
@@ -192,9 +192,9 @@ def check_finite_rows(rows: Tensor, what: str) -> None:
 
 
 def refuse_second_derivative(what: str) -> None:
-    """Raise ``RuntimeError`` in a backward pass whose gradient is to be differentiated again.
+    """Raise ``RuntimeError`` in a backward pass with ``create_graph=True``.
 
-    A gradient that was computed beside the value would pass for a constant.
+    The gradient was computed together with the value, so autograd would treat it as a constant.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(f"{what} differentiable once: take the gradient without create_graph")

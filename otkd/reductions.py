@@ -1,4 +1,4 @@
-"""From one value per position to the number that is minimised: mask, batch normalisation, T²."""
+"""From one value per position to a scalar: mask, reduction and number of items."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ REDUCTIONS = ("mean", "sum", "none", "sequence_mean")
 
 @dataclass(frozen=True)
 class ItemCounts:
-    """How many items a whole batch counts, for losses that reduce over different items.
+    """Number of counted items in a whole batch, for losses with different reductions.
 
     Attributes:
-        positions: counted positions; what ``"mean"`` divides by.
-        sequences: sequences with a counted position; what ``"sequence_mean"`` divides by.
+        positions: counted positions; ``"mean"`` divides by it.
+        sequences: sequences with a counted position; ``"sequence_mean"`` divides by it.
     """
 
     positions: int | float | Tensor
@@ -33,9 +33,9 @@ class ItemCounts:
 
 
 def count_items(counted: Bool[Tensor, "*batch"]) -> Int[Tensor, "2"]:
-    """Number of counted positions, and of sequences that have any, without a synchronisation.
+    """Number of counted positions and of sequences with one, without synchronising the device.
 
-    Sequences lie along the last dimension; with one dimension or none each position is a sequence.
+    Sequences lie along the last dimension. With at most one dimension each position is a sequence.
     """
     positions = counted.sum()
     sequences = counted.any(-1).sum() if counted.ndim > 1 else positions
@@ -47,13 +47,13 @@ def counted_positions(
     mask: Shaped[Tensor, "..."] | None = None,
     labels: Shaped[Tensor, "..."] | None = None,
 ) -> Bool[Tensor, "..."] | None:
-    """Which positions count: those the mask keeps and whose label is not −100.
+    """Which positions count: those that the mask includes and whose label is not −100.
 
     Returns:
-        A boolean tensor ``(*batch,)``, or None where every position counts.
+        A boolean tensor ``(*batch,)``, or None if every position counts.
 
     Raises:
-        TypeError: if ``mask`` or ``labels`` is no tensor.
+        TypeError: if ``mask`` or ``labels`` is not a tensor.
         ValueError: if either does not have the shape ``(*batch,)``, or ``mask`` holds a negative
             number or NaN.
     """
@@ -75,16 +75,16 @@ def reduce_positions(
 ) -> Float[Tensor, "..."]:
     """Reduce one value per position; values at positions that do not count must be 0.
 
-    - ``"mean"``: ``Σ values / n`` with n the number of counted positions, or
-      ``num_items_in_batch`` where it is given, so that microbatches that share it add up to the
-      whole batch. Without any counted position the result is 0 with a zero gradient.
+    - ``"mean"``: ``Σ values / n``, where n is ``num_items_in_batch`` or, by default, the number of
+      counted positions. Microbatches with the same ``num_items_in_batch`` add up to the whole
+      batch. Without a counted position the result is 0 with zero gradient.
     - ``"sum"``: ``Σ values``.
     - ``"none"``: the values themselves, 0 where a position does not count.
     - ``"sequence_mean"``: the mean over the counted positions of each sequence (the last batch
-      dimension), then over the sequences that have any, or ``num_items_in_batch.sequences`` of them
-      where that is an :class:`ItemCounts`. It ignores a plain ``num_items_in_batch``, which counts
-      positions: microbatches do not add up under it. With one batch dimension each position is a
-      sequence, and the result that of ``"mean"``.
+      dimension), then over the sequences that have one. The second mean divides by
+      ``num_items_in_batch.sequences`` if an :class:`ItemCounts` is given. A plain
+      ``num_items_in_batch`` counts positions and is ignored, so that microbatches do not add up.
+      With one batch dimension each position is a sequence, and the result is that of ``"mean"``.
 
     Raises:
         ValueError: for an unknown ``reduction``, or a negative number of items.

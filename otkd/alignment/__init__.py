@@ -1,8 +1,9 @@
-"""From the student's embedding space to the teacher's, through the tokens that both know.
+"""Alignment of two vocabularies: maps the student's embedding into the teacher's space.
 
-Two vocabularies have no common space in which the distance of their tokens would mean anything.
-The tokens that both have (:func:`shared_tokens`) are anchors; a linear map fitted on them
-(:func:`fit_map`) brings every other token over, and the distances there are a ground cost:
+The distance between tokens of two vocabularies is meaningless while their embeddings lie in
+different spaces. The tokens that both vocabularies contain (:func:`shared_tokens`) are anchors. A
+linear map fitted on them (:func:`fit_map`) maps all other tokens, and the distance in the teacher's
+space is the ground cost:
 
     cost = otkd.alignment.aligned_cost(
         student.get_input_embeddings().weight,

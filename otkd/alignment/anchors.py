@@ -1,4 +1,4 @@
-"""Whole embeddings, from one vocabulary's space to the other's, by anchors."""
+"""Map a whole embedding into another vocabulary's space, with shared tokens as anchors."""
 
 from __future__ import annotations
 
@@ -25,25 +25,33 @@ def align_embeddings(
     method: str = "procrustes",
     ridge: float | None = None,
 ) -> tuple[Float[Tensor, "student_tokens teacher_width"], AnchorMap]:
-    """The student's embedding in the teacher's space, by the tokens that both know.
+    """The student's embedding in the teacher's space, mapped with the shared tokens as anchors.
 
     Args:
-        student_embedding: ``(student_tokens, student_width)``. Rows beyond the tokenizer's tokens,
-            to which models pad, are mapped as all others and never are anchors.
+        student_embedding: ``(student_tokens, student_width)``. Padding rows beyond the tokenizer's
+            tokens are mapped like all others and are never anchors.
         teacher_embedding: ``(teacher_tokens, teacher_width)``, likewise.
-        student_tokenizer: the student's.
-        teacher_tokenizer: the teacher's; the anchors are their :func:`shared_tokens`.
-        anchors: ids of the same tokens in the two vocabularies, ``(student_ids, teacher_ids)``, in
-            the place of the tokenizers.
+        student_tokenizer: the student's tokenizer.
+        teacher_tokenizer: the teacher's tokenizer. The anchors are their :func:`shared_tokens`.
+        anchors: ids of the same tokens in both vocabularies, ``(student_ids, teacher_ids)``, in
+            place of the tokenizers.
         method: see :func:`~otkd.alignment.maps.fit_map`.
-        ridge: likewise.
+        ridge: see :func:`~otkd.alignment.maps.fit_map`.
 
     Returns:
         The mapped embedding, a constant ``(student_tokens, teacher_width)``, and the map.
 
     Raises:
-        TypeError, ValueError: for tokenizers or anchors that are missing, ids out of range, rows
-            that are not finite, and all that ``fit_map`` refuses.
+        TypeError, ValueError: for missing tokenizers or anchors, ids out of range, rows that are
+            not finite, and everything that ``fit_map`` refuses.
+
+    Example:
+        >>> teacher = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [3.0, 0.0]])
+        >>> student = -2 * teacher[[3, 2, 1, 0]]  # other order, other space
+        >>> anchors = ([0, 1, 2], [3, 2, 1])
+        >>> mapped, _ = otkd.alignment.align_embeddings(student, teacher, anchors=anchors)
+        >>> torch.allclose(mapped[3], teacher[0], atol=1e-5)
+        True
     """
     check_embedding("student embedding", student_embedding)
     check_embedding("teacher embedding", teacher_embedding)
@@ -77,19 +85,19 @@ def aligned_cost(
     ridge: float | None = None,
     metric: str = "sqeuclidean",
 ) -> EmbeddingCost:
-    """The cost between the tokens of two vocabularies, in the teacher's space; a constant.
+    """The cost between the tokens of two vocabularies, measured in the teacher's space.
 
-    Where the logits are padded, give the embeddings up to the last real token each, and the loss
-    ``vocab_size=(student_tokens, teacher_tokens)``.
+    If the logits are padded, pass the embeddings without the padding rows, and
+    ``vocab_size=(student_tokens, teacher_tokens)`` to the loss. The cost is constant.
 
     Args:
-        student_embedding: see :func:`align_embeddings`, as the others.
-        teacher_embedding: likewise.
-        student_tokenizer: likewise.
-        teacher_tokenizer: likewise.
-        anchors: likewise.
-        method: likewise.
-        ridge: likewise.
+        student_embedding: see :func:`align_embeddings`.
+        teacher_embedding: see :func:`align_embeddings`.
+        student_tokenizer: see :func:`align_embeddings`.
+        teacher_tokenizer: see :func:`align_embeddings`.
+        anchors: see :func:`align_embeddings`.
+        method: see :func:`align_embeddings`.
+        ridge: see :func:`align_embeddings`.
         metric: see :class:`~otkd.costs.EmbeddingCost`.
 
     Raises:

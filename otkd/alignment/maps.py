@@ -1,4 +1,4 @@
-"""Linear maps between two embedding spaces, fitted on the rows of the same tokens in both."""
+"""Linear maps between two embedding spaces, fitted on the tokens that both have."""
 
 from __future__ import annotations
 
@@ -20,15 +20,21 @@ _BLOCK = 4096
 
 @dataclass(frozen=True, eq=False)
 class AnchorMap:
-    """x ↦ x·W + c from one embedding space to another.
+    """The map x ↦ x·W + c from one embedding space to another.
 
     Attributes:
         weight: W, ``(source_width, target_width)``.
         bias: c, ``(target_width,)``.
-        residual: ‖Y − Ŷ‖/‖Y − ȳ‖ over every tenth anchor, held out at random by a fixed seed and
-            mapped by a fit on the others, ȳ their mean: 0 where the spaces are images of one
-            another, 1 where the map knows no more than the mean.
-        anchors: number of anchors; the map itself is fitted on all.
+        residual: ‖Y − Ŷ‖/‖Y − ȳ‖ over a tenth of the anchors, which is held out (with a fixed seed)
+            and mapped by a fit on the others; ȳ is their mean. 0 means that the map is exact, 1
+            that it is no better than the mean.
+        anchors: number of anchors. The final map is fitted on all of them.
+
+    Example:
+        >>> source = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [3.0, 0.0]])
+        >>> found = otkd.alignment.fit_map(source, 2 * source + 1)
+        >>> torch.allclose(found.apply(source), 2 * source + 1, atol=1e-5)
+        True
     """
 
     weight: Float[Tensor, "source_width target_width"]
@@ -37,10 +43,10 @@ class AnchorMap:
     anchors: int
 
     def apply(self, embedding: Float[Tensor, "*tokens source_width"]) -> Tensor:
-        """The rows in the target's space, ``(*tokens, target_width)``, in the map's precision.
+        """The rows in the target's space, ``(*tokens, target_width)``, in the precision of the map.
 
         Raises:
-            ValueError: if the rows are not of the source's width.
+            ValueError: if the rows do not have the source's width.
         """
         if embedding.shape[-1] != len(self.weight):
             raise ValueError(
@@ -57,31 +63,31 @@ def fit_map(
     method: str = "procrustes",
     ridge: float | None = None,
 ) -> AnchorMap:
-    """The map that brings the rows of ``source`` nearest to those of ``target``.
+    """Fit a linear map from the rows of ``source`` to those of ``target``.
 
-    Both are centred first. With X and Y what is left, UΣVᵀ = XᵀY (thin) and
+    Both are centred first. With X and Y the centred rows, UΣVᵀ = XᵀY (thin) and
     k = min(source_width, target_width):
 
     - ``"procrustes"``: W = s·UVᵀ, which maximises ⟨XW, Y⟩ among the semi-orthogonal matrices, with
-      s = tr Σ/‖XUVᵀ‖² the scale that is best for it. Angles and relative distances are kept where
-      the target is no narrower. Needs k + 1 anchors.
-    - ``"least_squares"``: W minimises ‖XW − Y‖² + λ‖W‖² with λ = ``ridge`` times the mean squared
-      norm of a column of X. Follows the anchors more closely and shrinks what it cannot tell. Needs
-      source_width + 1 anchors.
+      the optimal scale s = tr Σ/‖XUVᵀ‖². It preserves angles and relative distances if the target
+      is at least as wide as the source. Needs k + 1 anchors.
+    - ``"least_squares"``: W minimises ‖XW − Y‖² + λ‖W‖², with λ = ``ridge`` times the mean squared
+      norm of a column of X. It follows the anchors more closely, and shrinks directions that they
+      do not determine. Needs source_width + 1 anchors.
 
-    Sums are in float64, 4096 anchors at a time; the map is in float32, or float64 where the source
-    is. It is on the device of the source.
+    Sums are computed in float64, 4096 anchors at a time. The map is in float32, or in float64 if
+    the source is, and on the source's device.
 
     Args:
         source: ``(anchors, source_width)``, the student's rows of the anchors.
         target: ``(anchors, target_width)``, the teacher's rows of the same tokens, in this order.
         method: one of the above.
-        ridge: strength of the penalty of ``"least_squares"``, above 0; 1e-3 by default. The other
-            method has none.
+        ridge: strength of the penalty of ``"least_squares"``, above 0; 1e-3 by default. Not
+            accepted with ``"procrustes"``.
 
     Raises:
-        TypeError, ValueError: for rows that are no floating-point matrix or not finite, sides of
-            different length, too few anchors, anchors that all coincide, or settings out of range.
+        TypeError, ValueError: for rows that are not a finite floating-point matrix, different
+            numbers of rows, too few anchors, anchors that are all equal, or settings out of range.
 
     Source: Schönemann (1966), "A generalized solution of the orthogonal Procrustes problem"; Xing
     et al. (2015), "Normalized Word Embedding and Orthogonal Transform for Bilingual Word
@@ -122,7 +128,7 @@ def fit_map(
 
 
 def _moments(source: Tensor, target: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """XᵀX and XᵀY over these anchors, every row with a 1 after it; of two sets they add up."""
+    """XᵀX and XᵀY of these anchors, with a 1 appended to every row; moments of two sets add up."""
     moments: list[Tensor] = []
     for block in rows.split(_BLOCK):
         x, y = (

@@ -1,8 +1,8 @@
-"""The tokens that two tokenizers share, whatever way each has of writing them.
+"""The tokens that two tokenizers share, independent of how each writes them.
 
 Byte-level BPE writes a space as ``Ġ`` and every byte as one letter, SentencePiece writes a space as
-``▁`` and a lone byte as ``<0xE2>``, WordPiece marks with ``##`` what continues a word. All are
-brought to the text they stand for, with a space in front of what starts a word.
+``▁`` and a single byte as ``<0xE2>``, and WordPiece marks the continuation of a word with ``##``.
+All are converted to the text that they stand for, with a space before the start of a word.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _LONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer: those of transformers and of tokenizers have it."""
+    """What a tokenizer must provide; those of transformers and of tokenizers do."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Every token, as the tokenizer writes it, and its id."""
+        """Every token, as the tokenizer writes it, with its id."""
         ...
 
 
@@ -41,10 +41,20 @@ class SharedTokens:
     """Tokens that two vocabularies share.
 
     Attributes:
-        strings: what each stands for, with a space in front where it starts a word; special tokens
-            by their role, as ``"<eos>"``.
-        student: their ids in the student's vocabulary, ascending, each once.
-        teacher: their ids in the teacher's, each once.
+        strings: the text of each token, with a space before the start of a word; for a special
+            token its role, such as ``"<eos>"``.
+        student: their ids in the student's vocabulary, ascending and distinct.
+        teacher: their ids in the teacher's vocabulary, distinct.
+
+    Example:
+        >>> class Words:
+        ...     def __init__(self, *words):
+        ...         self.words = words
+        ...     def get_vocab(self):
+        ...         return {word: token for token, word in enumerate(self.words)}
+        >>> shared = otkd.alignment.shared_tokens(Words("a", "b", "c"), Words("c", "d", "a"))
+        >>> shared.strings, shared.student.tolist(), shared.teacher.tolist()
+        (('a', 'c'), [0, 2], [2, 0])
     """
 
     strings: tuple[str, ...]
@@ -58,14 +68,14 @@ class SharedTokens:
 def shared_tokens(student_tokenizer: Tokenizer, teacher_tokenizer: Tokenizer) -> SharedTokens:
     """The tokens that stand for the same text in both vocabularies.
 
-    ``Ġthe``, ``▁the`` and WordPiece's bare ``the`` are all " the"; ``the``, ``the`` and ``##the``
-    are "the". Punctuation and Chinese characters, which WordPiece splits off wherever they stand,
-    start no word there. Special tokens meet by their role (eos, bos, pad, unk, cls, sep, mask),
-    where both have it, and never by their text. Case and accents count: a tokenizer that folds them
-    shares what is lower-case and bare.
+    ``Ġthe``, ``▁the`` and WordPiece's ``the`` are all " the", and ``the``, ``the`` and ``##the``
+    are "the". WordPiece splits off punctuation and Chinese characters everywhere, so these have no
+    space in front. Special tokens are matched by their role (eos, bos, pad, unk, cls, sep, mask) if
+    both tokenizers have it, and never by their text. Case and accents are significant, so a
+    tokenizer that removes them shares only lower-case tokens without accents.
 
-    The way a tokenizer marks words is told by which marker most of its tokens have; where none has
-    one, tokens are taken as they are.
+    The marker that most tokens have decides how a tokenizer is read. If no token has a marker,
+    tokens are used as they are written.
 
     Raises:
         TypeError: if either has no ``get_vocab``.
@@ -97,7 +107,7 @@ def _roles(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def _texts(tokenizer: Tokenizer, special: set[int]) -> dict[str, int]:
-    """What every token stands for, and its id; of several tokens the plainest."""
+    """The text of every token, and its id; of several tokens with one text, the plainest."""
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError(
             f"expected a tokenizer of transformers or tokenizers, with get_vocab(), got "
@@ -117,7 +127,7 @@ def _texts(tokenizer: Tokenizer, special: set[int]) -> dict[str, int]:
 
 
 def _reader(pieces: list[str]) -> Callable[[str], tuple[str, int]]:
-    """How the family that these tokens are of is read."""
+    """The function that reads tokens of this family of tokenizers."""
     counts = Counter(
         marker for piece in pieces for marker in _READERS if piece.startswith(marker)
     ).most_common(1)
@@ -148,7 +158,7 @@ def _read_wordpiece(piece: str) -> tuple[str, int]:
 
 
 def _stands_alone(piece: str) -> bool:
-    """Whether WordPiece splits it off wherever it stands."""
+    """Whether WordPiece splits this character off everywhere."""
     if len(piece) != 1:
         return False
     if piece.isascii():

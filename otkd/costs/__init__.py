@@ -1,8 +1,8 @@
-"""Ground costs: what it costs to move mass from one token to another.
+"""Ground costs: the cost of moving mass from one token to another.
 
-A cost knows its matrix between source and target (the student's and the teacher's tokens), and
-within each side for debiasing. Every cost is an ``nn.Module``, so that it follows its loss to a
-device; nothing of it is saved with a model.
+A cost provides its matrix between source and target (the student's and the teacher's tokens) and,
+for debiasing, within each side. Every cost is an ``nn.Module``, so that it moves to a device with
+its loss. Constant costs are not saved with a model.
 """
 
 from otkd.costs.base import Cost, CostMatrices, PowerCost

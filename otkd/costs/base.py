@@ -1,4 +1,4 @@
-"""What a ground cost is."""
+"""The base class of all ground costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Kept = TypeVar("Kept")
 
 
 class CostMatrices(NamedTuple):
-    """Costs between source and target, and within each where self-terms are asked for."""
+    """Costs between source and target and, for debiasing, within each of them."""
 
     cross: Tensor
     source: Tensor | None = None
@@ -33,8 +33,8 @@ class Cost(nn.Module, ABC):
     """A ground cost between two sets of tokens.
 
     Attributes:
-        shape: sizes of source and target, or None where the cost fits any one vocabulary.
-        width: how many numbers it reads of every token.
+        shape: number of source and target tokens, or None if the cost fits any single vocabulary.
+        width: how many numbers it reads per token; it decides the size of blocks.
     """
 
     shape: tuple[int, int] | None = None
@@ -46,7 +46,7 @@ class Cost(nn.Module, ABC):
 
     @property
     def bridges_vocabularies(self) -> bool:
-        """Whether it leads from one vocabulary to another, of another size."""
+        """Whether source and target are vocabularies of different size."""
         return self.shape is not None and self.shape[0] != self.shape[1]
 
     @abstractmethod
@@ -67,19 +67,22 @@ class Cost(nn.Module, ABC):
         sides: tuple[Side, Side],
         dtype: torch.dtype,
     ) -> Float[Tensor, "batch k l"]:
-        """The costs between tokens x of one side and y of the other, row by row of the batch."""
+        """The costs between tokens x of one side and y of another, row by row of the batch."""
 
     def mean_to_all(
         self, tokens: Int[Tensor, "batch k"], sides: tuple[Side, Side], dtype: torch.dtype
     ) -> Float[Tensor, "batch k"] | None:
-        """The uniform mean cost to the tokens of the second side; None without a closed form."""
+        """The mean cost to all tokens of the second side; None if there is no closed form."""
         return None
 
     def check_within(self) -> None:
-        """Raise ``ValueError`` if it says no costs within a side, as debiasing needs them."""
+        """Raise ``ValueError`` if the cost does not define the costs within a side.
+
+        Debiasing needs them.
+        """
 
     def kept(self, key: tuple, make: Callable[[], Kept]) -> Kept:
-        """``make()``: of a constant cost once, of one that learns anew, with its gradient."""
+        """``make()``, computed once for a constant cost and in every call for a learnable one."""
         if self.learns:
             return make()
         if key not in self.tail_constants:
@@ -88,7 +91,7 @@ class Cost(nn.Module, ABC):
         return self.tail_constants[key]
 
     def forget(self) -> None:
-        """Drop what was kept of the cost as it was: it has been moved, cast or loaded."""
+        """Drop cached results because the cost was moved, cast or loaded."""
         self.tail_constants = {}
 
     def _apply(self, fn, recurse=True):
@@ -129,7 +132,7 @@ class Cost(nn.Module, ABC):
         return 0.0
 
     def check_size(self, n: int, m: int) -> None:
-        """Raise ``ValueError`` unless it is for n source and m target tokens, and not too large."""
+        """Raise ``ValueError`` unless it fits n source and m target tokens and is not too large."""
         if self.shape is not None and self.shape != (n, m):
             raise ValueError(
                 f"the cost is for {self.shape[0]} source and {self.shape[1]} target tokens, but "
@@ -149,7 +152,14 @@ class Cost(nn.Module, ABC):
 
 
 class PowerCost(Cost):
-    """Another cost raised to the power ``p``, entry by entry."""
+    """Another cost raised to the power ``p``, entry by entry.
+
+    Example:
+        >>> otkd.costs.PowerCost(otkd.costs.OrdinalCost(), 2)(3, 3)
+        tensor([[0., 1., 4.],
+                [1., 0., 1.],
+                [4., 1., 0.]])
+    """
 
     def __init__(self, base: Cost, p: float) -> None:
         super().__init__()
@@ -185,21 +195,21 @@ class PowerCost(Cost):
 
     @property
     def learns(self) -> bool:
-        """Whether the base learns."""
+        """Whether the base cost is learnable."""
         return self.base.learns
 
     @property
     def one_vocabulary(self) -> bool:
-        """Whether it is for the base."""
+        """Whether the base cost is for one vocabulary."""
         return self.base.one_vocabulary
 
     def keeps_divergence_positive(self, epsilon: float) -> bool:
-        """Powers below 1 keep it (Schoenberg, 1938); others are taken as not shown."""
+        """True for powers up to 1 if it is for the base (Schoenberg, 1938); unknown otherwise."""
         return self.p <= 1 and self.base.keeps_divergence_positive(epsilon)
 
 
 def power_bound(base: float, p: float) -> float:
-    """``base**p``, infinite where it is too large for a float."""
+    """``base**p``, or infinity if that exceeds the range of a float."""
     try:
         return base**p
     except OverflowError:
@@ -207,16 +217,17 @@ def power_bound(base: float, p: float) -> float:
 
 
 def same_for_all(matrix: Tensor, self_terms: bool) -> CostMatrices:
-    """The matrices of one vocabulary with itself."""
+    """The matrices of a cost within one vocabulary."""
     return CostMatrices(matrix, matrix, matrix) if self_terms else CostMatrices(matrix)
 
 
 def hold(
     module: nn.Module, name: str, tensor: Tensor | None, learnable: bool, *, copy: bool = True
 ) -> None:
-    """Keep a tensor with a module: as itself where it learns, else a copy, an unsaved constant.
+    """Register a tensor with a module: the tensor itself if it is learnable, else a copy.
 
-    ``copy=False`` is for a tensor that nobody else has.
+    The copy is a buffer that is not saved. ``copy=False`` skips copying a tensor that has no other
+    owner.
     """
     if learnable and isinstance(tensor, nn.Parameter):
         module.register_parameter(name, tensor)
@@ -232,9 +243,9 @@ def hold(
 
 @contextmanager
 def as_constant() -> Iterator[None]:
-    """Where what is computed is kept for calls to come, whose gradients may pass through it.
+    """Context for results that are cached: no gradients are recorded.
 
-    Under ``inference_mode`` it would be good for no backward pass.
+    It also leaves ``inference_mode``, whose tensors cannot be used in a backward pass later.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield

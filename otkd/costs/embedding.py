@@ -1,4 +1,4 @@
-"""The cost between tokens as the distance of their embeddings."""
+"""The distance of two tokens' embeddings as the ground cost."""
 
 from __future__ import annotations
 
@@ -24,39 +24,51 @@ METRICS = ("sqeuclidean", "euclidean", "cosine")
 
 
 class EmbeddingCost(Cost):
-    """Distance between the embeddings of two tokens, in units of its mean over the vocabulary.
+    """Distance between the embeddings of two tokens, divided by its mean over the vocabulary.
 
     - ``"sqeuclidean"``: |x_i − y_j|²
     - ``"euclidean"``: |x_i − y_j|
     - ``"cosine"``: 1 − cos(x_i, y_j)
 
     Args:
-        source: ``(V_s, d)``, the student's tokens (rows), or those of a common vocabulary.
-        target: ``(V_t, d)``, the teacher's tokens in the same space, where they are others.
+        source: ``(V_s, d)``, the embedding of the student's tokens (or of the common vocabulary).
+        target: ``(V_t, d)``, the embedding of the teacher's tokens in the same space, if they are
+            another vocabulary.
         metric: one of the above.
-        normalize: ``"mean"`` divides by the uniform mean of the cross cost over all V_s·V_t pairs
-            (closed form for sqeuclidean and cosine; for euclidean a seeded sample of 2²⁰ pairs,
-            all pairs where there are no more), so that ε is a fraction of a typical cost. Computed
-            once, here; the same number divides the self-costs. ``None`` leaves the units.
-        learnable: let gradients flow into the embeddings. Otherwise the cost keeps a copy of them
-            as they are now, in their dtype: later changes of the tensors given are not seen.
-            With ``learnable=True`` the very tensors given are used: a ``Parameter`` becomes a
-            parameter of the loss, and every change of it changes the cost of every support. To
-            leave a model's own embedding alone, pass ``nn.Parameter(weight.detach().clone())``.
+        normalize: ``"mean"`` divides by the mean cost over all V_s·V_t pairs, so that ε is a
+            fraction of a typical cost. The mean is computed once, in the constructor: in closed
+            form for sqeuclidean and cosine, and for euclidean from a seeded sample of 2²⁰ pairs (or
+            all pairs, if there are fewer). The self-costs are divided by the same number. ``None``
+            leaves the cost as it is.
+        learnable: let gradients flow into the embeddings. The tensors themselves are used: a
+            ``Parameter`` becomes a parameter of the loss, and every later change changes the cost,
+            with every support. To leave a model's own embedding unchanged, pass
+            ``nn.Parameter(weight.detach().clone())``. With False the cost keeps copies, in the
+            dtype of the embeddings.
 
-    Of a learnable cost, distances, mean costs and kernels are computed anew in every call. The
-    number that ``normalize="mean"`` divides by stays that of the construction and is saved with the
-    parameters; the clusters of ``TopK(clusters=…)`` are those of the first call after the cost was
-    built, loaded or moved.
+    A learnable cost can reduce the loss by collapsing the token embeddings. Its distances, mean
+    costs and kernels are computed in every call. The normalising number stays the one of the
+    constructor, and is saved with the parameters. The clusters of ``TopK(clusters=…)`` stay those
+    of the first call after the cost was built, loaded or moved.
 
     Raises:
-        TypeError: if an embedding is no tensor.
+        TypeError: if an embedding is not a tensor.
         ValueError: if shapes do not fit, a row is not finite, a row is zero under ``"cosine"``, all
-            tokens coincide, or squared distances would leave the range of float32. (A constant with
-            ``normalize="mean"`` is rescaled by a power of two instead.)
+            tokens have the same embedding, or squared distances exceed the range of float32. (A
+            constant cost with ``normalize="mean"`` is rescaled by a power of two instead.)
 
     Warns:
-        UserWarning: if it is to be learnable and no tensor given requires a gradient.
+        UserWarning: if ``learnable=True`` and no tensor requires a gradient.
+
+    Example:
+        >>> embedding = torch.tensor([[0.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+        >>> cost = otkd.costs.EmbeddingCost(embedding)
+        >>> cost(3, 3)
+        tensor([[0.0000, 0.2250, 2.0250],
+                [0.2250, 0.0000, 2.2500],
+                [2.0250, 2.2500, 0.0000]])
+        >>> print(f"{cost.scale:.4f}")  # the mean squared distance
+        4.4444
     """
 
     source: Tensor
@@ -106,7 +118,7 @@ class EmbeddingCost(Cost):
         self._cached: dict[tuple, CostMatrices] = {}
 
     def largest(self, n: int, m: int) -> float:
-        """An upper bound of the costs as the cost was built."""
+        """An upper bound of the costs at the time the cost was built."""
         return self._bound
 
     def forget(self) -> None:
@@ -183,7 +195,7 @@ class EmbeddingCost(Cost):
     def mean_to_all(
         self, tokens: Int[Tensor, "batch k"], sides: tuple[Side, Side], dtype: torch.dtype
     ) -> Float[Tensor, "batch k"] | None:
-        """|x − m|² + E|y − m|² with m = E[y]; 1 − ⟨x̂, E[ŷ]⟩; none for ``"euclidean"``."""
+        """|x − m|² + E|y − m|² with m = E[y]; 1 − ⟨x̂, E[ŷ]⟩ for cosine; None for euclidean."""
         if self.metric == "euclidean":
             return None
         x = nn.functional.embedding(tokens, self._side(sides[0])).to(dtype)
@@ -195,16 +207,16 @@ class EmbeddingCost(Cost):
 
     @property
     def learns(self) -> bool:
-        """Whether it was made ``learnable``."""
+        """Whether the cost was built with ``learnable=True``."""
         return self.learnable
 
     @property
     def one_vocabulary(self) -> bool:
-        """Whether no target was given."""
+        """Whether there is no ``target`` embedding."""
         return self.target is None
 
     def _moments(self, side: Side, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Mean and variance of the vectors (directions) of a side; those of constants once."""
+        """Mean and variance of the rows (or directions) of a side; computed once if constant."""
         y = self._side(side)
 
         def moments() -> tuple[Tensor, Tensor]:
@@ -222,7 +234,7 @@ class EmbeddingCost(Cost):
         return self.source if side == "source" or self.target is None else self.target
 
     def coordinates(self, side: Side, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tokens of one side as :meth:`distance` takes them, ``(V, d)``."""
+        """The rows of one side in the form that :meth:`distance` takes, ``(V, d)``."""
         return self._placed(self._side(side).to(device, dtype))
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:

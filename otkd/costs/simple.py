@@ -1,4 +1,4 @@
-"""Costs that need no embedding: given by identity, by order or by a matrix."""
+"""Costs that need no embedding: by identity, by order, or by an explicit matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from otkd.tensors import check_floating
 
 
 class DiscreteCost(Cost):
-    """0 between a token and itself, 1 between any two others: exact transport is TVD."""
+    """0 between a token and itself, 1 between two different tokens: exact transport is TVD.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.WassersteinLoss(otkd.costs.DiscreteCost())(student, teacher)
+        tensor(0.2311)
+        >>> otkd.TVDLoss()(student, teacher)
+        tensor(0.2311)
+    """
 
     def matrices(
         self, n: int, m: int, *, dtype: torch.dtype, device: torch.device, self_terms: bool
@@ -37,18 +45,24 @@ class DiscreteCost(Cost):
         return (x.unsqueeze(-1) != y.unsqueeze(-2)).to(dtype)
 
     def power(self, p: float) -> Cost:
-        """0 and 1 are their own powers."""
+        """The cost itself, because 0 and 1 are their own powers."""
         return self
 
 
 class OrdinalCost(Cost):
-    """|i − j|^p between the i-th and the j-th token (or class), in units of one step.
+    """|i − j|^p between token (or class) i and j.
 
     Args:
-        p: the exponent, above 0; at most 2 for a debiased divergence that is ≥ 0.
+        p: the exponent, above 0. For p ≤ 2 the debiased divergence is non-negative.
 
     Raises:
         TypeError, ValueError: if ``p`` is not a finite number above 0.
+
+    Example:
+        >>> otkd.costs.OrdinalCost()(3, 3)
+        tensor([[0., 1., 2.],
+                [1., 0., 1.],
+                [2., 1., 0.]])
     """
 
     def __init__(self, p: float = 1.0) -> None:
@@ -82,7 +96,7 @@ class OrdinalCost(Cost):
         return OrdinalCost(self.p * p)
 
     def keeps_divergence_positive(self, epsilon: float) -> bool:
-        """True up to p = 2 (Schoenberg, 1938)."""
+        """True for p ≤ 2 (Schoenberg, 1938)."""
         return self.p <= 2
 
     def extra_repr(self) -> str:
@@ -91,17 +105,21 @@ class OrdinalCost(Cost):
 
 
 class MatrixCost(Cost):
-    """A cost given entry by entry, in the units it is given in.
+    """A cost given as a matrix, which is not normalised.
 
     Args:
-        matrix: ``(V_s, V_t)``; square, symmetric and zero on the diagonal where debiasing is to
-            be possible.
-        learnable: let gradients flow into the matrix, and see every change of it: the very tensor
-            is used, and a ``Parameter`` becomes a parameter of the loss. Otherwise the cost keeps a
-            copy of it as it is now.
+        matrix: ``(V_s, V_t)``. Debiasing requires a square, symmetric matrix with a zero diagonal.
+        learnable: let gradients flow into the matrix. The tensor itself is used, so later changes
+            of it change the cost, and a ``Parameter`` becomes a parameter of the loss. With False
+            the cost keeps a copy.
 
     Raises:
-        ValueError: if it is no matrix or holds numbers that are not finite, or beyond 1e30.
+        ValueError: if it is not a matrix, or holds numbers that are not finite or exceed 1e30.
+
+    Example:
+        >>> cost = otkd.costs.MatrixCost(torch.tensor([[0.0, 0.5], [0.5, 0.0]]))
+        >>> otkd.WassersteinLoss(cost)(torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]]))
+        tensor(0.4999)
     """
 
     matrix: Tensor
@@ -124,7 +142,7 @@ class MatrixCost(Cost):
         self._checked_within = False
 
     def largest(self, n: int, m: int) -> float:
-        """The largest entry when the cost was built, whatever its sign."""
+        """The largest absolute entry at the time the cost was built."""
         return self._bound
 
     def matrices(
@@ -137,7 +155,7 @@ class MatrixCost(Cost):
         return same_for_all(self.matrix.to(device, dtype), self_terms)
 
     def check_within(self) -> None:
-        """See :class:`Cost`; of a constant, once."""
+        """See :class:`Cost`; a constant matrix is checked once."""
         if not self._checked_within:
             check_self_cost(self.matrix)
             self._checked_within = not self.learns
@@ -160,9 +178,9 @@ class MatrixCost(Cost):
 
     @property
     def learns(self) -> bool:
-        """Whether it was made ``learnable``."""
+        """Whether the cost was built with ``learnable=True``."""
         return self.learnable
 
     def keeps_divergence_positive(self, epsilon: float) -> bool:
-        """Checked by factorising the kernel, up to 1024 tokens; beyond, taken as not shown."""
+        """Checked by factorising the kernel, for up to 1024 tokens; otherwise unknown (False)."""
         return has_positive_kernel(self.matrix, epsilon)

@@ -1,4 +1,4 @@
-"""The call that every loss shares: checks, temperature, mask, reduction."""
+"""The call that all losses share: checks, temperature, mask and reduction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from otkd.teachers.protocol import teacher_features_of
 
 
 class SettingsBesideTemperature(TypedDict, total=False):
-    """What every loss takes by name, but for its temperature."""
+    """The common keyword arguments of every loss, except its temperature."""
 
     teacher_temperature: float | None
     rescale_t2: bool | None
@@ -32,24 +32,24 @@ class SettingsBesideTemperature(TypedDict, total=False):
 
 
 class CommonSettings(SettingsBesideTemperature, total=False):
-    """What every loss takes by name; see :class:`DistillationLoss`."""
+    """The common keyword arguments of every loss; see :class:`DistillationLoss`."""
 
     temperature: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a loss is computed from, checked.
+    """The checked arguments of a call.
 
     Attributes:
         student_logits: ``(*batch, vocab)``.
-        teacher_logits: ``(*batch, teacher_vocab)``, detached; given where the loss needs it.
-        counted: boolean ``(*batch,)``, or None where every position counts.
-        labels: ``(*batch,)``; given where the loss needs them.
+        teacher_logits: ``(*batch, teacher_vocab)``, detached. None if the loss needs no teacher.
+        counted: boolean ``(*batch,)``, or None if every position counts.
+        labels: ``(*batch,)``. May be None if the loss needs no labels.
         student_features: ``(*batch, width)`` or None.
         teacher_features: ``(*batch, teacher_width)`` or None.
-        stored: the teacher as it is stored, for losses that read it so; then ``teacher_logits`` are
-            NaN, of its shape.
+        stored: the stored top-k teacher, for losses that read it. ``teacher_logits`` then have the
+            right shape and hold NaN.
     """
 
     student_logits: Tensor
@@ -62,7 +62,7 @@ class Batch:
 
 
 class _WholeSignature:
-    """What help() shows of a loss: for its ``**common``, what its bases take by name."""
+    """The signature shown by ``help()``: arguments of the base classes replace ``**common``."""
 
     def __get__(self, loss: object, kind: type) -> inspect.Signature:
         if loss is not None:  # the call of a loss has its own signature
@@ -79,21 +79,21 @@ class _WholeSignature:
 
 
 class DistillationLoss(nn.Module, ABC):
-    """Base of the losses that are a value per position, reduced.
+    """Base of the losses that compute one value per position and reduce them.
 
-    A subclass computes :meth:`per_position`; this class owns everything around it, and what a loss
-    says of itself (:class:`~otkd.losses.protocol.Loss`).
+    A subclass implements :meth:`per_position`. This class checks the arguments, applies T² and the
+    reduction, and implements the protocol :class:`~otkd.losses.protocol.Loss`.
 
     Args:
         temperature: divides the logits of student and teacher.
-        teacher_temperature: divides the teacher's logits instead, where given.
+        teacher_temperature: if given, divides the teacher's logits instead.
         rescale_t2: multiply by the square of ``temperature``. The default is True for losses whose
             logit gradient falls as 1/T² and False for the others.
         reduction: ``"mean"``, ``"sum"``, ``"none"`` or ``"sequence_mean"``; see
             :func:`otkd.reductions.reduce_positions`.
-        vocab_size: number of real tokens where the logits are padded; both are sliced there. A pair
-            ``(student, teacher)`` where the cost bridges two vocabularies. What the padding holds
-            is never read, and its gradient is 0.
+        vocab_size: number of real tokens if the logits are padded: logits beyond it are ignored,
+            and their gradient is 0. A pair ``(student, teacher)`` for a loss between two
+            vocabularies.
 
     Attributes:
         last_report: what the solver did in the last call; None for losses without a solver.
@@ -136,7 +136,7 @@ class DistillationLoss(nn.Module, ABC):
 
     @property
     def needs_features(self) -> bool:
-        """Whether it compares representations, which are then given as features."""
+        """Whether the loss compares features, which the call then needs."""
         return False
 
     @property
@@ -178,26 +178,26 @@ class DistillationLoss(nn.Module, ABC):
         """The loss of a batch.
 
         Args:
-            student_logits: ``(*batch, vocab)``. Losses never shift: give the logits of the
-                positions that the labels are for.
-            teacher_logits: ``(*batch, vocab)``, or a stored teacher. A constant.
-            labels: ``(*batch,)``; positions labelled −100 do not count. Needed by hard-label
-                terms alone.
+            student_logits: ``(*batch, vocab)``. Losses do not shift: for a causal language model,
+                pass the logits of the positions that predict the labels.
+            teacher_logits: ``(*batch, vocab)``, or a stored teacher. No gradient flows to it.
+            labels: ``(*batch,)``. Positions with label −100 do not count. Only hard-label terms
+                require labels.
             mask: ``(*batch,)``, true or non-zero where a position counts. Other positions may hold
-                anything.
+                any value, including NaN.
             num_items_in_batch: replaces the number of counted positions in a mean, so that
-                microbatches add up to the whole batch. For ``reduction="sequence_mean"`` an
-                :class:`~otkd.reductions.ItemCounts`, which says the number of sequences, too.
-            student_features: ``(*batch, width)``, for losses over representations.
-            teacher_features: ``(*batch, teacher_width)``, for losses over representations; by
-                default those of a stored teacher that has them.
+                microbatches add up to the whole batch. For ``reduction="sequence_mean"`` pass an
+                :class:`~otkd.reductions.ItemCounts`, which includes the number of sequences.
+            student_features: ``(*batch, width)``, for losses that compare features.
+            teacher_features: ``(*batch, teacher_width)``, for losses that compare features; by
+                default those of a stored teacher with features.
 
         Returns:
             A scalar, or ``(*batch,)`` with ``reduction="none"``; float32, or float64 for float64
             logits.
 
         Raises:
-            TypeError, ValueError: for missing or ill-shaped input, and NaN in a counted position.
+            TypeError, ValueError: for missing arguments, wrong shapes, or NaN where it counts.
         """
         batch = self._prepare(
             student_logits, teacher_logits, labels, mask, student_features, teacher_features
@@ -208,7 +208,7 @@ class DistillationLoss(nn.Module, ABC):
         return value
 
     def reduced(self, batch: Batch, num_items_in_batch: int | Tensor | ItemCounts | None) -> Tensor:
-        """The values of the positions as ``reduction`` says, not rescaled."""
+        """The values of the positions, reduced but not multiplied by T²."""
         return reduce_positions(
             self.per_position(batch),
             batch.counted,
@@ -291,7 +291,7 @@ class DistillationLoss(nn.Module, ABC):
 
 
 def unknown_argument(owner: str, name: str, known: Collection[str]) -> str:
-    """The message for an argument that ``owner`` does not take, with the nearest that it does."""
+    """The message for an unknown argument of ``owner``, with the most similar known one."""
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
     return f"{owner} has no argument {name!r}: {hint}"

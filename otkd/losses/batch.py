@@ -1,4 +1,4 @@
-"""Transport between the samples of a batch: a loss of the batch, not of a position."""
+"""Optimal transport between the samples of a batch: a loss of the whole batch."""
 
 from __future__ import annotations
 
@@ -19,43 +19,49 @@ from otkd.tensors import check_floating
 
 @register_loss("batch_sinkhorn")
 class BatchSinkhornLoss(BatchLoss):
-    """Entropic transport between the samples of a batch, each a point of mass 1/b.
+    """Entropic optimal transport between the student's and the teacher's samples of a batch.
 
-    OT_ε over the b×b distances between the samples of the student and those of the teacher (SinKD).
-    A sample is the point softmax(logits/T), or with ``cost="hidden"`` its features: then the cost
-    is |x_i − y_j|² divided by its mean over the batch, a constant for the gradient, so that ε is in
-    units of it. With ``reduction="none"`` each sample gets its share of the value, from its
-    potentials; the shares add up to b times the mean, and their gradients are that of the mean,
-    each.
+    Each of the b samples is a point of mass 1/b, and the cost is the distance of two points, as in
+    SinKD. The point of a sample is softmax(logits/T). With ``cost="hidden"`` it is the sample's
+    feature vector, and the cost is |x_i − y_j|² divided by its mean over the batch (a constant for
+    the gradient), so that ε is a fraction of a typical cost.
+
+    With ``reduction="none"`` each sample gets its share of the value, computed from its
+    potentials. The shares add up to b times the mean, and each has the gradient of the mean.
 
     Args:
         cost: ``"l1"``, ``"euclidean"`` or ``"sqeuclidean"`` distance between distributions, or
-            ``"hidden"``: the loss is then called with ``student_features=`` and
-            ``teacher_features=``, ``(*batch, width)``, or with a stored teacher that has features.
-        temperature: divides the logits of both. Not with ``cost="hidden"``, which reads no logits;
-            nor are ``teacher_temperature``, ``vocab_size`` and ``rescale_t2=True``.
-        sample_cost: what it costs, on top, to move mass from one sample to another. At 0, as in
+            ``"hidden"``. The latter requires ``student_features=`` and ``teacher_features=``,
+            ``(*batch, width)``, in the call, or a stored teacher with features.
+        temperature: divides the logits of both sides. ``cost="hidden"`` reads no logits, so it
+            accepts neither this nor ``teacher_temperature``, ``vocab_size`` or
+            ``rescale_t2=True``.
+        sample_cost: added to the cost of moving mass from one sample to another. With 0, as in
             SinKD, the plan does not know which sample is which, and only the batch as a whole is
-            matched; the larger it is, the more each sample is matched to itself, in the end with
-            the mean of its own distances.
-        epsilon: entropic strength in units of the cost.
-        debias: subtract half the transport of each side to itself, so that the value is 0, with no
-            gradient, where the two sets of points agree. With False, as in SinKD, it is not.
+            matched. The larger it is, the more each sample is matched with itself; in the limit
+            the loss is the mean distance between the two points of each sample.
+        epsilon: strength of the entropic regularisation, in units of the cost.
+        debias: subtract half the transport of each side to itself, so that the value is 0 with
+            zero gradient where the two sets of points are equal. SinKD does not (False).
         value: ``"dual"``, or ``"sharp"`` for ⟨P, C⟩ (gradients by implicit differentiation).
         max_iterations: limit of the solver.
-        tolerance: L1 marginal error at which the batch is solved.
-        projection: with ``cost="hidden"``, takes the student's features into the teacher's space,
-            such as ``nn.Linear(student_width, teacher_width)``; needed where the widths differ, and
-            trained with the student, as in FitNets and TinyBERT. (A least-squares map of the batch
-            would fit any batch smaller than the width, and leave nothing to learn; distances within
-            each model are another problem, Gromov-Wasserstein.)
+        tolerance: L1 marginal error at which the batch counts as solved.
+        projection: with ``cost="hidden"``, a module that maps the student's features to the
+            teacher's width, such as ``nn.Linear(student_width, teacher_width)``. It is required if
+            the widths differ, and is trained with the student, as in FitNets and TinyBERT.
         **common: see :class:`BatchLoss`.
 
     Raises:
-        TypeError, ValueError: for settings out of range; on call, for missing features, or such of
-            different width.
+        TypeError, ValueError: for settings that are out of range; in a call, for missing features
+            or features of different width.
 
     Source: Cui et al. (2024), "SinKD: Sinkhorn Distance Minimization for Knowledge Distillation".
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+        >>> teacher = torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+        >>> otkd.BatchSinkhornLoss()(student, teacher)
+        tensor(0.2385)
     """
 
     def __init__(
@@ -96,16 +102,16 @@ class BatchSinkhornLoss(BatchLoss):
 
     @property
     def needs_features(self) -> bool:
-        """Whether the samples are their features."""
+        """Whether the points of the samples are their features."""
         return self.cost == "hidden"
 
     @property
     def bridges_vocabularies(self) -> bool:
-        """Whether the logits, which are not compared then, may be of any two sizes."""
+        """Whether the two sides' logits may differ in size: True if features are compared."""
         return self.needs_features
 
     def points(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The counted samples of student and teacher, ``(b, d)``."""
+        """The points of the counted samples of student and teacher, ``(b, d)``."""
         if self.cost != "hidden":
             return super().points(batch)
         shape = tuple(batch.student_logits.shape[:-1])
@@ -145,7 +151,7 @@ class BatchSinkhornLoss(BatchLoss):
         return solution.value, source + target
 
     def extra_repr(self) -> str:
-        """The settings of the transport and the common ones."""
+        """The settings of the transport and the common settings."""
         options = self.solver_options
         return f"cost={self.cost!r}, epsilon={options.epsilon}, " + super().extra_repr()
 

@@ -1,4 +1,4 @@
-"""What all losses over the samples of a batch share: gathering, and shares as positions."""
+"""Base of the losses over the samples of a batch: gathering, and shares of the samples."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ SINKD_TEMPERATURE = 2.0  # of SinKD's public code
 
 
 class BatchSettings(SettingsBesideTemperature, total=False):
-    """What every loss over a batch takes by name, but for its temperature."""
+    """The common keyword arguments of every loss over a batch, except its temperature."""
 
     gather: bool
 
 
 class BatchLoss(DistillationLoss):
-    """A loss of all counted positions together, given as each position's share of b times it.
+    """A loss over the whole batch.
 
-    The mean of the shares is the value of the batch, so that one reduction serves all losses: with
-    ``num_items_in_batch`` the value is scaled by counted/num_items. Microbatches do not add up to
-    the whole batch: transport sees the batch.
+    ``per_position`` returns contributions of the samples ("shares") whose mean is the batch loss,
+    so that reductions work as for other losses. With ``num_items_in_batch`` the value is multiplied
+    by counted/num_items. Microbatches do not add up to the whole batch, because each is a batch of
+    its own.
 
-    Where :mod:`torch.distributed` runs several processes and gradients are recorded, the batch is
-    that of all of them: every process has to call the loss, and as often, even one without a
-    counted sample; each has the value of the whole batch, and gradients averaged over the processes
-    are those of the whole batch. The shares of a process are then centred so that their mean is
-    this value. Rows that a sampler repeats to even out the processes, as Accelerate does by
-    default, are samples twice. Under ``torch.no_grad()`` the batch is that of each process.
+    If :mod:`torch.distributed` runs several processes and gradients are recorded, the batch
+    consists of the samples of all processes. Every process must then call the loss equally often,
+    even without a counted sample. Each process gets the value of the global batch, and gradients
+    averaged over the processes are those of the global batch. The shares of a process are shifted
+    so that their mean is that value. Rows that a sampler repeats to give all processes equally many
+    (as Accelerate does by default) are counted twice. Under ``torch.no_grad()`` every process uses
+    its own batch.
 
     Args:
-        gather: False for the batch of each process by itself.
+        gather: with False every process uses its own batch.
         **common: see :class:`~otkd.losses.base.DistillationLoss`.
     """
 
@@ -46,7 +48,7 @@ class BatchLoss(DistillationLoss):
         self.gather = as_flag("gather", gather)
 
     def per_position(self, batch: Batch) -> Tensor:
-        """Shares ``(*batch,)``, adding up to b times the value of the batch."""
+        """The shares of the samples, ``(*batch,)``, which add up to b times the batch loss."""
         return _at_positions(_centred(*self._solve(batch)), batch)
 
     def reduced(self, batch: Batch, num_items_in_batch: int | Tensor | ItemCounts | None) -> Tensor:
@@ -67,7 +69,7 @@ class BatchLoss(DistillationLoss):
         )
 
     def _solve(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The value of the batch of all processes, and the shares of the samples of this one."""
+        """The value of the batch of all processes, and the shares of this process's samples."""
         self.last_report = None
         student, teacher = self.points(batch)
         own, everywhere = slice(None), len(student)
@@ -82,7 +84,7 @@ class BatchLoss(DistillationLoss):
         return value, shares[own]
 
     def points(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The counted samples of student and teacher, ``(b, d)``: their distributions."""
+        """The distributions of the counted samples of student and teacher, ``(b, d)``."""
         student, teacher = counted_rows(batch, batch.student_logits, batch.teacher_logits)
         return distributions(
             student,
@@ -92,7 +94,7 @@ class BatchLoss(DistillationLoss):
         )
 
     def transport(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The value of a batch of points ``(b, d)``, and the share of each sample, ``(b,)``."""
+        """The value for points ``(b, d)`` of both sides, and the share of each sample, ``(b,)``."""
         raise NotImplementedError(f"{type(self).__name__} must define transport")
 
 
@@ -106,9 +108,9 @@ def counted_rows(batch: Batch, *values: Tensor) -> list[Tensor]:
 
 
 def _centred(value: Tensor, shares: Tensor) -> Tensor:
-    """Shares that are exactly the value on average, whatever the marginal error left.
+    """The shares, shifted so that their mean is exactly the value despite the marginal error.
 
-    And with its gradient, in which a process without samples has its part, too.
+    Their gradient includes that of the value, also in a process without samples.
     """
     return shares - (shares.mean() if len(shares) else 0) + value
 

@@ -1,4 +1,4 @@
-"""Losses that are a divergence of the two distributions of each position."""
+"""Losses that compare the teacher's distribution p with the student's q by a divergence."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from otkd.reductions import IGNORE_INDEX
 
 
 class DivergenceLoss(DistillationLoss):
-    """A loss whose value at a position is a formula of :mod:`otkd.functional.formulas`.
+    """Base of the losses that are a divergence per position, such as :class:`KLLoss`.
 
-    A stored top-k teacher is compared over k + 1 atoms, the stored tokens and all others as one:
-    see :mod:`otkd.functional.stored_rowwise`.
+    With a stored top-k teacher, both sides are compared over k + 1 atoms: the stored tokens, and
+    one atom for all other tokens. See :mod:`otkd.functional.stored_rowwise`.
 
     Args:
-        formula: the divergence with its parameters.
+        formula: the divergence with its parameters; see :mod:`otkd.functional.formulas`.
         **common: see :class:`~otkd.losses.base.DistillationLoss`.
     """
 
@@ -62,10 +62,15 @@ class DivergenceLoss(DistillationLoss):
 
 @register_loss("kl")
 class KLLoss(DivergenceLoss):
-    """KL(p‖q): the classical distillation loss; mass-covering.
+    """KL(p‖q), the standard distillation loss; mass-covering.
 
-    See :func:`otkd.functional.kl_divergence`; arguments as
-    :class:`~otkd.losses.base.DistillationLoss`.
+    See :func:`otkd.functional.kl_divergence` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.KLLoss(temperature=2)(student, teacher)
+        tensor(0.1237)
     """
 
     def __init__(self, **common: Unpack[CommonSettings]) -> None:
@@ -74,10 +79,15 @@ class KLLoss(DivergenceLoss):
 
 @register_loss("rkl")
 class ReverseKLLoss(DivergenceLoss):
-    """KL(q‖p): reverse KL; mode-seeking.
+    """KL(q‖p), reverse KL; mode-seeking.
 
-    See :func:`otkd.functional.reverse_kl_divergence`; arguments as
-    :class:`~otkd.losses.base.DistillationLoss`.
+    See :func:`otkd.functional.reverse_kl_divergence` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.ReverseKLLoss()(student, teacher)
+        tensor(0.1109)
     """
 
     def __init__(self, **common: Unpack[CommonSettings]) -> None:
@@ -86,10 +96,15 @@ class ReverseKLLoss(DivergenceLoss):
 
 @register_loss("jsd")
 class JSDLoss(DivergenceLoss):
-    """β·KL(p‖m) + (1−β)·KL(q‖m): generalised Jensen-Shannon divergence, bounded.
+    """β·KL(p‖m) + (1−β)·KL(q‖m) with m = β·p + (1−β)·q: generalised Jensen-Shannon; bounded.
 
-    See :func:`otkd.functional.jensen_shannon_divergence`; other arguments as
-    :class:`~otkd.losses.base.DistillationLoss`.
+    See :func:`otkd.functional.jensen_shannon_divergence` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the other arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.JSDLoss(beta=0.1)(student, teacher)
+        tensor(0.0107)
     """
 
     def __init__(self, beta: float = 0.5, **common: Unpack[CommonSettings]) -> None:
@@ -98,10 +113,16 @@ class JSDLoss(DivergenceLoss):
 
 @register_loss("tvd")
 class TVDLoss(DivergenceLoss):
-    """½·Σ|p − q|: total variation distance.
+    """½·Σ|p − q|, total variation distance.
 
-    See :func:`otkd.functional.total_variation_distance`; arguments as
-    :class:`~otkd.losses.base.DistillationLoss`. Its logit gradient falls as 1/T: no T² by default.
+    Its logit gradient falls as 1/T, so it is not multiplied by T² by default. See
+    :func:`otkd.functional.total_variation_distance` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.TVDLoss()(student, teacher)
+        tensor(0.2311)
     """
 
     rescales_by_default = False
@@ -112,10 +133,15 @@ class TVDLoss(DivergenceLoss):
 
 @register_loss("skl")
 class SkewKLLoss(DivergenceLoss):
-    """KL(p‖α·p + (1−α)·q): skew KL of DistiLLM, bounded.
+    """KL(p‖α·p + (1−α)·q), the skew KL of DistiLLM; bounded.
 
-    See :func:`otkd.functional.skew_kl_divergence`; other arguments as
-    :class:`~otkd.losses.base.DistillationLoss`.
+    See :func:`otkd.functional.skew_kl_divergence` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the other arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.SkewKLLoss(alpha=0.1)(student, teacher)
+        tensor(0.0950)
     """
 
     def __init__(self, alpha: float = 0.1, **common: Unpack[CommonSettings]) -> None:
@@ -124,10 +150,15 @@ class SkewKLLoss(DivergenceLoss):
 
 @register_loss("srkl")
 class SkewReverseKLLoss(DivergenceLoss):
-    """KL(q‖α·q + (1−α)·p): skew reverse KL of DistiLLM, bounded.
+    """KL(q‖α·q + (1−α)·p), the skew reverse KL of DistiLLM; bounded.
 
-    See :func:`otkd.functional.skew_reverse_kl_divergence`; other arguments as
-    :class:`~otkd.losses.base.DistillationLoss`.
+    See :func:`otkd.functional.skew_reverse_kl_divergence` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the other arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.SkewReverseKLLoss(alpha=0.1)(student, teacher)
+        tensor(0.0906)
     """
 
     def __init__(self, alpha: float = 0.1, **common: Unpack[CommonSettings]) -> None:
@@ -136,13 +167,19 @@ class SkewReverseKLLoss(DivergenceLoss):
 
 @register_loss("akl")
 class AdaptiveKLLoss(DivergenceLoss):
-    """(g_h·KL + g_t·RKL)/(g_h + g_t): adaptive KL, weighted by the gaps in head and tail.
+    """(g_h·KL + g_t·RKL)/(g_h + g_t): KL and reverse KL, weighted by the gaps in head and tail.
 
-    From a stored top-k teacher it is non-negative, and 0 and flat where the student has the stored
-    masses, but no bound of the dense value: the tokens that are not stored belong to the tail.
+    With a stored top-k teacher, all tokens that are not stored belong to the tail. The loss is
+    then non-negative, and 0 with zero gradient where the student has the stored masses, but its
+    value is neither an upper nor a lower bound of the value over all tokens.
 
-    See :func:`otkd.functional.adaptive_kl_divergence`; other arguments as
-    :class:`~otkd.losses.base.DistillationLoss`.
+    See :func:`otkd.functional.adaptive_kl_divergence` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the other arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.AdaptiveKLLoss()(student, teacher)
+        tensor(0.1201)
     """
 
     def __init__(self, head_mass: float = 0.5, **common: Unpack[CommonSettings]) -> None:
@@ -153,11 +190,17 @@ class AdaptiveKLLoss(DivergenceLoss):
 class AlphaBetaLoss(DivergenceLoss):
     """α-β-divergence: a family with KL at (1, 0) and reverse KL at (0, 1).
 
-    From a stored top-k teacher it is non-negative, and 0 and flat where the student has the stored
-    masses; unless it is KL or another f-divergence (α + β = 1) it is no bound of the dense value.
+    With a stored top-k teacher, the loss is non-negative, and 0 with zero gradient where the
+    student has the stored masses. Its value is a lower bound of the value over all tokens if
+    α + β = 1, as for KL and every other f-divergence; otherwise it is no bound.
 
-    See :func:`otkd.functional.alpha_beta_divergence`; other arguments as
-    :class:`~otkd.losses.base.DistillationLoss`.
+    See :func:`otkd.functional.alpha_beta_divergence` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the other arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.AlphaBetaLoss(alpha=0.5, beta=0.5)(student, teacher)
+        tensor(0.1148)
     """
 
     def __init__(
@@ -168,13 +211,20 @@ class AlphaBetaLoss(DivergenceLoss):
 
 @register_loss("uld")
 class UniversalLogitLoss(DivergenceLoss):
-    """Σ|sorted p − sorted q|: universal logit distillation (ULD), across any two vocabularies.
+    """Σ|sorted p − sorted q|, universal logit distillation (ULD), between any two vocabularies.
 
-    A stored top-k teacher must hold the k heaviest tokens: they are compared with the student's k
-    heaviest, and the mass of all others with that of all others, a lower bound of the whole.
+    A stored top-k teacher must hold the k most probable tokens. They are compared with the
+    student's k most probable tokens, and the remaining masses with each other; this is a lower
+    bound of the value over all tokens.
 
-    See :func:`otkd.functional.universal_logit_distance`; arguments as
-    :class:`~otkd.losses.base.DistillationLoss`. Its logit gradient falls as 1/T: no T² by default.
+    Its logit gradient falls as 1/T, so it is not multiplied by T² by default. See
+    :func:`otkd.functional.universal_logit_distance` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0, 1.0]])
+        >>> otkd.UniversalLogitLoss()(student, teacher)
+        tensor(0.3095)
     """
 
     rescales_by_default = False
@@ -184,18 +234,21 @@ class UniversalLogitLoss(DivergenceLoss):
 
     @property
     def bridges_vocabularies(self) -> bool:
-        """True: ranks are compared, not tokens."""
+        """True, because ranks are compared instead of tokens."""
         return True
 
 
 @register_loss("ce")
 class CrossEntropyLoss(DistillationLoss):
-    """−log q(label): hard labels only, in the common call; the teacher is not used.
+    """−log q(label), the loss of hard labels; the teacher is not used.
 
-    ``temperature`` divides the student's logits; arguments as
-    :class:`~otkd.losses.base.DistillationLoss`. Like every loss it takes ``teacher_temperature``
-    and the teacher's size in ``vocab_size``, so that one set of options serves all losses; both are
-    about the teacher, which is not read.
+    ``temperature`` divides the student's logits. ``teacher_temperature`` and the teacher's size in
+    ``vocab_size`` are accepted and have no effect, so that the same options can be passed to every
+    loss. See :class:`~otkd.losses.base.DistillationLoss` for the arguments.
+
+    Example:
+        >>> otkd.CrossEntropyLoss()(torch.tensor([[1.0, 0.0]]), labels=torch.tensor([0]))
+        tensor(0.3133)
     """
 
     needs_teacher = False

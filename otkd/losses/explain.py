@@ -1,4 +1,4 @@
-"""The transport plan of one position as a table of moves from token to token."""
+"""The transport plan of one position, as a table of moves between tokens."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ OTHER_TOKENS = "(other tokens)"
 
 
 class Move(NamedTuple):
-    """Mass that goes from a token of the student's to one of the teacher's.
+    """Mass that moves from a token of the student to a token of the teacher.
 
     Attributes:
-        source: the student's token, or its number without a tokenizer.
-        target: the teacher's.
+        source: the student's token, or its id if there is no tokenizer.
+        target: the teacher's token, likewise.
         mass: P_ij.
-        cost: C_ij, of a unit of mass.
+        cost: C_ij, per unit of mass.
     """
 
     source: str | int
@@ -40,15 +40,16 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """The plan of one position; as text, a table.
+    """The plan of one position; prints as a table.
 
-    Entropy spreads a plan: even at q = p some mass moves between tokens that are near each other.
+    The entropic regularisation spreads the plan, so even at q = p some mass moves between near
+    tokens.
 
     Attributes:
-        moves: the heaviest first.
-        value: the loss of the position, before T² and reduction.
+        moves: the largest first.
+        value: the loss at the position, before T² and reduction.
         transport_cost: ⟨P, C⟩ of the whole plan.
-        moved_mass: mass that does not stay at its token; of two vocabularies, all of it.
+        moved_mass: mass that moves to another token; between two vocabularies, all mass.
         marginal_error: L1 distance between q and the row sums of the plan.
     """
 
@@ -191,7 +192,7 @@ def _tokenizers(tokenizer: Any, *, two: bool) -> tuple[Any, Any]:
 
 
 def _names(tokens: Tensor, tokenizer: Any, *, several: bool) -> list[str | int]:
-    """Names of tokens, and of the atoms of others, of which there may be ``several``."""
+    """Names of tokens, and of the atoms that stand for several tokens."""
     ids = tokens.tolist()
     distinct = sorted({index for index in ids if index >= 0})
     names: dict[int, str | int] = {index: index for index in distinct}

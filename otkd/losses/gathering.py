@@ -14,7 +14,7 @@ _KINDS = ("the student's width", "the teacher's width", "the size of a number in
 
 @dataclass(frozen=True)
 class GatheredBatch:
-    """Where the samples of this process are among those of all.
+    """The place of this process's samples among those of all processes.
 
     Attributes:
         sizes: number of samples of each process.
@@ -26,7 +26,7 @@ class GatheredBatch:
 
     @classmethod
     def of(cls, student: Tensor, teacher: Tensor) -> GatheredBatch:
-        """Ask every process for its samples, each ``(b, d)``; all of them must call this.
+        """Exchange the number of samples ``(b, d)``; all processes must call this.
 
         Raises:
             ValueError: in all processes, if their samples differ in width or precision.
@@ -49,16 +49,15 @@ class GatheredBatch:
 
     @property
     def own(self) -> slice:
-        """The place of this process's samples."""
+        """The rows of this process's samples."""
         start = sum(self.sizes[: self.rank])
         return slice(start, start + self.sizes[self.rank])
 
     def gather(self, samples: Tensor) -> Tensor:
         """``(b, d)`` of every process as ``(Σ b, d)``, in the order of their ranks.
 
-        The gradient of a sample is the sum of its gradients in all processes, so that processes
-        whose gradients are averaged, as DistributedDataParallel does it, have that of the whole
-        batch if each has the loss of the whole batch.
+        Gradients are summed over ranks, so DDP's averaging gives the gradient of the global-batch
+        loss, provided every rank computes that loss.
         """
         return _AllGather.apply(samples, self)  # pyright: ignore[reportReturnType]
 
@@ -66,8 +65,8 @@ class GatheredBatch:
 def spans_processes() -> bool:
     """Whether there are other processes to gather samples from.
 
-    Not where no gradients are recorded: an evaluation may be of one process alone, or lack in one
-    what it has in another, and its value is not to depend on how many processes share it.
+    False if no gradients are recorded: an evaluation may run in one process only, and its value
+    must not depend on the number of processes.
     """
     return (
         torch.is_grad_enabled()

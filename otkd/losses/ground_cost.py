@@ -1,4 +1,4 @@
-"""The ground cost of a transport loss, from any form in which it may be given."""
+"""The ground cost of a transport loss, from any form in which it can be given."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ COSTS = ("embedding", "discrete", "ordinal")
 
 
 class MissingCost(ValueError):
-    """A loss between tokens was made without the cost between them.
+    """A transport loss was created without the cost between its tokens.
 
     Attributes:
-        advice: a sentence with what to pass.
+        advice: a sentence that says what to pass.
     """
 
     def __init__(self, call: str = "SinkhornLoss(") -> None:
@@ -32,11 +32,11 @@ class MissingCost(ValueError):
 
 
 def make_cost(cost: str | Tensor | Cost, embedding: Tensor | None = None) -> Cost:
-    """A cost object from any form in which a loss takes its cost.
+    """A cost object from any form in which a loss accepts its cost.
 
     Raises:
-        TypeError: if ``cost`` is no string, tensor or cost object.
-        ValueError: for an unknown name, or an embedding that is missing or has no use.
+        TypeError: if ``cost`` is not a string, a tensor or a cost object.
+        ValueError: for an unknown name, or an embedding that is missing or has no effect.
     """
     if isinstance(cost, str):
         check_choice("cost", cost, COSTS)

@@ -1,4 +1,4 @@
-"""What a loss says of itself: the protocol that trainers and sums of losses rely on."""
+"""The protocol of a loss, which trainers and weighted losses rely on."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from otkd.teachers import StoredTeacher, TopKTeacher, teacher_logits_of
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss beside its call, ``loss(student_logits, teacher_logits, *, labels=None, …)``.
+    """The properties of a loss besides its call, ``loss(student_logits, teacher_logits, …)``.
 
-    Every loss of otkd has all of it; :func:`as_loss` gives it to any other module.
+    Every loss of otkd implements this protocol. :func:`as_loss` adapts any other module.
 
     Attributes:
         needs_teacher: whether the call needs ``teacher_logits``.
         needs_labels: whether the call needs ``labels``.
         needs_features: whether the call needs ``student_features`` and ``teacher_features``.
-        reads_stored: whether a :class:`~otkd.teachers.TopKTeacher` is read as it is stored, by this
-            loss or at least one of its terms, and not expanded to dense logits first. Every loss
-            takes a stored teacher in the place of logits, whatever this says.
+        reads_stored: whether the loss, or one of its terms, reads a
+            :class:`~otkd.teachers.TopKTeacher` without expanding it to dense logits. Every loss
+            accepts a stored teacher in place of logits.
         bridges_vocabularies: whether student and teacher may have vocabularies of different size.
-        reductions: how the values of the positions are reduced, of every term.
-        last_report: what the solver did in the last call; None without a solver. Of several terms
-            the worst: the most iterations, the largest error, the least coverage.
-        last_reports: the report of each term that has one, by the names of the terms joined by
-            ``/``; of a loss that has no terms, its own under ``""``.
-        last_terms: the value of each term in the last call, unweighted and detached; empty for a
-            loss that has no terms.
+        reductions: the reductions of all terms.
+        last_report: what the solver did in the last call; None without a solver. For several terms,
+            the worst: most iterations, largest error, least coverage.
+        last_reports: the report of each term with a solver. The key is the path of the term, with
+            names joined by ``/``; a loss without terms has the key ``""``.
+        last_terms: the unweighted, detached value of each term in the last call; empty for a loss
+            without terms.
     """
 
     @property
@@ -59,16 +59,17 @@ _NAMES = tuple(name for name, value in vars(Loss).items() if isinstance(value, p
 
 
 def has_protocol(module: nn.Module) -> TypeGuard[Loss]:
-    """Whether a loss says all of itself; asked at every step.
+    """Whether a loss has every property of the protocol.
 
-    ``isinstance`` would compute every property, and those of a weighted loss ask all of its terms.
+    This function is called at every step. ``isinstance`` would evaluate every property, and a
+    weighted loss would ask all of its terms.
     """
     held, kind = vars(module), type(module)
     return all(name in held or hasattr(kind, name) for name in _NAMES)
 
 
 def as_loss(module: nn.Module) -> Loss:
-    """``module`` itself if it has the protocol, else an adapter that answers for it."""
+    """``module`` itself if it has the protocol, otherwise an adapter for it."""
     return module if has_protocol(module) else ForeignLoss(module)
 
 
@@ -77,9 +78,10 @@ def teacher_for(
 ) -> Tensor | StoredTeacher | None:
     """The teacher in the form that ``loss`` reads.
 
-    Losses with the protocol take any; another module gets dense logits, those of a stored top-k
-    :meth:`~otkd.teachers.TopKTeacher.logits_beside` the student's. One whose call hands the teacher
-    on to losses of otkd gets a stored top-k as it is if it says ``reads_stored = True``.
+    Losses with the protocol accept every form. Other modules get dense logits, for which a stored
+    top-k teacher is expanded by :meth:`~otkd.teachers.TopKTeacher.logits_beside`. A module that
+    passes its teacher on to losses of otkd can set ``reads_stored = True`` to get the stored top-k
+    teacher unchanged.
     """
     if teacher is None or has_protocol(loss):
         return teacher
@@ -94,10 +96,10 @@ def teacher_for(
 
 
 class ForeignLoss:
-    """The protocol of a module that is called as otkd's losses are but lacks part of the protocol.
+    """Adapter for a module that is called like a loss of otkd but lacks part of the protocol.
 
-    What the module has is taken from it. Otherwise it needs a teacher and nothing else, reads dense
-    logits, bridges no vocabularies, and its terms and reports are those of the losses inside it.
+    Properties that the module has are used. By default it needs a teacher and nothing else, reads
+    dense logits and one vocabulary, and has the terms and reports of the losses inside it.
     """
 
     def __init__(self, module: nn.Module):
@@ -108,32 +110,32 @@ class ForeignLoss:
 
     @property
     def needs_teacher(self) -> bool:
-        """See :class:`Loss`; True unless the module says otherwise."""
+        """See :class:`Loss`; True unless the module defines it."""
         return self._ask("needs_teacher", True)
 
     @property
     def needs_labels(self) -> bool:
-        """See :class:`Loss`; False unless the module says otherwise."""
+        """See :class:`Loss`; False unless the module defines it."""
         return self._ask("needs_labels", False)
 
     @property
     def needs_features(self) -> bool:
-        """See :class:`Loss`; False unless the module says otherwise."""
+        """See :class:`Loss`; False unless the module defines it."""
         return self._ask("needs_features", False)
 
     @property
     def reads_stored(self) -> bool:
-        """See :class:`Loss`; False unless the module says otherwise."""
+        """See :class:`Loss`; False unless the module defines it."""
         return self._ask("reads_stored", False)
 
     @property
     def bridges_vocabularies(self) -> bool:
-        """See :class:`Loss`; False unless the module says otherwise."""
+        """See :class:`Loss`; False unless the module defines it."""
         return self._ask("bridges_vocabularies", False)
 
     @property
     def reductions(self) -> frozenset[str]:
-        """See :class:`Loss`; those of the module and of all modules inside it that name one."""
+        """See :class:`Loss`; those of the module and of all modules inside it."""
         named = (getattr(module, "reduction", None) for module in self._module.modules())
         return self._ask("reductions", frozenset(filter(None, named)))
 
@@ -158,12 +160,12 @@ class ForeignLoss:
 
     @property
     def last_terms(self) -> Mapping[str, Tensor]:
-        """See :class:`Loss`; none unless the module has them."""
+        """See :class:`Loss`; empty unless the module defines it."""
         return self._ask("last_terms", None) or {}
 
 
 def worst_report(reports: Mapping[str, Report]) -> Report | None:
-    """One report for several terms: the most iterations, the largest error, the least coverage."""
+    """One report for several terms: most iterations, largest error, least coverage."""
     found = list(reports.values())
     if len(found) < 2:
         return found[0] if found else None

@@ -1,4 +1,4 @@
-"""Losses by the names used on the command line and in tables."""
+"""The registry: losses by the names that the command line and tables use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Class = TypeVar("_Class", bound=type[nn.Module])
 def register_loss(name: str) -> Callable[[_Class], _Class]:
     """Class decorator: make a loss available to :func:`get_loss` under ``name``.
 
-    Works for classes outside otkd, too.
+    Classes outside otkd can be registered, too.
 
     Raises:
         ValueError: if another class has the name.
@@ -30,7 +30,7 @@ def register_loss(name: str) -> Callable[[_Class], _Class]:
         ...     def per_position(self, batch):
         ...         return super().per_position(batch) / 2
         >>> otkd.get_loss("half_kl")
-        HalfKLLoss(temperature=1.0, rescale_t2=True, reduction='mean')
+        HalfKLLoss(temperature=1.0, reduction='mean')
     """
 
     def register(loss: _Class) -> _Class:
@@ -45,7 +45,12 @@ def register_loss(name: str) -> Callable[[_Class], _Class]:
 
 
 def list_losses() -> list[str]:
-    """The registry names, in alphabetical order, as :func:`get_loss` takes them."""
+    """The names of all registered losses, in alphabetical order.
+
+    Example:
+        >>> "kl" in otkd.list_losses()
+        True
+    """
     return sorted(LOSSES)
 
 
@@ -62,14 +67,20 @@ def loss_class(name: str) -> type[nn.Module]:
 
 
 def get_loss(name: str, **options: Any) -> nn.Module:
-    """A loss by its registry name: ``get_loss("jsd", beta=0.1, temperature=2)``.
+    """A loss by its registry name.
 
-    ``get_loss("sinkhorn", embedding=W)`` and ``get_loss("wasserstein", cost=C)`` need what their
-    losses need.
+    Args:
+        name: one of :func:`list_losses`.
+        **options: arguments of the loss. ``"sinkhorn"`` needs ``embedding=`` or ``cost=``, and
+            ``"wasserstein"`` needs ``cost=``.
 
     Raises:
-        TypeError, ValueError: for an unknown name (with the nearest), options the loss refuses, or
-            one that it needs and was not given.
+        TypeError, ValueError: for an unknown name, an option that the loss does not accept, or a
+            missing option.
+
+    Example:
+        >>> otkd.get_loss("jsd", beta=0.1, temperature=2)
+        JSDLoss(beta=0.1, temperature=2, reduction='mean')
     """
     build = loss_class(name)
     parameters = inspect.signature(build).parameters

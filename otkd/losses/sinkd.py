@@ -1,4 +1,4 @@
-"""The objective of SinKD: KL, hard labels and transport between the samples of a batch."""
+"""The objective of SinKD: KL, hard labels and optimal transport between the samples of a batch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from otkd.scalars import as_number, as_positive, as_whole
 
 
 class SoftCrossEntropyLoss(KLLoss):
-    """−Σ p·log q: KL(p‖q) plus the entropy of the teacher; the same gradient.
+    """−Σ p·log q, which is KL(p‖q) plus the teacher's entropy and has the same gradient.
 
-    Arguments as :class:`~otkd.losses.base.DistillationLoss`.
+    See :class:`~otkd.losses.base.DistillationLoss` for the arguments.
     """
 
     def per_position(self, batch: Batch) -> Tensor:
@@ -46,16 +46,17 @@ class SoftCrossEntropyLoss(KLLoss):
 
 
 class UnrolledBatchSinkhornLoss(BatchLoss):
-    """The batch transport of SinKD's public code, number for number.
+    """The batch transport of SinKD's public code, with the same numbers.
 
-    K = exp(−W/ε) with W the L1 distances; ``iterations`` times the rows of P, then its columns,
-    are made to sum to 1 (mass b, not 1); the value is ``factor``·⟨P, W⟩, differentiated through
-    every iteration. For reproducing results; :class:`BatchSinkhornLoss` is the sound form.
+    K = exp(−W/ε), where W are the L1 distances. In each iteration the rows of P, then its columns,
+    are divided by their sums, so that the plan has mass b instead of 1. The value is
+    ``factor``·⟨P, W⟩, and autograd differentiates through every iteration. Use this class to
+    reproduce published results, and :class:`BatchSinkhornLoss` otherwise.
 
     Args:
-        temperature: divides the logits of both.
-        epsilon: entropic strength.
-        iterations: number of iterations, all of them made.
+        temperature: divides the logits of both sides.
+        epsilon: strength of the entropic regularisation.
+        iterations: number of iterations; there is no early stop.
         factor: multiplies the value.
         **common: see :class:`BatchLoss`.
     """
@@ -88,31 +89,41 @@ class UnrolledBatchSinkhornLoss(BatchLoss):
 
 @register_loss("sinkd")
 class SinKDLoss(WeightedLoss):
-    """α·KL + (1−α)·CE + weight·batch Sinkhorn: the objective of SinKD, on a sound footing.
+    """α·KL + (1−α)·CE + weight·batch Sinkhorn, the objective of SinKD with debiased transport.
 
-    Its transport is debiased, so that it is 0 where student and teacher agree, and its weight is
-    0.1. The published weight, 0.8, is for the public code, whose transport is smaller: at 32
-    samples of three classes the gradient of ``BatchSinkhornLoss(debias=False)`` was 27 times that
-    of :meth:`author`'s.
+    The batch transport is debiased, so it is 0 where student and teacher agree, and its default
+    weight is 0.1. The published weight, 0.8, belongs to the public code, whose transport term is
+    smaller: for 32 samples of three classes, the gradient of ``BatchSinkhornLoss(debias=False)``
+    was 27 times that of :meth:`author`'s.
 
     Args:
-        alpha: weight of the KL term; 1 − α is that of the hard labels.
+        alpha: weight of the KL term; the weight of the hard labels is 1 − α.
         sinkhorn_weight: weight of the batch transport.
-        temperature: of the KL term, 1 by default. Not beside ``soft_loss``, which has its own.
-        teacher_temperature: of the KL term; likewise.
-        rescale_t2: multiply the KL term by the square of its temperature; likewise.
-        reduction: of every term; ``soft_loss`` and ``transport`` must have the same.
-        vocab_size: number of real classes where the logits are padded; of every term that compares
-            logits, ``soft_loss`` and ``transport`` among them.
-        soft_loss: in the place of the KL term.
-        transport: in the place of ``BatchSinkhornLoss()``.
+        temperature: of the KL term; 1 by default.
+        teacher_temperature: of the KL term.
+        rescale_t2: multiply the KL term by the square of its temperature.
+        reduction: of every term. ``soft_loss`` and ``transport`` must have the same.
+        vocab_size: number of real classes if the logits are padded. ``soft_loss`` and
+            ``transport`` must have the same, unless they compare features.
+        soft_loss: replaces the KL term. It has its own temperatures and rescaling, so the three
+            arguments above must not be given with it.
+        transport: replaces ``BatchSinkhornLoss()``.
 
     Raises:
-        TypeError: for settings that are no numbers.
-        ValueError: unless 0 ≤ ``alpha`` ≤ 1, for settings out of range, and for a loss beside
-            settings that contradict it.
+        TypeError: for settings that are not numbers.
+        ValueError: unless 0 ≤ ``alpha`` ≤ 1, and for settings that are out of range or contradict
+            a loss that is given.
 
     Source: Cui et al. (2024), "SinKD: Sinkhorn Distance Minimization for Knowledge Distillation".
+
+    Example:
+        >>> student = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+        >>> teacher = torch.tensor([[3.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+        >>> loss = otkd.SinKDLoss()
+        >>> loss(student, teacher, labels=torch.tensor([0, 1, 0]))
+        tensor(0.1878)
+        >>> {name: round(value.item(), 4) for name, value in loss.last_terms.items()}
+        {'kl': 0.1471, 'ce': 0.3157, 'sinkhorn': 0.2385}
     """
 
     def __init__(
@@ -167,10 +178,10 @@ class SinKDLoss(WeightedLoss):
         temperature: float = 1.0,
         reduction: str = "mean",
     ) -> SinKDLoss:
-        """The arithmetic of the public code exactly, for reproducing its results.
+        """The arithmetic of SinKD's public code, for reproducing its results.
 
-        Soft cross-entropy without T² in the place of KL; transport of mass b, times 0.001, through
-        20 unrolled iterations at ε = 0.1 and temperature 2.
+        Soft cross-entropy without T² replaces KL. The transport has mass b, is multiplied by 0.001,
+        and uses 20 unrolled iterations at ε = 0.1 and temperature 2.
         """
         return cls(
             alpha,

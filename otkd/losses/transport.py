@@ -1,4 +1,4 @@
-"""Losses that transport the student's token distribution to the teacher's, position by position."""
+"""Losses that transport the student's token distribution to the teacher's, at each position."""
 
 from __future__ import annotations
 
@@ -24,44 +24,56 @@ from otkd.teachers import StoredTeacher, TopKTeacher
 
 @register_loss("sinkhorn")
 class SinkhornLoss(DistillationLoss):
-    """Debiased entropic transport between q and p over tokens, with a cost that knows meaning.
+    """Debiased entropic optimal transport between q and p over the tokens of each position.
 
     S_ε(q, p) = OT_ε(q, p) − ½·OT_ε(q, q) − ½·OT_ε(p, p), with
-    OT_ε(q, p) = min_P ⟨P, C⟩ + ε·KL(P‖q⊗p). Gradients by the envelope theorem: memory does not
-    grow with the iterations. Its logit gradient falls about as T^−1.5: no T² by default.
+    OT_ε(q, p) = min_P ⟨P, C⟩ + ε·KL(P‖q⊗p). Gradients follow from the envelope theorem, so memory
+    does not grow with the number of iterations. The logit gradient falls about as T^−1.5, so the
+    loss is not multiplied by T² by default.
 
     Args:
         cost: ``"embedding"``, ``"discrete"`` (0/1), ``"ordinal"`` (|i − j|), a ``(vocab, vocab)``
             tensor, or an object of :mod:`otkd.costs`.
-        embedding: ``(vocab, width)``, for ``cost="embedding"``: squared distances of these rows,
-            divided by their mean. A constant; for one that learns pass
-            ``EmbeddingCost(..., learnable=True)`` as cost.
-        epsilon: entropic strength in units of the cost; 0.05 to 0.1 is the useful range for a
-            normalised cost.
-        debias: False leaves OT_ε alone, which is not 0 at p = q.
+        embedding: ``(vocab, width)``, for ``cost="embedding"``: the cost is the squared distance of
+            two rows, divided by its mean. The embedding is constant; to train it, pass
+            ``EmbeddingCost(..., learnable=True)`` as ``cost``.
+        epsilon: strength of the entropic regularisation, in units of the cost. For a normalised
+            cost, 0.05 to 0.1 is the useful range.
+        debias: with False the loss is OT_ε(q, p), which is not 0 at p = q.
         value: ``"dual"``, or ``"sharp"`` for ⟨P, C⟩ (gradients by implicit differentiation).
-        support: which tokens take part: an object of :mod:`otkd.supports`, or ``"auto"``: every
-            token up to 2048, above the 64 heaviest of each side and one atom for the others.
-        max_iterations: limit of the solver; reaching it warns and shows in ``last_report``.
-        tolerance: L1 marginal error at which a position is solved.
-        backend: what computes it: ``"auto"``, ``"torch"``, or another that the support has.
-        unbalanced: ρ, in units of the cost: where given, the plan need not have the marginals q and
-            p, and ρ·KL of its marginals from them is paid instead. For distributions that disagree
-            on support, and for ``TopK(k, tail=False)``, whose heads then keep the mass they have.
-            As ρ → ∞ the balanced value; ``math.inf`` is balanced. A pair (ρ_student, ρ_teacher)
-            penalises each side by its own, and holds one whose ρ is ``math.inf``; where they differ
-            with ``debias=False`` alone. With ``value="dual"`` alone.
+        support: which tokens take part: an object of :mod:`otkd.supports`, or ``"auto"``, which is
+            ``Dense()`` up to 2048 tokens and ``TopK(64)`` above.
+        max_iterations: limit of the solver. If it is reached, a warning is issued and
+            ``last_report.converged`` is False.
+        tolerance: L1 marginal error at which a position counts as solved.
+        backend: what computes the transport: ``"auto"``, ``"torch"``, or another backend of the
+            support.
+        unbalanced: marginal relaxation ρ, in units of the cost. If given, the marginals of the plan
+            may differ from q and p, at the price of ρ·KL of each from its marginal. Use it for
+            distributions that disagree on their support, and for ``TopK(k, tail=False)``, whose
+            heads then keep their mass. The balanced value is the limit ρ → ∞, and ``math.inf``
+            gives it. A pair (ρ_student, ρ_teacher) relaxes each side by its own ρ; two different
+            values require ``debias=False``. Requires ``value="dual"``.
         **common: see :class:`~otkd.losses.base.DistillationLoss`.
 
     Raises:
-        TypeError, ValueError: for settings out of range or a cost that cannot be.
+        TypeError, ValueError: for settings that are out of range or contradict each other.
 
     Warns:
-        UserWarning: if ``debias`` is asked of a cost for which the divergence is not shown to be
+        UserWarning: if ``debias`` is used with a cost for which the divergence is not known to be
             non-negative.
 
     Source: Feydy et al. (2019), "Interpolating between Optimal Transport and MMD using Sinkhorn
     Divergences".
+
+    Example:
+        >>> embedding = torch.tensor([[0.0, 0.0], [0.0, 0.1], [3.0, 0.0]])
+        >>> loss = otkd.SinkhornLoss(embedding=embedding)
+        >>> teacher = torch.tensor([[4.0, 0.0, 0.0]])
+        >>> loss(torch.tensor([[0.0, 4.0, 0.0]]), teacher)  # a near token
+        tensor(0.0023)
+        >>> loss(torch.tensor([[0.0, 0.0, 4.0]]), teacher)  # a far token
+        tensor(2.1164)
     """
 
     reads_stored = True
@@ -104,7 +116,7 @@ class SinkhornLoss(DistillationLoss):
 
     @property
     def bridges_vocabularies(self) -> bool:
-        """Whether the cost leads from one vocabulary to another."""
+        """Whether the cost is between two different vocabularies."""
         return self.cost.bridges_vocabularies
 
     def per_position(self, batch: Batch) -> Tensor:
@@ -131,24 +143,24 @@ class SinkhornLoss(DistillationLoss):
         *,
         top: int | None = 20,
     ) -> Explanation:
-        """Which mass of the student's goes where at one position: the plan of OT_ε(q, p).
+        """The transport plan of OT_ε(q, p) at one position: which mass moves from where to where.
 
         Args:
             student_logits: as for a call.
             teacher_logits: as for a call.
-            tokenizer: names the tokens by its ``convert_ids_to_tokens``; a pair (student's,
-                teacher's) where the cost bridges two vocabularies. None leaves their numbers.
-            position: an index into the batch of positions: a whole number into it flattened, or one
-                for each of its dimensions.
-            top: how many of the heaviest moves to keep; None for all.
+            tokenizer: its ``convert_ids_to_tokens`` names the tokens. A pair (student's, teacher's)
+                for a cost between two vocabularies. With None, tokens are shown as ids.
+            position: an index into the batch of positions: one whole number, which counts the
+                positions in order, or one number for each batch dimension.
+            top: how many of the largest moves to return; None for all.
 
         Returns:
-            An :class:`~otkd.losses.explain.Explanation`; printed, a table.
+            An :class:`~otkd.losses.explain.Explanation`, which prints as a table.
 
         Raises:
             IndexError: if there is no such position.
-            TypeError, ValueError: for input that a call refuses, a tokenizer that is none, or a
-                support that does not hold a plan.
+            TypeError, ValueError: for input that a call refuses, an object that is not a tokenizer,
+                or a support that does not hold a plan.
         """
         batch = self._prepare(student_logits, teacher_logits, None, None, None, None)
         return explain_position(
@@ -164,10 +176,10 @@ class SinkhornLoss(DistillationLoss):
         )
 
     def with_self_term(self, teacher: TopKTeacher) -> TopKTeacher:
-        """The stored teacher together with its term OT_ε(p, p), solved once for all steps to come.
+        """A copy of the stored teacher with the potential of its self-term OT_ε(p, p).
 
-        That term of the debiased divergence depends neither on the student nor on the student's
-        tokens, on which p has no mass, so it can be stored beside the teacher's masses.
+        The debiased divergence needs OT_ε(p, p), which does not depend on the student. Solved once
+        and stored with the teacher, it is not solved again in every training step.
 
         Args:
             teacher: stored at the temperature at which this loss reads it.
@@ -176,9 +188,9 @@ class SinkhornLoss(DistillationLoss):
             A copy of ``teacher`` with ``self_potential`` and ``self_settings``.
 
         Raises:
-            ValueError: if this loss has no such term that could be stored: it needs a ``TopK``
-                support with one tail atom, ``debias``, the dual value, balanced marginals and a
-                constant cost.
+            ValueError: if this loss has no self-term that can be stored. It needs a ``TopK``
+                support with one tail atom, ``debias=True``, ``value="dual"``, balanced marginals
+                and a constant cost.
         """
         teacher.check_temperature(self.teacher_temperature or self.temperature)
         support = self.support or choose_support(teacher.vocab_size, teacher.vocab_size)
@@ -186,7 +198,7 @@ class SinkhornLoss(DistillationLoss):
         return replace(teacher, self_potential=potential, self_settings=settings)
 
     def extra_repr(self) -> str:
-        """The settings of the transport and the common ones."""
+        """The settings of the transport and the common settings."""
         options = self.solver_options
         return (
             f"epsilon={options.epsilon}, debias={options.debias}, value={options.value!r}, "
@@ -196,21 +208,30 @@ class SinkhornLoss(DistillationLoss):
 
 @register_loss("wasserstein")
 class WassersteinLoss(DistillationLoss):
-    """Exact transport between q and p over tokens: min_P ⟨P, C^p⟩, no root taken.
+    """Exact optimal transport between q and p over the tokens: min_P ⟨P, C^p⟩, without a root.
 
-    A closed form where one exists (0/1 cost, |i − j|^r with r·p ≥ 1, two tokens); else a linear
-    program per position, which is refused above 1024 tokens. The gradient is that of the dual
-    potentials. Its logit gradient falls as 1/T: no T² by default.
+    A closed form is used for the 0/1 cost, for |i − j|^r with r·p ≥ 1, and for two tokens.
+    Otherwise a linear program is solved for each position, up to 1024 tokens. The gradient is
+    computed from the dual potentials. The logit gradient falls as 1/T, so the loss is not
+    multiplied by T² by default.
 
     Args:
-        cost: as for :class:`SinkhornLoss`, without ``"embedding"``: pass an ``EmbeddingCost``.
+        cost: as for :class:`SinkhornLoss`, except ``"embedding"``: pass an ``EmbeddingCost``.
         p: power of the cost, above 0.
         **common: see :class:`~otkd.losses.base.DistillationLoss`.
 
     Raises:
-        TypeError, ValueError: for settings out of range or a cost that cannot be.
+        TypeError, ValueError: for settings that are out of range, or an unusable cost.
 
     Source: Peyré and Cuturi (2019), "Computational Optimal Transport".
+
+    Example:
+        >>> ratings = otkd.WassersteinLoss(cost="ordinal")  # one to three stars
+        >>> teacher = torch.tensor([[9.0, 0.0, 0.0]])
+        >>> ratings(torch.tensor([[0.0, 9.0, 0.0]]), teacher)
+        tensor(0.9996)
+        >>> ratings(torch.tensor([[0.0, 0.0, 9.0]]), teacher)
+        tensor(1.9993)
     """
 
     rescales_by_default = False
@@ -227,7 +248,7 @@ class WassersteinLoss(DistillationLoss):
 
     @property
     def bridges_vocabularies(self) -> bool:
-        """Whether the cost leads from one vocabulary to another."""
+        """Whether the cost is between two different vocabularies."""
         return self.cost.bridges_vocabularies
 
     def per_position(self, batch: Batch) -> Tensor:

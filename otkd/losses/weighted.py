@@ -20,34 +20,39 @@ from otkd.teachers import StoredTeacher
 
 
 class WeightedLoss(nn.Module):
-    """Σ weight·loss over named terms, all given the same call.
+    """Weighted sum of named losses, all called with the same arguments.
 
-    ``WeightedLoss({"kl": (0.9, KLLoss(temperature=2)), "ce": (0.1, "ce")})``: a loss may be given
-    by its registry name; ``"ce"`` is the hard-label term. Temperatures are those of each term, and
-    so are reductions, which have to agree. A term may be a weighted loss itself. What the sum says
-    of itself, such as ``needs_labels``, follows from its terms; see
+    A loss may be given by its registry name; ``"ce"`` is the hard-label term. Every term has its
+    own temperature. All terms must have the same reduction. A term may itself be a
+    ``WeightedLoss``. Properties such as ``needs_labels`` follow from the terms; see
     :class:`~otkd.losses.protocol.Loss`.
 
-    A stored teacher is handed to every term as it is stored: terms that do not read it so expand
-    it for themselves.
+    A stored teacher is passed to every term unchanged. Terms that need all tokens expand it.
 
     Args:
         terms: name → (weight, loss).
 
     Attributes:
-        last_terms: value of each term in the last call, unweighted, as detached tensors: reading
-            one is what makes a device wait, so read them only to log.
-        last_report: what the solvers of the terms did in the last call: the report of the only term
-            that has one, else the worst of all (the most iterations, the largest error, the least
-            coverage); None without a solver.
-        last_reports: the report of each term that has one, by name; those of a term that is a
-            weighted loss itself by ``"name/inner name"``.
+        last_terms: unweighted value of each term in the last call, as detached tensors. Reading a
+            number from one makes the CPU wait for the device, so read them only when logging.
+        last_report: what the solvers did in the last call: the report of the only term with a
+            solver, or the worst of several (most iterations, largest error, least coverage). None
+            without a solver.
+        last_reports: the report of each term with a solver, by name; ``"name/inner name"`` for a
+            term inside a weighted loss.
 
     Raises:
-        TypeError: if the terms have no names, or one is not a pair of a weight, which is a plain
-            number, and a loss.
-        ValueError: if there is no term, a weight is not finite, or the terms differ in their
-            reduction; on call, if their values differ in shape.
+        TypeError: if ``terms`` is not a mapping, or a term is not a pair of a number and a loss.
+        ValueError: if there is no term, a weight is not finite, or reductions differ; in a call,
+            if the values differ in shape.
+
+    Example:
+        >>> loss = otkd.WeightedLoss({"kl": (0.9, otkd.KLLoss(temperature=2)), "ce": (0.1, "ce")})
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> loss(student, teacher, labels=torch.tensor([0]))
+        tensor(0.1427)
+        >>> loss.last_terms
+        {'kl': tensor(0.1237), 'ce': tensor(0.3133)}
     """
 
     def __init__(self, terms: Mapping[str, tuple[float, nn.Module | str]]) -> None:
@@ -82,29 +87,29 @@ class WeightedLoss(nn.Module):
 
     @property
     def reads_stored(self) -> bool:
-        """Whether any term reads a stored teacher as it is stored."""
+        """Whether any term reads a stored teacher without expanding it."""
         return any(loss.reads_stored for loss in self._losses())
 
     @property
     def bridges_vocabularies(self) -> bool:
-        """Whether every term that needs the teacher takes one of another vocabulary."""
+        """Whether every term that needs the teacher accepts another vocabulary."""
         return self.needs_teacher and all(
             loss.bridges_vocabularies for loss in self._losses() if loss.needs_teacher
         )
 
     @property
     def reductions(self) -> frozenset[str]:
-        """Those of all terms."""
+        """The reductions of all terms."""
         return frozenset().union(*(loss.reductions for loss in self._losses()))
 
     @property
     def last_report(self) -> Report | None:
-        """The report of the only term that has one, else the worst of all."""
+        """The report of the only term with a solver, or the worst of several."""
         return worst_report(self.last_reports)
 
     @property
     def last_reports(self) -> dict[str, Report]:
-        """The report of each term that has one, by name."""
+        """The report of each term with a solver, by name."""
         return {
             joined(name, path): report
             for name, loss in self.terms.items()

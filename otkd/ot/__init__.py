@@ -1,9 +1,10 @@
-"""Optimal transport between probability vectors; no logits here.
+"""Optimal transport between probability vectors, independent of logits.
 
-Data flows one way: :mod:`~otkd.ot.problem` (what is to be solved) →
-:mod:`~otkd.ot.normal_form` (the same without constants and units) → :mod:`~otkd.ot.kernels` (how
-exp(−C/ε) is applied) → :mod:`~otkd.ot.solver` (the iterations; knows nothing of autograd) →
-:mod:`~otkd.ot.gradients` (the only file that does) → :class:`~otkd.ot.solution.Solution`.
+The steps are: :mod:`~otkd.ot.problem` (checks and flattens a problem) →
+:mod:`~otkd.ot.normal_form` (removes constants and units of the cost) → :mod:`~otkd.ot.kernels`
+(products with exp(−C/ε)) → :mod:`~otkd.ot.solver` (iterations, without autograd) →
+:mod:`~otkd.ot.gradients` (the only module with autograd functions of entropic transport) →
+:class:`~otkd.ot.solution.Solution`.
 """
 
 from otkd.ot.divergence import DivergenceSolution

@@ -22,7 +22,7 @@ class SolverReport:
     """What the solver did, for logs.
 
     Attributes:
-        iterations: the most iterations any of the solves took.
+        iterations: the largest number of iterations of any solve.
         marginal_error: the largest L1 marginal error of any problem, a scalar tensor.
         converged: whether every marginal error is within the tolerance.
     """
@@ -46,12 +46,19 @@ class SolverReport:
 
 @dataclass(frozen=True)
 class DivergenceSolution:
-    """The divergences of a batch, and how they were found.
+    """The divergences of a batch, with convergence information.
 
     Attributes:
         value: ``(*batch,)``, differentiable in masses and costs.
-        report: what the solver did, in a few numbers.
+        report: summary of what the solver did.
         parts: the solved problems, flattened: (a, b), then with debiasing (a, a) and (b, b).
+
+    Example:
+        >>> a, b = torch.tensor([0.5, 0.5]), torch.tensor([0.2, 0.8])
+        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> solution = otkd.ot.sinkhorn_divergence(a, b, cost, return_solution=True)
+        >>> solution.value, solution.converged
+        (tensor(0.2567), True)
     """
 
     value: Float[Tensor, "*batch"]
@@ -60,22 +67,22 @@ class DivergenceSolution:
 
     @property
     def converged(self) -> bool:
-        """Whether every problem was solved within the tolerance, and its gradient found."""
+        """Whether every problem was solved within the tolerance, and its gradient was found."""
         return self.report.converged
 
     @property
     def iterations(self) -> int:
-        """The most iterations that any of the (up to three) solves took."""
+        """The largest number of iterations of the (up to three) solves."""
         return self.report.iterations
 
     @property
     def marginal_error(self) -> Float[Tensor, "*batch"]:
-        """The largest L1 marginal error of the problems that each value is made of."""
+        """For each value, the largest L1 marginal error of its problems."""
         errors = [part.potentials.marginal_error for part in self.parts]
         return torch.stack(errors).amax(0).reshape(self.value.shape)
 
     def shares(self) -> tuple[Tensor, Tensor]:
-        """What a unit of mass at each point adds to the value, ``(*batch, n)``, ``(*batch, m)``.
+        """The contribution of a unit of mass at each point, ``(*batch, n)`` and ``(*batch, m)``.
 
         ⟨a, source⟩ + ⟨b, target⟩ is the value up to the marginal error. Detached.
         """
@@ -105,7 +112,7 @@ def solve_divergence(
 ) -> DivergenceSolution:
     """OT_ε(a, b), or with ``options.debias`` OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b).
 
-    ``target_value`` is OT_ε(b, b) where it is known, ``(*batch,)``.
+    ``target_value`` is OT_ε(b, b), ``(*batch,)``, if it is already known.
     """
     a, b, cross_cost, batch = flatten_problem(a, b, cost.cross)
     within: list[Transport] = []
@@ -144,10 +151,10 @@ def solve_divergence(
 
 
 def with_offsets(value: Tensor, a: Tensor, b: Tensor, parts: Sequence[Transport]) -> Tensor:
-    """The value of the problems as they were given from that of their normal forms, ``(B,)``.
+    """The value of the given problems from that of their normal forms, ``(B,)``.
 
-    Its part that is constant for each unit of mass is added up first: of a divergence whose costs
-    have the same constant nothing is left, to the last bit.
+    The constant offsets are added to each other first, so that they cancel exactly in a divergence
+    whose costs contain the same constant.
     """
     source, target = _offsets(parts)
     if not (a.requires_grad or b.requires_grad):  # in the normal form every total is 1
@@ -162,7 +169,7 @@ def with_offsets(value: Tensor, a: Tensor, b: Tensor, parts: Sequence[Transport]
 
 
 def _offsets(parts: Sequence[Transport]) -> tuple[Tensor | float, Tensor | float]:
-    """The offsets of (a, b) for each side, less those of (a, a) and (b, b) where they are there."""
+    """The offsets of (a, b) for each side, minus those of (a, a) and (b, b) if these exist."""
     cross, *within = [part.offset for part in parts]
     source, target = [*within, 0.0, 0.0][:2]
     return cross - source, cross - target

@@ -1,4 +1,4 @@
-"""Entropic transport and the debiased Sinkhorn divergence, between probability vectors."""
+"""Entropic transport and the debiased Sinkhorn divergence between probability vectors."""
 
 from __future__ import annotations
 

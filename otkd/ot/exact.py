@@ -1,4 +1,4 @@
-"""Exact transport: closed forms where they exist, else a linear program."""
+"""Exact transport: closed forms, or a linear program."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def wasserstein(
     *,
     p: float = 1.0,
 ) -> Float[Tensor, "*batch"]:
-    """Exact optimal transport, min over plans P with marginals a, b of ⟨P, C^p⟩.
+    """Exact optimal transport: the minimum of ⟨P, C^p⟩ over plans P with marginals a and b.
 
-    No root 1/p is taken. Closed forms: total variation for :class:`~otkd.costs.DiscreteCost`, the
-    monotone plan for :class:`~otkd.costs.OrdinalCost` with a convex cost, and two points on each
-    side. Otherwise the network simplex of POT, in float64 on the CPU, one problem at a time; its
-    dual potentials are the gradients in a and b, its plan that in the cost.
+    No root 1/p is taken. Closed forms exist for :class:`~otkd.costs.DiscreteCost` (total
+    variation), for :class:`~otkd.costs.OrdinalCost` with a convex cost (the monotone plan), and for
+    two points on each side. Otherwise POT's network simplex solves one problem at a time, in
+    float64 on the CPU. Its dual potentials are the gradients in a and b, and its plan is the
+    gradient in the cost.
 
     Args:
         a: source masses; each vector adds up to 1.
@@ -40,14 +41,20 @@ def wasserstein(
         p: power of the cost, above 0.
 
     Returns:
-        The values, differentiable in a, b and cost; a subgradient where the plan is degenerate.
+        The values, differentiable in a, b and cost; a subgradient if the plan is degenerate.
 
     Raises:
         TypeError: if an argument is not a floating-point tensor.
-        ValueError: for shapes that do not fit, masses that are no distribution, p not above 0.
+        ValueError: for shapes that do not fit, masses that are not a distribution, or p not above
+            0.
         RuntimeError: if the linear program is not solved.
 
     Source: Peyré and Cuturi (2019), "Computational Optimal Transport", chapters 2 and 3.
+
+    Example:
+        >>> a, b = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.5, 0.5])
+        >>> otkd.ot.wasserstein(a, b, otkd.costs.OrdinalCost())
+        tensor(1.5000)
     """
     check_positive(p=p)
     check_masses(a, b)
@@ -68,7 +75,7 @@ def wasserstein(
 
 
 def exact_transport(a: Tensor, b: Tensor, cost: Cost | Tensor, *, p: float = 1.0) -> Tensor:
-    """:func:`wasserstein`, refusing vocabularies for which one program a position is hopeless."""
+    """:func:`wasserstein`, restricted to sizes for which one program per position is feasible."""
     largest = max(a.shape[-1], b.shape[-1])
     if _closed_form(cost, p) is None and largest > LARGEST_PROGRAM:
         raise ValueError(
@@ -80,7 +87,7 @@ def exact_transport(a: Tensor, b: Tensor, cost: Cost | Tensor, *, p: float = 1.0
 
 
 def _closed_form(cost: Cost | Tensor, p: float) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Exact transport over one vocabulary of any size without a program, where there is one."""
+    """The function for exact transport without a linear program, or None."""
     powered = cost.power(p) if isinstance(cost, Cost) else None
     if isinstance(powered, DiscreteCost):
         return lambda a, b: (a - b).abs().sum(-1) / 2
@@ -90,7 +97,7 @@ def _closed_form(cost: Cost | Tensor, p: float) -> Callable[[Tensor, Tensor], Te
 
 
 def _monotone_transport(a: Tensor, b: Tensor, p: float) -> Tensor:
-    """The sorted plan between masses on the places 0 … n−1, optimal for |i − j|^p, p ≥ 1."""
+    """The sorted plan between masses at the places 0 … n−1, optimal for |i − j|^p with p ≥ 1."""
     a, b = torch.broadcast_tensors(a, b)
     cdf_a, cdf_b = a.cumsum(-1), b.cumsum(-1)
     if p == 1:

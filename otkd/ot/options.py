@@ -1,4 +1,4 @@
-"""How entropic transport is set and solved."""
+"""Options of entropic transport."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BACKENDS = ("auto", "torch", "keops", "triton")
 
 
 def as_penalties(unbalanced: float | tuple[float, float] | None) -> tuple[float, float]:
-    """ρ of the source and of the target, from any form in which ``unbalanced`` is given.
+    """ρ of the source and of the target, from any form of ``unbalanced``.
 
     Raises:
-        TypeError: if it is neither a number nor a pair of them.
+        TypeError: if it is neither a number nor a pair of numbers.
         ValueError: if a ρ is not above 0.
     """
     if unbalanced is None:
@@ -33,11 +33,11 @@ def as_penalties(unbalanced: float | tuple[float, float] | None) -> tuple[float,
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the entropic problem is set and solved; one object from the loss down to the solver.
+    """The objective and the solver settings, passed from the loss down to the solver.
 
-    ``unbalanced`` is kept as a pair (ρ of the source, ρ of the target), or None where both
-    marginals are held. ``plain_steps`` is for :func:`~otkd.ot.solver.solve_potentials`; the others
-    are a loss's.
+    ``unbalanced`` is stored as a pair (ρ of the source, ρ of the target), or None if both marginals
+    are held. ``plain_steps`` is an internal setting of :func:`~otkd.ot.solver.solve_potentials`;
+    all others are arguments of a loss.
     """
 
     epsilon: float = 0.1
@@ -74,5 +74,5 @@ class Options:
 
     @property
     def penalties(self) -> tuple[float, float]:
-        """ρ of the source and of the target marginal; infinite where one is held."""
+        """ρ of the source and of the target marginal; infinite for a marginal that is held."""
         return as_penalties(self.unbalanced)

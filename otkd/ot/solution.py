@@ -1,4 +1,4 @@
-"""What a solver returns."""
+"""The result of a solver."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FEW = 8
 
 
 class ConvergenceWarning(UserWarning):
-    """The solver stopped at its limit of iterations.
+    """The solver reached its limit of iterations.
 
-    The text names the problem by its sizes and settings alone, so that Python's filters decide how
-    often it is shown: by default once for each place and text, and another problem is told anew.
+    The text contains only sizes and settings of the problem, so that Python's warning filters can
+    recognise it: by default it is shown once per place and text.
     """
 
 
@@ -30,16 +30,26 @@ class Solution:
     """The solution of a batch of entropic transport problems.
 
     Attributes:
-        value: ⟨P, C⟩ + ε·KL(P‖a⊗b), evaluated at the dual, ``(*batch,)``; the only differentiable
+        value: ⟨P, C⟩ + ε·KL(P‖a⊗b), evaluated at the dual, ``(*batch,)``. The only differentiable
             field, with gradients f in a, g in b and P in the cost.
         transport_cost: ⟨P, C⟩, ``(*batch,)``.
         f: source potential, ``(*batch, n)``.
-        g: target potential, ``(*batch, m)``; ⟨a, f⟩ = ⟨b, g⟩. Both are defined by the soft minimum
-            where there is no mass.
-        marginal_error: L1 distance between a and the row sums of the plan, ``(*batch,)``; the
+        g: target potential, ``(*batch, m)``; ⟨a, f⟩ = ⟨b, g⟩. At points without mass, both are
+            defined by the soft minimum.
+        marginal_error: L1 distance between a and the row sums of the plan, ``(*batch,)``. The
             column sums are exact.
-        iterations: updates of both potentials, of the whole batch.
+        iterations: updates of both potentials, for the whole batch.
         converged: whether every ``marginal_error`` is within the tolerance.
+
+    Example:
+        >>> a, b = torch.tensor([0.5, 0.5]), torch.tensor([0.2, 0.8])
+        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> solution = otkd.ot.sinkhorn(a, b, cost, epsilon=0.5)
+        >>> solution.transport_cost, solution.converged
+        (tensor(0.3115), True)
+        >>> solution.plan()
+        tensor([[0.1942, 0.3058],
+                [0.0058, 0.4942]])
     """
 
     value: Float[Tensor, "*batch"]
@@ -52,14 +62,14 @@ class Solution:
     _transport: Any = field(repr=False)  # a Transport, whose module imports this one
 
     def plan(self) -> Float[Tensor, "*batch n m"]:
-        """The transport plan P, built on demand; not differentiable."""
+        """The transport plan P, computed on demand; not differentiable."""
         return self._transport.plan().reshape(*self.f.shape, self.g.shape[-1])
 
 
 def warn_not_converged(
     a: Tensor, b: Tensor, options: Options, what: str = "the potentials"
 ) -> None:
-    """Tell the caller of otkd that problems with masses ``a (B, n)``, ``b (B, m)`` are unsolved."""
+    """Warn the caller of otkd that problems with masses ``a (B, n)``, ``b (B, m)`` are unsolved."""
     warn_caller(
         f"Sinkhorn did not converge in {options.max_iterations} iterations: {what} of transport "
         f"between {_about(a)} and {_about(b)} points at epsilon={options.epsilon:g} "
@@ -71,6 +81,9 @@ def warn_not_converged(
 
 
 def _about(masses: Tensor) -> str:
-    """Their number; of many the next power of 2, as it may differ in every step of a training."""
+    """The number of points; if large, the next power of 2.
+
+    It may differ in every training step, and each new text would be shown as a new warning.
+    """
     size = masses.shape[-1]
     return str(size) if size <= _FEW else f"up to {1 << (size - 1).bit_length()}"

@@ -1,4 +1,4 @@
-"""Which tokens take part in the transport of a position: the way from logits to the solver."""
+"""Supports: which tokens take part in the transport of a position."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _logger = logging.getLogger("otkd")
 
 
 def as_support(support: str | Support) -> Support | None:
-    """The support meant by an object; None for ``"auto"``, which is chosen by the vocabulary.
+    """The support given by an object; None for ``"auto"``, which depends on the vocabulary.
 
     Raises:
         TypeError: if it is neither.
@@ -44,7 +44,7 @@ def as_support(support: str | Support) -> Support | None:
 def choose_support(n: int, m: int, backend: str = "auto") -> Support:
     """:class:`Dense` up to 2048 tokens, :class:`TopK` above; the choice is logged.
 
-    A backend that only one of them has decides.
+    If only one of them has the backend, that one is chosen.
     """
     dense = max(n, m) <= LARGEST_AUTOMATIC_DENSE
     if backend in Dense.backends + TopK.backends:

@@ -1,4 +1,4 @@
-"""What a support is: from the logits of the positions that count to their transport problems."""
+"""The base class of all supports, and the transport problems that a support selects."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ from otkd.teachers.self_term import SelfTermSettings
 
 @dataclass(frozen=True)
 class Positions:
-    """The logits of the positions that count.
+    """The logits of all positions, and which positions count.
 
     Attributes:
-        student: ``(positions, vocab)``, all of them.
-        teacher: ``(positions, teacher_vocab)``; a constant.
-        counted: indices of those that count, or None where all do.
+        student: ``(positions, vocab)``, including positions that do not count.
+        teacher: ``(positions, teacher_vocab)``; a constant. NaN if ``stored`` is given.
+        counted: indices of the positions that count, or None if all do.
         temperature: divides the student's logits.
-        teacher_temperature: divides the teacher's.
-        stored: what is known of the teacher, ``(positions, k)``, where it is not its logits: those
-            are NaN.
+        teacher_temperature: divides the teacher's logits.
+        stored: the stored top-k teacher ``(positions, k)``, in place of the teacher's logits.
     """
 
     student: Tensor
@@ -40,7 +39,7 @@ class Positions:
     stored: TopKTeacher | None = None
 
     def counted_stored(self) -> TopKTeacher:
-        """What is stored of the positions that count."""
+        """The stored teacher at the positions that count."""
         assert self.stored is not None
         return self.stored if self.counted is None else self.stored[self.counted]
 
@@ -49,11 +48,11 @@ class Positions:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision everything is computed in: float64 for float64 logits, else float32."""
+        """The precision of all computations: float64 for float64 logits, else float32."""
         return torch.float64 if self.student.dtype == torch.float64 else torch.float32
 
     def blocks(self, size: int) -> Iterator[slice | Tensor]:
-        """What selects the rows that count, at most ``size`` at a time."""
+        """Row indices of the positions that count, at most ``size`` at a time."""
         if self.counted is not None:
             yield from self.counted.split(size)
         else:
@@ -61,39 +60,40 @@ class Positions:
                 yield slice(start, start + size)
 
     def student_block(self, rows: slice | Tensor) -> Tensor:
-        """The student's logits over the temperature."""
+        """The student's logits divided by the temperature."""
         return over_temperature(self.student[rows], self.temperature, self.dtype)
 
     def teacher_block(self, rows: slice | Tensor) -> Tensor:
-        """The teacher's logits over its temperature."""
+        """The teacher's logits divided by its temperature."""
         return over_temperature(self.teacher[rows], self.teacher_temperature, self.dtype)
 
 
 def over_temperature(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-    """``logits / temperature`` in ``dtype``; nothing is computed where nothing changes."""
+    """``logits / temperature`` in ``dtype``; no copy is made if nothing changes."""
     logits = logits.to(dtype)
     return logits if temperature == 1 else logits / temperature
 
 
 def check_softmax(name: str, normaliser: Tensor) -> None:
-    """Raise ``ValueError`` where the log-sum-exp of a row of logits is not finite."""
+    """Raise ``ValueError`` if the log-sum-exp of a row of logits is not finite."""
     check_finite_rows(normaliser.detach(), f"{name} without a softmax")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The transport problems of N positions: what the solver needs, and nothing else.
+    """The transport problems of N positions, in the form that the solver takes.
+
+    The *atoms* of a side are its tokens, or sets of tokens that are treated as one point.
 
     Attributes:
         source: masses of the student's atoms, ``(N, n)``; differentiable in the logits.
         target: masses of the teacher's atoms, ``(N, m)``.
-        costs: between the atoms of the two sides and, for debiasing, within each.
-        target_value: OT_ε(p, p) where it is known, ``(N,)``.
-        places: the place of each of these positions among those that count, ``(N,)``; None where
-            blocks come in the order of the positions.
-        tokens: tokens of the student's and of the teacher's atoms, ``(N, ≤ n)`` and ``(N, ≤ m)``;
-            atoms beyond these columns stand for several tokens. None where the i-th atom is the
-            i-th token.
+        costs: between the atoms of the two sides and, for debiasing, within each side.
+        target_value: OT_ε(p, p), ``(N,)``, if it is known.
+        places: the index of each position among those that count, ``(N,)``; None if the blocks are
+            in the order of the positions.
+        tokens: token ids of the student's and the teacher's atoms, ``(N, ≤ n)`` and ``(N, ≤ m)``.
+            Atoms beyond these columns stand for several tokens. None if atom i is token i.
     """
 
     source: Tensor
@@ -104,7 +104,7 @@ class Block:
     tokens: tuple[Tensor, Tensor] | None = None
 
     def solve(self, options: Options) -> tuple[Tensor, SolverReport]:
-        """The values of these problems, ``(N,)``, and what the solver did."""
+        """The values of the problems, ``(N,)``, and a report of the solver."""
         solution = solve_divergence(
             self.source, self.target, self.costs, options, target_value=self.target_value
         )
@@ -116,11 +116,11 @@ class Selection:
     """The transport problems of all positions that count.
 
     Attributes:
-        blocks: of some positions each, made when they are asked for.
-        support: which atoms take part, for reports.
+        blocks: each with some of the positions; computed while they are iterated over.
+        support: name of the support, for reports.
         backend: what computes the products with the kernel.
-        coverage: probability mass of the tokens that take part one by one, ``(positions,)``; None
-            where all tokens do.
+        coverage: probability mass of the tokens that are atoms of their own, ``(positions,)``; None
+            if all tokens are.
     """
 
     blocks: Iterable[Block]
@@ -130,18 +130,20 @@ class Selection:
 
 
 class Support(ABC):
-    """Which tokens take part in the transport of a position; a constant for the gradient.
+    """Selects the tokens that take part in the transport of a position.
+
+    The selection is a constant for the gradient.
 
     Attributes:
-        backends: what can compute it beside torch.
-        reads_stored: whether ``positions.stored`` will do in the place of the teacher's logits.
+        backends: backends besides torch.
+        reads_stored: whether it can use ``positions.stored`` in place of the teacher's logits.
     """
 
     backends: ClassVar[tuple[str, ...]] = ()
     reads_stored: ClassVar[bool] = False
 
     def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
-        """Raise ``ValueError`` if this cost over n and m tokens cannot be handled so."""
+        """Raise ``ValueError`` if this support cannot handle the cost, sizes or options."""
         cost.check_size(n, m)
         if options.debias:
             cost.check_within()
@@ -154,15 +156,15 @@ class Support(ABC):
 
     @abstractmethod
     def select(self, positions: Positions, cost: Cost, options: Options) -> Selection:
-        """The transport problems of the positions that count; nothing is solved."""
+        """The transport problems of the positions that count; nothing is solved yet."""
 
     def stored_self_term(
         self, teacher: TopKTeacher, cost: Cost, options: Options
     ) -> tuple[Tensor, SelfTermSettings]:
-        """The potentials of OT_ε(p, p) at every stored position; see the support that has them.
+        """The potentials of OT_ε(p, p) at every stored position.
 
         Raises:
-            ValueError: if there is no such term that could be stored.
+            ValueError: if this support has no self-term that can be stored.
         """
         raise ValueError(
             f"the self-term of the teacher cannot be stored: the support is {self!r}, not a TopK"

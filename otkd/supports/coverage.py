@@ -1,4 +1,4 @@
-"""How much of the mass takes part token by token."""
+"""The probability mass of the tokens that are atoms of their own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ LEAST_COVERAGE = 0.5
 
 
 class CoverageWarning(UserWarning):
-    """The heaviest tokens hold too little of the mass.
+    """The k most probable tokens hold too little of the probability mass.
 
-    Python's filters decide how often it is shown: by default once for each place and k.
+    Python's warning filters decide how often it is shown: by default once per place and k.
     """
 
 

@@ -1,4 +1,4 @@
-"""Every token of the vocabulary."""
+"""The support that uses every token of the vocabulary."""
 
 from __future__ import annotations
 
@@ -26,13 +26,21 @@ _BLOCK_ELEMENTS_ON_DEVICE = 2**26
 
 @dataclass(frozen=True)
 class Dense(Support):
-    """Every token, with the whole cost matrix in memory, shared by all positions.
+    """Every token, with one cost matrix that all positions share.
 
-    Each iteration is a matrix product over all positions of a block at once. Above 16384 tokens no
-    matrix is held: the rows of a constant :class:`~otkd.costs.EmbeddingCost` are made anew for
-    every product, and no other cost is accepted. So they are, too, with ``backend="keops"``, inside
-    KeOps' reductions at any size; where pykeops or a compiler is missing torch computes the same
-    with one warning.
+    Each iteration is a matrix product over all positions of a block. Above 16384 tokens the matrix
+    is not stored: its rows are recomputed for every product, which requires a constant
+    :class:`~otkd.costs.EmbeddingCost`. With ``backend="keops"`` they are recomputed inside KeOps'
+    reductions, for any size. If pykeops or a compiler is missing, a warning is issued and torch
+    computes the same result.
+
+    Example:
+        >>> embedding = torch.tensor([[0.0], [0.1], [3.0]])
+        >>> loss = otkd.SinkhornLoss(embedding=embedding, support=otkd.supports.Dense())
+        >>> loss(torch.tensor([[0.0, 4.0, 0.0]]), torch.tensor([[4.0, 0.0, 0.0]]))
+        tensor(0.0024)
+        >>> loss.last_report.converged
+        True
     """
 
     backends: ClassVar[tuple[str, ...]] = ("keops",)
@@ -72,7 +80,7 @@ class Dense(Support):
 
 
 def full_blocks(positions: Positions, costs: CostMatrices) -> Iterator[Block]:
-    """The problems over all tokens, whose costs are the same at every position."""
+    """The problems over all tokens; their costs are the same at every position."""
     on_cpu = positions.student.device.type == "cpu"
     elements = _BLOCK_ELEMENTS_ON_CPU if on_cpu else _BLOCK_ELEMENTS_ON_DEVICE
     vocab = max(positions.student.shape[-1], positions.teacher.shape[-1])
@@ -90,7 +98,7 @@ def _distributions(positions: Positions, rows: slice | Tensor) -> tuple[Tensor, 
 
 
 def _lazy_kind(n: int, m: int, backend: str, device: torch.device) -> type[PointCost] | None:
-    """What stands for the cost matrix where there is to be none."""
+    """The lazy cost to use in place of a matrix; None if a matrix is to be stored."""
     if backend == "keops":
         return KeOpsCost if keops_works(device) else BlockedCost
     return BlockedCost if max(n, m) > LARGEST_DENSE else None
@@ -99,7 +107,7 @@ def _lazy_kind(n: int, m: int, backend: str, device: torch.device) -> type[Point
 def _lazy_costs(
     kind: type[PointCost], cost: EmbeddingCost, self_terms: bool, where: dict
 ) -> CostMatrices:
-    """The costs between and within the sides; one object for all three in one vocabulary."""
+    """The costs between and within the sides; a single object within one vocabulary."""
 
     def between(rows: Side, columns: Side) -> Tensor:
         # A lazy cost stands where a matrix may.

@@ -28,29 +28,34 @@ _FAR_BLOCK_PAIRS = 2**20
 
 @dataclass(frozen=True)
 class NearestNeighbours(Support):
-    """Every token, by a sparse kernel: for vocabularies without room for a dense one.
+    """Every token, with a sparse kernel, for vocabularies that are too large for a dense one.
 
-    The kernel exp(−C/ε) is held between each token and its k nearest, found by faiss; all other
-    pairs are a far field of rank one, K_ij ≈ u_i·v_j, from the mean of the kernel over a sample of
-    the vocabulary (see :class:`MeanKernel`). Over one vocabulary two tokens are near if either is
-    among the k nearest of the other, and a token always is to itself; over two each token has its k
-    nearest on the other side, and within a side the same as over one. With k ≥ V − 1 it is
-    :class:`~otkd.supports.Dense`. Time and memory of an iteration are of order k·V.
+    The kernel exp(−C/ε) is exact between each token and its k nearest tokens, which faiss finds.
+    All other pairs use an approximation of rank one, K_ij ≈ u_i·v_j, computed from the mean of the
+    kernel over a sample of the vocabulary (see :class:`MeanKernel`). Within one vocabulary, two
+    tokens are neighbours if either is among the k nearest of the other, and every token is its own
+    neighbour. Between two vocabularies, each token has its k nearest on the other side. With k ≥ V
+    − 1 the result is that of :class:`~otkd.supports.Dense`. Time and memory of an iteration are of
+    order k·V.
 
-    For distributions that are spread over many tokens; the far field knows no pair in particular,
-    so that for those with most of their mass on a few :class:`~otkd.supports.TopK` is both faster
-    and closer to dense. Nor need the kernel be positive definite: the debiased divergence is 0 at
-    p = q, but is not shown to be positive elsewhere.
+    Use it for distributions that are spread over many tokens. If most of the mass is on a few
+    tokens, :class:`~otkd.supports.TopK` is both faster and more accurate. The approximate kernel
+    may not be positive definite: the debiased divergence is 0 at p = q but may be negative
+    elsewhere.
 
     Args:
-        k: nearest tokens of each; at least 1.
-        cache_dir: where neighbours are kept between runs, a file an embedding; by default
+        k: nearest tokens of each token; at least 1.
+        cache_dir: folder in which neighbours are cached, one file per embedding; by default
             ``$OTKD_CACHE``, else ``~/.cache/otkd``.
 
     Raises:
-        TypeError: if ``k`` is no whole number.
+        TypeError: if ``k`` is not a whole number.
         ValueError: if ``k`` is less than 1, or the cost is not a constant ``EmbeddingCost``.
-        ImportError: if faiss is not installed and the neighbours are not yet known.
+        ImportError: if faiss is not installed and the neighbours are not cached.
+
+    Example:
+        >>> support = otkd.supports.NearestNeighbours(256)
+        >>> loss = otkd.SinkhornLoss(embedding=torch.randn(1000, 8), support=support)
     """
 
     k: int = 256

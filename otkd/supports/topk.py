@@ -37,25 +37,37 @@ _GATHERED_ELEMENTS = 2**20  # of embeddings and their costs at a time, a share o
 
 @dataclass(frozen=True)
 class TopK(Support):
-    """The k heaviest tokens of the student and of the teacher at each position.
+    """The k most probable tokens of the student and of the teacher at each position.
 
-    Over one vocabulary both sides stand on the union of the two; over two, each on its own. All
-    other tokens are one atom with the mass they have together, as far from a token as they are on
-    average over the vocabulary, E_w[C(token, ·)], and from one another −ε·log E_w,w[exp(−C/ε)] with
-    w uniform: it depends on no batch, so that microbatches add up. Every token of the atom has its
-    potential in the gradient. Costs are computed for the chosen tokens alone.
+    Within one vocabulary, both sides use the union of the two sets. All other tokens form the tail,
+    one atom that holds their total mass. With w uniform over the vocabulary, its cost to a token is
+    the mean E_w[C(token, ·)], and its cost to the tail of the other side is
+    −ε·log E_w,w[exp(−C/ε)]. These do not depend on the batch, so microbatches add up. The gradient
+    of every token in the tail uses the tail's potential. Costs are computed for the chosen tokens
+    only.
 
     Args:
-        k: tokens of each side; at least 1. All of them where there are no more.
-        tail: with False there is no atom for the others: the head is renormalised, or (with
-            ``unbalanced``) keeps the mass it has.
-        clusters: atoms that the others are divided into, by k-means of the embedding. More than 1
-            pay where the embedding has clusters, and need an :class:`~otkd.costs.EmbeddingCost` and
-            logits, not a stored teacher.
+        k: tokens of each side, at least 1. All tokens are used if there are fewer.
+        tail: with False the tail is dropped. The chosen tokens are then renormalised or, with
+            marginal relaxation (``unbalanced``), keep their mass.
+        clusters: number of atoms into which the tail is divided, by k-means of the embedding. More
+            than 1 reduces the error if the embedding has clusters. It requires an
+            :class:`~otkd.costs.EmbeddingCost` and a teacher that is not a stored top-k.
 
     Raises:
-        TypeError: if ``k`` or ``clusters`` is no whole number, or ``tail`` neither True nor False.
-        ValueError: if ``k`` or ``clusters`` is less than 1, or ``clusters`` are asked of no tail.
+        TypeError: if ``k`` or ``clusters`` is not a whole number, or ``tail`` is not a bool.
+        ValueError: if ``k`` or ``clusters`` is less than 1, or ``clusters > 1`` with
+            ``tail=False``.
+
+    Example:
+        >>> embedding = torch.arange(100.0).unsqueeze(-1)
+        >>> loss = otkd.SinkhornLoss(embedding=embedding, support=otkd.supports.TopK(3))
+        >>> student, teacher = torch.zeros(1, 100), torch.zeros(1, 100)
+        >>> student[0, 11] = teacher[0, 10] = 10.0
+        >>> loss(student, teacher)
+        tensor(0.0006)
+        >>> print(f"{loss.last_report.coverage.item():.3f}")
+        0.996
     """
 
     backends: ClassVar[tuple[str, ...]] = ("triton",)
@@ -223,7 +235,7 @@ class TopK(Support):
 
 
 def _in_blocks(order: Tensor, n: int, m: int) -> Iterator[Tensor]:
-    """Positions in this order, in blocks of about one size, with n and m tokens at each."""
+    """The positions in this order, in blocks of about equal size with n and m tokens each."""
     elements = _BLOCK_ELEMENTS_ON_CPU if order.device.type == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
     count = -(-len(order) * (n + 1) * (m + 1) // elements)
     yield from order.split(-(-len(order) // max(1, min(count, len(order)))))

@@ -1,4 +1,4 @@
-"""Stored teacher outputs: what a loss accepts in the place of teacher logits."""
+"""Stored teachers: teacher outputs that a loss accepts in place of logits."""
 
 from otkd.teachers.dense import DenseTeacher
 from otkd.teachers.protocol import StoredTeacher, teacher_logits_of

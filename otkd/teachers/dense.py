@@ -1,4 +1,4 @@
-"""A stored teacher that keeps every logit, and its states where a loss compares them."""
+"""A stored teacher that keeps every logit and, optionally, features."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ from otkd.tensors import check_precision
 
 @dataclass(frozen=True, repr=False)
 class DenseTeacher:
-    """All teacher logits of a data set, example by example.
+    """All teacher logits of a data set.
 
     Attributes:
-        values: logits, ``(examples, *positions, vocab)``; half precision is fine.
-        features: the teacher's states ``(examples, *positions, width)``, for losses over
-            representations, or None.
+        values: logits, ``(examples, *positions, vocab)``; half precision is possible.
+        features: the teacher's hidden states ``(examples, *positions, width)``, for losses that
+            compare features, or None.
+
+    Example:
+        >>> teacher = otkd.DenseTeacher(torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
+        >>> otkd.KLLoss()(torch.tensor([[1.0, 0.0]]), teacher[:1])
+        tensor(0.1201)
     """
 
     values: Tensor
@@ -76,10 +81,10 @@ class DenseTeacher:
         return self.values
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write logits, features and their checksum to a safetensors file, whole or not at all.
+        """Write logits, features and a checksum to a safetensors file, atomically.
 
         Raises:
-            ImportError: without the package safetensors.
+            ImportError: if safetensors is not installed.
         """
         tensors = {"logits": self.values}
         if self.features is not None:
@@ -88,12 +93,12 @@ class DenseTeacher:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> DenseTeacher:
-        """Read what :meth:`save` has written.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            ImportError: without the package safetensors.
-            ValueError: if it is no safetensors file, was changed after it was saved, or holds no
-                tensor named ``logits``.
+            ImportError: if safetensors is not installed.
+            ValueError: if the file is not a safetensors file, was changed after it was saved, or
+                holds no tensor named ``logits``.
         """
         tensors, _ = load_tensors(path, "logits")
         return cls(tensors["logits"], tensors.get("features"))

@@ -1,4 +1,4 @@
-"""Log-probabilities as inference servers return them: a few tokens of each position."""
+"""Log-probabilities as inference servers return them, converted to tensors."""
 
 from __future__ import annotations
 

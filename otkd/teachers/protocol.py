@@ -1,4 +1,4 @@
-"""The protocol between a loss and a stored teacher."""
+"""The protocol of a stored teacher."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @runtime_checkable
 class StoredTeacher(Protocol):
-    """A teacher's outputs, stored; indexes like the batch of logits it stands for.
+    """Stored outputs of a teacher, which can be indexed like the batch of its logits.
 
     A stored teacher covers the examples ``0 … len(teacher) - 1``. Indexing with an integer, a slice
     or an index tensor gives the stored teacher of those examples; ``logits()`` gives dense teacher
-    logits of shape ``(*batch, vocab)``. For losses over representations it may also have
+    logits of shape ``(*batch, vocab)``. For losses that compare features it may also have
     ``features``, a tensor ``(*batch, width)``.
     """
 
@@ -27,7 +27,7 @@ class StoredTeacher(Protocol):
         ...
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StoredTeacher:
-        """The same teacher on another device; called as batches of transformers call it."""
+        """The same teacher on another device, as transformers moves a batch."""
         ...
 
     def logits(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A stored teacher that keeps the heaviest tokens of each position and their masses."""
+"""A stored teacher that keeps the k most probable tokens of each position."""
 
 from __future__ import annotations
 
@@ -27,32 +27,36 @@ from otkd.warn import warn_deprecated
 
 @dataclass(frozen=True, repr=False)
 class TopKTeacher:
-    """The k heaviest tokens of a teacher at each position, and their masses.
+    """The k most probable tokens of a teacher at each position, with their log-probabilities.
 
-    What is not stored is known as one mass, that of all other tokens (the tail), and every loss
-    takes it so. Divergences compare k + 1 atoms: the stored tokens and the tail, which has the mass
-    of the same other tokens on the student's side. ``SinkhornLoss`` with a
-    :class:`~otkd.supports.TopK` support adds atoms for tokens that are certain to be heavier in the
-    student. Losses that compare all tokens see :meth:`logits_beside` the student's. So a loss that
-    is 0 and flat at student = teacher stays so.
+    The tokens that are not stored are known only as one total mass, the tail. Divergences compare
+    k + 1 atoms, the stored tokens and the tail, on both sides. ``SinkhornLoss`` with a
+    :class:`~otkd.supports.TopK` support adds atoms for tokens that are certainly more probable in
+    the student than in the teacher. Losses that compare all tokens use :meth:`logits_beside`. With
+    each of these, a loss that is 0 with zero gradient at student = teacher keeps this property.
 
     A position may have fewer than k tokens, but at least one: a token of −1 or a log-mass of −inf
-    marks an empty slot. See :meth:`from_logprobs` for what inference servers return.
+    marks an empty slot. Use :meth:`from_logprobs` for log-probabilities from an inference server.
 
     Attributes:
         tokens: ``(examples, *positions, k)``, int32 or int64; distinct at each position.
-        log_masses: log-probabilities of these tokens at ``temperature``, of the same shape; in half
-            precision the mass of all others, which is what is left of 1, has an error of about 1e-3
-            (float16) or 1e-2 (bfloat16). NaN where there is no teacher.
+        log_masses: log-probabilities of these tokens at ``temperature``, of the same shape. NaN
+            marks a position without a teacher. In half precision the mass of the tail, computed as
+            a difference from 1, has an error of about 1e-3 (float16) or 1e-2 (bfloat16).
         vocab_size: number of tokens of the teacher.
-        temperature: divided the teacher's logits.
-        self_potential: ``(examples, *positions, k + 1)`` or None: the potential f of the teacher's
-            self-term on its tokens and the tail, with OT_ε(p, p) = 2·⟨p, f⟩; see
-            :meth:`with_self_term`.
-        self_settings: what it was made for.
+        temperature: by which the teacher's logits were divided.
+        self_potential: ``(examples, *positions, k + 1)`` or None: the potential f of the self-term,
+            on the stored tokens and the tail, with OT_ε(p, p) = 2·⟨p, f⟩. See
+            :meth:`otkd.SinkhornLoss.with_self_term`.
+        self_settings: the settings for which ``self_potential`` was computed.
 
     Raises:
-        ValueError: for shapes or dtypes other than these, or settings out of range.
+        ValueError: for wrong shapes or dtypes, or settings out of range.
+
+    Example:
+        >>> teacher = otkd.TopKTeacher.from_logits(torch.tensor([[2.0, 1.0, 0.0, 0.0]]), k=2)
+        >>> otkd.KLLoss()(torch.tensor([[1.0, 2.0, 0.0, 0.0]]), teacher)
+        tensor(0.3858)
     """
 
     tokens: Tensor
@@ -73,7 +77,7 @@ class TopKTeacher:
         temperature: float = 1.0,
         dtype: torch.dtype | None = None,
     ) -> TopKTeacher:
-        """Keep the ``k`` heaviest tokens of dense logits, heaviest first; all if there are only k.
+        """Keep the ``k`` most probable tokens of dense logits, in decreasing order.
 
         Args:
             teacher_logits: ``(*batch, vocab)``.
@@ -109,17 +113,17 @@ class TopKTeacher:
         temperature: float = 1.0,
         dtype: torch.dtype = torch.float32,
     ) -> TopKTeacher:
-        """The teacher of log-probabilities as inference servers return them.
+        """A teacher from log-probabilities as inference servers return them.
 
         Args:
-            entries: one for each position, or for each example a list of those of its positions,
-                which may differ in length. An entry is ``{token: logprob}`` or a list of pairs
-                ``(token, logprob)``, with as many tokens as there are; all others belong to the
-                tail. An object with an attribute ``logprob`` will do as a logprob (vLLM's
-                ``prompt_logprobs``). None is a position without a teacher, which must not count.
+            entries: one entry per position, or one list of entries per example; lengths may differ.
+                An entry is ``{token: logprob}`` or a list of pairs ``(token, logprob)``, with any
+                number of tokens; all other tokens belong to the tail. A logprob may be an object
+                with an attribute ``logprob`` (vLLM's ``prompt_logprobs``). None marks a position
+                without a teacher, which a mask or label must exclude.
             vocab_size: number of tokens of the teacher.
-            k: how many tokens are kept of each position, the heaviest; all by default.
-            temperature: that divided the server's logits, which is 1 unless it was told otherwise.
+            k: how many of the most probable tokens to keep; all by default.
+            temperature: at which the server computed the log-probabilities, usually 1.
             dtype: of ``log_masses``.
 
         Raises:
@@ -135,30 +139,29 @@ class TopKTeacher:
 
     @classmethod
     def cat(cls, teachers: Sequence[TopKTeacher]) -> TopKTeacher:
-        """The examples of several teachers, such as those of one batch each, in this order.
+        """Concatenate the examples of several teachers, for example one per batch.
 
-        Where some store fewer tokens of each position than others, the rest of their slots is
-        empty.
+        Teachers that store fewer tokens per position get empty slots.
 
         Raises:
-            ValueError: if there is none, or they differ in more than their number of examples and
-                of tokens.
+            ValueError: if the list is empty, or the teachers differ in more than their number of
+                examples and tokens.
         """
         return concatenated_teachers(teachers)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the logits it stands for, ``(*batch, vocab)``."""
+        """Shape of the logits that it replaces, ``(*batch, vocab)``."""
         return (*self.tokens.shape[:-1], self.vocab_size)
 
     @property
     def k(self) -> int:
-        """Number of tokens stored of each position."""
+        """Number of stored tokens per position."""
         return self.tokens.shape[-1]
 
     @property
     def tail_mass(self) -> Tensor:
-        """What the tokens that are not stored have together, ``(*batch,)``."""
+        """Total mass of the tokens that are not stored, ``(*batch,)``."""
         return self.masses()[..., -1]
 
     def __repr__(self) -> str:
@@ -185,7 +188,8 @@ class TopKTeacher:
     def with_length(self, length: int) -> TopKTeacher:
         """The first ``length`` positions of each example, ``(examples, length, …)``.
 
-        Where fewer are stored the others have NaN masses, which a loss refuses where they count.
+        Missing positions are filled with NaN masses, which a loss refuses unless they are masked
+        out.
         """
         return lengthened_teacher(self, length)
 
@@ -201,31 +205,30 @@ class TopKTeacher:
         return Slots.of(self.tokens.clamp(max=self.vocab_size - 1), empty)
 
     def masses(self, dtype: torch.dtype | None = None) -> Shaped[Tensor, "*batch atoms"]:
-        """Masses of the stored tokens and, last, of all others: ``(*batch, k + 1)``; they sum to 1.
+        """Masses of the stored tokens and, last, of the tail, ``(*batch, k + 1)``; they sum to 1.
 
-        In float32 at least. Empty slots have none. Where rounding lifts the stored masses above 1
-        they are divided by their sum, and so they are where all tokens are stored.
+        Computed in at least float32. Empty slots have mass 0. If rounding lifts the sum of the
+        stored masses above 1, or if all tokens are stored, the masses are divided by their sum.
         """
         return atom_masses(self, dtype)
 
     def log_atoms(self) -> Shaped[Tensor, "*batch atoms"]:
-        """Logarithms of :meth:`masses`, whose tail is at least the rounding error of 1.
+        """Logarithms of :meth:`masses`, with the tail's mass clamped to the rounding error of 1.
 
-        So no token is without mass that may have had some. The tail is −inf where all tokens are
-        stored.
+        So no token gets probability 0 by rounding alone. The tail is −inf if all tokens are stored.
         """
         return log_atom_masses(self)
 
     def logits(self, counted: Tensor | None = None) -> Float[Tensor, "*batch vocab"]:
-        """Dense logits of a teacher whose other tokens share the mass left to them evenly.
+        """Dense logits in which the tokens that are not stored share the tail's mass evenly.
 
-        ``(*batch, vocab)``, with ``softmax(logits / temperature)`` of the stored masses at the
-        stored tokens. The teacher did not spread that mass evenly: values and gradients are those
-        of this stand-in, and not 0 at student = teacher. Losses take it only where the student's
-        logits cannot say more (:meth:`logits_beside`): where its vocabulary is another one.
+        The result is ``(*batch, vocab)``, with ``softmax(logits / temperature)`` equal to the
+        stored masses at the stored tokens. The real teacher did not spread the tail evenly, so a
+        loss of these logits is not 0 at student = teacher. Losses use them only between two
+        vocabularies, where :meth:`logits_beside` is not possible.
 
         Args:
-            counted: boolean ``(*batch,)``: the positions that are checked; all by default.
+            counted: boolean ``(*batch,)``: the positions to check; all by default.
 
         Raises:
             ValueError: see :meth:`validate`.
@@ -239,16 +242,17 @@ class TopKTeacher:
         temperature: float | None = None,
         counted: Tensor | None = None,
     ) -> Float[Tensor, "*batch vocab"]:
-        """Dense logits of a teacher whose other tokens share the mass left to them as q does.
+        """Dense logits in which the tokens that are not stored share the tail as in the student.
 
-        With p_i = p_tail·q_i/q_tail for tokens that are not stored: the teacher nearest to the
-        student, in every f-divergence, of all that have the stored masses. Where the student has
-        the stored masses, too, it is the student. A constant: no gradient flows through it.
+        With p_i = p_tail·q_i/q_tail for tokens that are not stored, this is the distribution
+        nearest to the student, in every f-divergence, among all that have the stored masses. If the
+        student has the stored masses, it is the student's distribution. No gradient flows through
+        it.
 
         Args:
             student_logits: ``(*batch, vocab)``, of the same vocabulary.
             temperature: of the student; by default that of the teacher.
-            counted: boolean ``(*batch,)``: the positions that are checked; all by default.
+            counted: boolean ``(*batch,)``: the positions to check; all by default.
 
         Raises:
             ValueError: see :meth:`validate`.
@@ -257,16 +261,16 @@ class TopKTeacher:
         return logits_shaped_by(self, student_logits, temperature or self.temperature)
 
     def without_logits(self) -> Tensor:
-        """NaN in the shape of :meth:`logits` and without its memory: what stands for them."""
+        """A placeholder of NaN in the shape of :meth:`logits`, which takes no memory."""
         return self.log_masses.new_full((), torch.nan).expand(self.shape)
 
     def validate(self, counted: Tensor | None = None) -> TopKTeacher:
-        """Itself, if every position is a distribution over distinct tokens of the vocabulary.
+        """Return the teacher itself if every position is a distribution over distinct tokens.
 
         Positions without a teacher may hold NaN masses, and empty slots any token.
 
         Args:
-            counted: boolean ``(*batch,)``: the positions that are checked; all by default.
+            counted: boolean ``(*batch,)``: the positions to check; all by default.
 
         Raises:
             ValueError: for a token that is repeated or not in the vocabulary, or masses of a
@@ -276,7 +280,7 @@ class TopKTeacher:
         return self
 
     def check_temperature(self, temperature: float) -> None:
-        """Raise ``ValueError`` unless a loss has the temperature for which the masses are."""
+        """Raise ``ValueError`` unless a loss uses the temperature of the stored masses."""
         if not math.isclose(self.temperature, temperature, rel_tol=1e-6):
             raise ValueError(
                 f"the stored teacher's masses are at temperature {self.temperature} but the loss "
@@ -285,18 +289,18 @@ class TopKTeacher:
             )
 
     def sliced(self, vocab_size: int, counted: Tensor | None = None) -> TopKTeacher:
-        """The same teacher of the first ``vocab_size`` tokens, where the others are padding.
+        """The same teacher for the first ``vocab_size`` tokens; the other tokens are padding.
 
-        Exact if the padding has no mass, and where all tokens are stored: the slots of its tokens
-        become empty.
+        The slots of padding tokens become empty. This is exact if the padding has no mass, or if
+        all tokens are stored.
 
         Args:
             vocab_size: number of real tokens.
-            counted: boolean ``(*batch,)``: the positions that are checked; all by default.
+            counted: boolean ``(*batch,)``: the positions to check; all by default.
 
         Raises:
-            ValueError: if tokens of the padding have mass: what the others have of it is not known,
-                so that the masses cannot be renormalised.
+            ValueError: if padding tokens have mass: the share of each remaining token in the tail
+                is unknown, so that the masses cannot be renormalised.
         """
         return sliced_teacher(self, vocab_size, counted)
 
@@ -306,21 +310,21 @@ class TopKTeacher:
         return loss.with_self_term(self)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the teacher and its checksum to a safetensors file, whole or not at all.
+        """Write the teacher and a checksum to a safetensors file, atomically.
 
         Raises:
-            ImportError: without the package safetensors.
+            ImportError: if safetensors is not installed.
         """
         save_topk(path, self)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TopKTeacher:
-        """Read a teacher written by :meth:`save`.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            ImportError: without the package safetensors.
-            ValueError: if it is no safetensors file, was changed after it was saved, or what it
-                holds is no such teacher.
+            ImportError: if safetensors is not installed.
+            ValueError: if the file is not a safetensors file, was changed after it was saved, or
+                does not hold a valid teacher.
         """
         fields = load_topk(path)
         try:
