@@ -9,7 +9,7 @@ from typing import Any
 
 _OWN_LOOP = (
     "To distil it, call a loss on the tensors of your choice in a training loop of your own "
-    '(docs/training.md, "A trainer of one\'s own")'
+    '(docs/training.md, "A training loop of your own")'
 )
 
 
