@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from hypothesis import strategies as st
 
+from otkd.ot.options import Objective, SolverSettings
 from tests import naive
 
 KINDS = ("shared", "per_item", "rectangular", "zero_masses")
@@ -88,3 +91,10 @@ def check_solution(solution, a, b, cost, epsilon: float, tolerance: float) -> No
 def centred(gradient: torch.Tensor) -> torch.Tensor:
     """A gradient in probabilities up to the constant that their sum leaves free."""
     return gradient - gradient.mean(-1, keepdim=True)
+
+
+def objective_and_solver(**options):
+    """An objective and the settings of its solver, from the options of both."""
+    names = {field.name for field in dataclasses.fields(SolverSettings)}
+    solver = SolverSettings(**{name: x for name, x in options.items() if name in names})
+    return Objective(**{name: x for name, x in options.items() if name not in names}), solver

@@ -11,11 +11,10 @@ from otkd import ot
 from otkd.costs import CostMatrices
 from otkd.ot.acceleration import Anderson
 from otkd.ot.divergence import solve_divergence
-from otkd.ot.options import Options
 from otkd.ot.problem import Problem
 from otkd.ot.solver import solve_potentials
 from tests import naive
-from tests.problems import KINDS, masses, points, problem, seeds, self_costs
+from tests.problems import KINDS, masses, objective_and_solver, points, problem, seeds, self_costs
 
 pytestmark = pytest.mark.usefixtures("seeded", "iterations_alone")
 close = torch.testing.assert_close
@@ -103,11 +102,11 @@ def test_the_unbalanced_solution_is_that_of_long_plain_iterations(penalty):
 
 def test_the_accelerated_adjoint_has_the_gradient_of_unrolled_iterations():
     a, b, cost = clusters(1, n=8)
-    options = Options(
+    options = objective_and_solver(
         epsilon=0.15, tolerance=1e-11, max_iterations=5000, value="sharp", debias=False
     )
     leaves = [x.clone().requires_grad_() for x in (a, cost)]
-    solution = solve_divergence(leaves[0], b, CostMatrices(leaves[1]), options)
+    solution = solve_divergence(leaves[0], b, CostMatrices(leaves[1]), *options)
     gradient = torch.autograd.grad(solution.value.sum(), leaves)
     _, plan = naive.sinkhorn(leaves[0], b, leaves[1], 0.15, iterations=1500)
     expected = torch.autograd.grad((plan * leaves[1]).sum(), leaves)

@@ -17,9 +17,8 @@ from otkd import ot
 from otkd.costs import CostMatrices
 from otkd.ot.divergence import solve_divergence
 from otkd.ot.kernels.blocked import BlockedCost
-from otkd.ot.options import Options
 from tests import naive
-from tests.problems import centred, generator, masses, points
+from tests.problems import centred, generator, masses, objective_and_solver, points
 
 pytestmark = pytest.mark.usefixtures("seeded")
 close = torch.testing.assert_close
@@ -74,7 +73,7 @@ def divergence(a, b, costs, options):
     leaves = [x.detach().clone().requires_grad_() for x in (a, b, *costs)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", otkd.ConvergenceWarning)
-        solution = solve_divergence(leaves[0], leaves[1], CostMatrices(*leaves[2:]), options)
+        solution = solve_divergence(leaves[0], leaves[1], CostMatrices(*leaves[2:]), *options)
         gradients = torch.autograd.grad(solution.value.sum(), leaves, allow_unused=True)
     return solution, [gradient for gradient in gradients if gradient is not None]
 
@@ -166,7 +165,7 @@ def test_a_tiny_range_has_a_value_and_gradient_as_precise(seed, dtype, unit, val
     """To first order in C/ε the plan is a⊗b and f = C·b − ½·aᵀ·C·b; float32 has six digits."""
     a, b, cost, _ = problem("shared", seed, dtype, 1.0)
     a, b, cost = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True), cost * unit
-    options = Options(epsilon=2.0**24 * unit, value=value, debias=False)
+    options = objective_and_solver(epsilon=2.0**24 * unit, value=value, debias=False)
     solution, slopes = divergence(a, b, [cost], options)
     assert solution.converged
     independent = torch.einsum("bi,ij,bj->b", *(x.double() for x in (a, cost, b)))
@@ -216,7 +215,7 @@ def test_a_constant_in_all_costs_leaves_the_divergence(
 ):
     """And one in each of the three adds up; gradients change by constants of a distribution."""
     a, b, cost, epsilon = problem(kind, seed, dtype, reach, square=True)
-    options = Options(epsilon=epsilon, max_iterations=300, value=value, debias=debias)
+    options = objective_and_solver(epsilon=epsilon, max_iterations=300, value=value, debias=debias)
     expected, slopes = divergence(a, b, [cost] * 3, options)
     found, found_slopes = divergence(a, b, [cost + constant] * 3, options)
     assert (found.converged, found.iterations) == (expected.converged, expected.iterations)
@@ -244,9 +243,9 @@ def test_a_constant_in_all_costs_leaves_the_divergence(
 def test_the_unit_of_a_divergence(seed, dtype, reach, unit, value):
     a, b, cost, epsilon = problem("shared", seed, dtype, reach, square=True)
     limits = {"max_iterations": 300, "value": value}
-    expected, slopes = divergence(a, b, [cost] * 3, Options(epsilon=epsilon, **limits))
+    expected, slopes = divergence(a, b, [cost] * 3, objective_and_solver(epsilon=epsilon, **limits))
     found, found_slopes = divergence(
-        a, b, [cost * unit] * 3, Options(epsilon=epsilon * unit, **limits)
+        a, b, [cost * unit] * 3, objective_and_solver(epsilon=epsilon * unit, **limits)
     )
     assert (found.converged, found.iterations) == (expected.converged, expected.iterations)
     rounding = 256 * EPS[dtype] * 16
@@ -274,7 +273,7 @@ def test_constants_and_masses_of_penalised_transport(kind, seed, reach, rho, con
     side is held, and none where one is.
     """
     a, b, cost, epsilon = problem(kind, seed, F64, reach)
-    options = Options(epsilon=epsilon, unbalanced=rho, debias=False)
+    options = objective_and_solver(epsilon=epsilon, unbalanced=rho, debias=False)
     expected, slopes = divergence(a, b, [cost], options)
     assert expected.converged
     moved, moved_slopes = divergence(a * totals[0], b * totals[1], [cost + constant], options)
@@ -299,10 +298,10 @@ def test_the_unit_of_cost_epsilon_and_penalty(seed, dtype, reach, unit):
     a, b, cost, epsilon = problem("per_item", seed, dtype, reach)
     cost = cost + 8  # below 0 by many ρ the plan is as many times larger than the masses
     for rho in ((2.0, 0.5), (2.0, math.inf), (0.01, 0.01)):
-        options = Options(epsilon=epsilon, unbalanced=rho, debias=False)
+        options = objective_and_solver(epsilon=epsilon, unbalanced=rho, debias=False)
         expected, slopes = divergence(a, b, [cost], options)
         scaled = tuple(unit * penalty for penalty in rho)
-        options = Options(epsilon=epsilon * unit, unbalanced=scaled, debias=False)
+        options = objective_and_solver(epsilon=epsilon * unit, unbalanced=scaled, debias=False)
         found, found_slopes = divergence(a, b, [cost * unit], options)
         assert found.iterations == expected.iterations
         rounding = 256 * EPS[dtype] * 16
@@ -318,7 +317,7 @@ def test_plans_near_the_largest_of_float32_have_the_gradients_of_float64(rho, re
     a, b, cost, epsilon = problem("per_item", 8, F64, reach)
     cost, epsilon = cost / 32, epsilon / 32
     cost = cost - 78 * (epsilon + sum(rho))
-    options = Options(epsilon=epsilon, unbalanced=rho, debias=False)
+    options = objective_and_solver(epsilon=epsilon, unbalanced=rho, debias=False)
     expected, slopes = divergence(a, b, [cost], options)
     found, found_slopes = divergence(a.float(), b.float(), [cost.float()], options)
     assert found.converged
@@ -370,9 +369,9 @@ def test_a_blocked_cost_is_its_matrix_at_every_epsilon(dtype, epsilon):
     cost = BlockedCost(otkd.costs.EmbeddingCost(x), dtype=dtype)
     matrix = torch.cat([block for _, block in cost.blocks()])
     a, b = masses(2, 3, 12).to(dtype), masses(3, 3, 12).to(dtype)
-    options = Options(epsilon=epsilon, max_iterations=2000, debias=True)
-    lazy = solve_divergence(a, b, CostMatrices(cost, cost, cost), options)
-    dense = solve_divergence(a, b, CostMatrices(matrix, matrix, matrix), options)
+    options = objective_and_solver(epsilon=epsilon, max_iterations=2000, debias=True)
+    lazy = solve_divergence(a, b, CostMatrices(cost, cost, cost), *options)
+    dense = solve_divergence(a, b, CostMatrices(matrix, matrix, matrix), *options)
     assert dense.converged
     assert lazy.converged
     close(lazy.value, dense.value, rtol=1e-4, atol=2e-4 * min(epsilon, 1.0))

@@ -602,10 +602,11 @@ def test_where_settings_are_at_their_defaults():
             assert build().temperature == (2.0 if build is otkd.BatchSinkhornLoss else 1.0)
             assert build().reduction == "mean"
     token, batch = otkd.SinkhornLoss(embedding=points(1, 4)), otkd.BatchSinkhornLoss()
-    expected = {"epsilon": 0.1, "tolerance": 1e-4, "value": "dual"}
-    options = otkd.ot.options.Options
-    assert token.solver_options == options(**expected, debias=True, max_iterations=200)
-    assert batch.solver_options == options(**expected, debias=True, max_iterations=1000)
+    options = otkd.ot.options
+    assert token.objective == batch.objective == options.Objective(epsilon=0.1, debias=True)
+    for loss, limit in ((token, 200), (batch, 1000)):
+        expected = options.SolverSettings(tolerance=1e-4, max_iterations=limit)
+        assert loss.solver == expected
     assert batch.cost == "l1"
 
 

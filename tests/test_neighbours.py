@@ -51,7 +51,7 @@ def loss(support, cost, teacher, epsilon=0.3, **options):
 def prepared(cost, n, m, *, k=K, dtype=torch.float64, self_terms=True):
     """The sparse costs as the support makes them."""
     support = NearestNeighbours(k)
-    support.check(cost, n, m, otkd.ot.options.Options())
+    support.check(cost, n, m, otkd.ot.options.Objective(), "auto")
     return support._costs(cost, dtype, torch.device("cpu"), self_terms=self_terms)
 
 

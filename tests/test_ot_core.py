@@ -14,7 +14,6 @@ from otkd.costs import CostMatrices
 from otkd.ot.divergence import solve_divergence
 from otkd.ot.kernels.base import LogKernel, ProductKernel
 from otkd.ot.kernels.stabilised import StabilisedKernel
-from otkd.ot.options import Options
 from otkd.ot.problem import Problem
 from otkd.ot.solver import solve_potentials
 from tests import naive
@@ -24,6 +23,7 @@ from tests.problems import (
     centred,
     check_solution,
     masses,
+    objective_and_solver,
     points,
     problem,
     seeds,
@@ -262,10 +262,10 @@ def test_the_sharp_gradient_is_as_good_as_the_tolerance(epsilon, dtype):
 
     def gradients(tolerance, dtype):
         a_, b_, cost_ = (v.to(dtype).requires_grad_() for v in (a, b, cost))
-        options = Options(
+        options = objective_and_solver(
             epsilon=epsilon, tolerance=tolerance, max_iterations=20_000, value="sharp", debias=False
         )
-        value = solve_divergence(a_, b_, CostMatrices(cost_), options).value
+        value = solve_divergence(a_, b_, CostMatrices(cost_), *options).value
         return [g.double() for g in torch.autograd.grad(value, (a_, b_, cost_))]
 
     exact, found = gradients(1e-8, torch.float64), gradients(1e-4, dtype)
@@ -282,14 +282,14 @@ def test_an_adjoint_that_does_not_converge_is_reported(monkeypatch):
 
     monkeypatch.setattr(otkd.ot.gradients, "_solve_adjoint", stopped)
     limits = {"epsilon": 0.05, "tolerance": 1e-9, "max_iterations": 2000}
-    options = Options(value="sharp", debias=False, **limits)
+    options = objective_and_solver(value="sharp", debias=False, **limits)
     costs = CostMatrices(cost.requires_grad_())
     with pytest.warns(ConvergenceWarning, match="the gradient of transport between 6 and 6"):
-        solution = solve_divergence(a, b, costs, options)
+        solution = solve_divergence(a, b, costs, *options)
     assert not solution.converged
     assert solution.marginal_error.max() <= 1e-9
     with torch.no_grad():  # where none is asked for there is none to miss
-        assert solve_divergence(a, b, costs, options).converged
+        assert solve_divergence(a, b, costs, *options).converged
 
 
 def test_not_converged_is_reported_and_told():

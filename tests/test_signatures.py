@@ -14,7 +14,7 @@ from torch import Tensor
 import otkd
 from otkd import functional
 from otkd.functional.report import Report
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 
 NEEDS_COST = ("sinkhorn", "wasserstein")
 
@@ -130,7 +130,8 @@ POSITIONAL = {
     otkd.ot.sinkhorn: ["a", "b", "cost"],
     otkd.ot.sinkhorn_divergence: ["a", "b", "cost"],
     otkd.ot.wasserstein: ["a", "b", "cost"],
-    Options: [],
+    Objective: [],
+    SolverSettings: [],
     Report: [],
 }
 
@@ -233,8 +234,8 @@ def test_scalars_of_numpy_and_torch_are_numbers(kind):
     loss = otkd.SinkhornLoss(
         embedding=X, temperature=kind(2), epsilon=kind(1), support=otkd.supports.Dense()
     )
-    assert (loss.temperature, loss.solver_options.epsilon) == (2, 1)
-    assert {type(loss.temperature), type(loss.solver_options.epsilon)} <= {int, float}
+    assert (loss.temperature, loss.objective.epsilon) == (2, 1)
+    assert {type(loss.temperature), type(loss.objective.epsilon)} <= {int, float}
     assert otkd.JSDLoss(np.float32(0.25)).formula.beta == 0.25
     if kind is not np.float32 and kind is not np.float64:
         assert otkd.supports.TopK(kind(3)) == otkd.supports.TopK(3)

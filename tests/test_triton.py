@@ -21,9 +21,8 @@ from otkd.costs import CostMatrices, EmbeddingCost
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
 from otkd.fused.topk_sinkhorn import LARGEST_HEAD, TopKSinkhorn, has_triton, topk_sinkhorn
 from otkd.ot.divergence import solve_divergence
-from otkd.ot.options import Options
 from tests import naive
-from tests.problems import generator, masses, points
+from tests.problems import generator, masses, objective_and_solver, points
 
 METRICS = ("sqeuclidean", "euclidean", "cosine")
 VOCAB, WIDTH = 40, 21
@@ -119,14 +118,14 @@ class Case:
         matrix[:, :-1, :-1] = cost.between(tokens, tokens, ("source", "target"), torch.float64)
         matrix[:, -1, :-1] = matrix[:, :-1, -1] = to_tail[tokens]
         matrix[:, -1, -1] = corner
-        options = Options(
+        options = objective_and_solver(
             epsilon=case.epsilon,
             tolerance=case.tolerance,
             max_iterations=case.max_iterations,
             debias=case.debias,
         )
         a.requires_grad_()
-        return a, b, matrix, solve_divergence(a, b, CostMatrices(*(matrix,) * 3), options)
+        return a, b, matrix, solve_divergence(a, b, CostMatrices(*(matrix,) * 3), *options)
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Value and gradient, which is the soft minimum at points with and without mass."""

@@ -12,12 +12,20 @@ import otkd
 from otkd import functional as F
 from otkd.costs import CostMatrices
 from otkd.ot.divergence import solve_divergence
-from otkd.ot.options import Options
 from otkd.ot.problem import Problem
 from otkd.ot.solver import solve_potentials
 from otkd.supports import TopK
 from tests import naive
-from tests.problems import KINDS, logits, masses, points, problem, seeds, self_costs
+from tests.problems import (
+    KINDS,
+    logits,
+    masses,
+    objective_and_solver,
+    points,
+    problem,
+    seeds,
+    self_costs,
+)
 
 pytestmark = pytest.mark.usefixtures("seeded")
 close = torch.testing.assert_close
@@ -36,7 +44,10 @@ def divergence(a, b, cost, epsilon, rho, *, debias=False, **options):
     costs = CostMatrices(cost, cost, cost) if debias else CostMatrices(cost)
     options = {**TIGHT, **options}
     return solve_divergence(
-        a, b, costs, Options(epsilon=epsilon, unbalanced=rho, debias=debias, **options)
+        a,
+        b,
+        costs,
+        *objective_and_solver(epsilon=epsilon, unbalanced=rho, debias=debias, **options),
     )
 
 
@@ -170,7 +181,8 @@ def test_a_pair_through_the_logits(rho):
         form = solve_divergence(
             *(naive.log_distribution(x).exp() for x in (student, teacher)),
             CostMatrices(cost),
-            loss.solver_options,
+            loss.objective,
+            loss.solver,
         )
         side = rho.index(HELD)
         masses = naive.log_distribution((student, teacher)[side]).exp()

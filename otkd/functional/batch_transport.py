@@ -17,7 +17,7 @@ from otkd.functional.l1_distances import l1_distances
 from otkd.functional.transport import distributions
 from otkd.ot.divergence import DivergenceSolution, solve_divergence
 from otkd.ot.kernels.line import LineCost
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.precision import inner_products, without_autocast
 
 # An accelerated step takes as long as so many plain ones of few samples, and of more samples as
@@ -81,21 +81,18 @@ def batch_sinkhorn_distance(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
     )
-    options = Options(
-        epsilon=epsilon,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        value=value,
-        debias=debias,
-    )
-    return transport_between_points(q, p, cost, options, sample_cost=sample_cost).value
+    objective = Objective(epsilon=epsilon, value=value, debias=debias)
+    solver = SolverSettings(tolerance=tolerance, max_iterations=max_iterations)
+    solution = transport_between_points(q, p, cost, objective, solver, sample_cost=sample_cost)
+    return solution.value
 
 
 def transport_between_points(
     x: Tensor,
     y: Tensor,
     cost: str,
-    options: Options,
+    objective: Objective,
+    solver: SolverSettings,
     *,
     normalize: bool = False,
     sample_cost: float = 0.0,
@@ -108,8 +105,8 @@ def transport_between_points(
     """
     check_choice("cost", cost, BATCH_COSTS)
     check_not_negative(sample_cost=sample_cost)
-    pairs = [(x, y), (x, x), (y, y)] if options.debias else [(x, y)]
-    if not (normalize or sample_cost) and _on_a_line(x, cost, options):
+    pairs = [(x, y), (x, x), (y, y)] if objective.debias else [(x, y)]
+    if not (normalize or sample_cost) and _on_a_line(x, cost, objective):
         lines = [LineCost(s[:, 0], t[:, 0], _SLOPES[cost]) for s, t in pairs]
         costs = [cast(Tensor, line) for line in lines]  # a lazy cost stands where a matrix may
     else:
@@ -124,20 +121,20 @@ def transport_between_points(
                 apart = 1 - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
                 costs = [matrix + sample_cost * apart for matrix in costs]
     plain_steps = min(_PLAIN_STEPS, _PLAIN_ENTRIES // x.shape[-2] ** 2)
-    options = replace(options, plain_steps=plain_steps)
+    solver = replace(solver, plain_steps=plain_steps)
     uniform = x.new_full(x.shape[:-1], 1 / x.shape[-2])
-    return solve_divergence(uniform, uniform, CostMatrices(*costs), options)
+    return solve_divergence(uniform, uniform, CostMatrices(*costs), objective, solver)
 
 
-def _on_a_line(x: Tensor, cost: str, options: Options) -> bool:
+def _on_a_line(x: Tensor, cost: str, objective: Objective) -> bool:
     """Whether the points are many distributions over two classes, of which one says all."""
     return (
         x.ndim == 2
         and x.shape[-1] == 2
         and len(x) > _LINE_FROM
         and cost in _SLOPES
-        and options.value == "dual"
-        and LineCost.represents(_SLOPES[cost], options.epsilon, x.dtype)
+        and objective.value == "dual"
+        and LineCost.represents(_SLOPES[cost], objective.epsilon, x.dtype)
     )
 
 

@@ -13,7 +13,7 @@ from otkd.compilation import outside_graphs
 from otkd.costs import Cost, MatrixCost
 from otkd.functional.report import Report
 from otkd.ot.exact import exact_transport
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.precision import compute_dtype
 from otkd.supports import Positions, Support, as_support, choose_support
 from otkd.supports.base import Selection
@@ -64,20 +64,13 @@ def sinkhorn_divergence(
         TypeError, ValueError: for input that does not fit, parameters out of range, NaN in a
             counted position.
     """
-    options = Options(
-        epsilon=epsilon,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        value=value,
-        debias=debias,
-        unbalanced=unbalanced,
-    )
     values, _ = sinkhorn_with_report(
         student_logits,
         teacher_logits,
         cost=MatrixCost(cost, learnable=True) if isinstance(cost, Tensor) else cost,
         support=as_support(support),
-        options=options,
+        objective=Objective(epsilon=epsilon, debias=debias, value=value, unbalanced=unbalanced),
+        solver=SolverSettings(tolerance=tolerance, max_iterations=max_iterations),
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         mask=mask,
@@ -91,10 +84,12 @@ def sinkhorn_with_report(
     *,
     cost: Cost,
     support: Support | None,
-    options: Options,
+    objective: Objective,
+    solver: SolverSettings,
     temperature: float,
     teacher_temperature: float | None,
     mask: Tensor | None,
+    backend: str = "auto",
     stored: TopKTeacher | None = None,
 ) -> tuple[Tensor, Report | None]:
     """:func:`sinkhorn_divergence` and what its solver did (None without a counted position).
@@ -109,7 +104,8 @@ def sinkhorn_with_report(
         teacher_logits,
         cost=cost,
         support=support,
-        options=options,
+        objective=objective,
+        backend=backend,
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         mask=mask,
@@ -118,17 +114,21 @@ def sinkhorn_with_report(
     batch_shape = student_logits.shape[:-1]
     values, report = positions.student[:0].sum(-1).to(positions.dtype), None
     if len(positions):
-        values, report = solve_selection(support.select(positions, cost, options), options)
+        values, report = solve_selection(
+            support.select(positions, cost, objective, backend), objective, solver
+        )
     if positions.counted is not None:
         values = values.new_zeros(batch_shape.numel()).index_copy(0, positions.counted, values)
     return values.reshape(batch_shape), report
 
 
-def solve_selection(selection: Selection, options: Options) -> tuple[Tensor, Report]:
+def solve_selection(
+    selection: Selection, objective: Objective, solver: SolverSettings
+) -> tuple[Tensor, Report]:
     """The value of every position of a selection, block by block, and one report of all."""
     values, reports, places = [], [], []
     for block in selection.blocks:
-        value, report = block.solve(options)
+        value, report = block.solve(objective, solver)
         values.append(value)
         reports.append(report)
         places.append(block.places)
@@ -152,7 +152,8 @@ def counted_positions_of(
     *,
     cost: Cost,
     support: Support | None,
-    options: Options,
+    objective: Objective,
+    backend: str,
     temperature: float,
     teacher_temperature: float | None,
     mask: Tensor | None,
@@ -170,8 +171,8 @@ def counted_positions_of(
     check_mask(mask, batch_shape)
     n, m = student_logits.shape[-1], teacher_logits.shape[-1]
     if support is None:
-        support = choose_support(n, m, options.backend)
-    support.check(cost, n, m, options)
+        support = choose_support(n, m, backend)
+    support.check(cost, n, m, objective, backend)
     counted = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
     if stored is not None and support.reads_stored:
         stored = stored.flatten()

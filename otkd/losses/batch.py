@@ -11,7 +11,7 @@ from otkd.functional.report import Report
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.batch_base import SINKD_TEMPERATURE, BatchLoss, BatchSettings, counted_rows
 from otkd.losses.registry import register_loss
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.precision import compute_dtype, without_autocast
 from otkd.scalars import as_not_negative
 from otkd.tensors import check_floating
@@ -92,13 +92,8 @@ class BatchSinkhornLoss(BatchLoss):
         self.cost = cost
         self.sample_cost = as_not_negative("sample_cost", sample_cost)
         self.projection = projection
-        self.solver_options = Options(
-            epsilon=epsilon,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-            value=value,
-            debias=debias,
-        )
+        self.objective = Objective(epsilon=epsilon, value=value, debias=debias)
+        self.solver = SolverSettings(tolerance=tolerance, max_iterations=max_iterations)
 
     @property
     def needs_features(self) -> bool:
@@ -141,7 +136,8 @@ class BatchSinkhornLoss(BatchLoss):
             student,
             teacher,
             cost,
-            self.solver_options,
+            self.objective,
+            self.solver,
             normalize=normalize,
             sample_cost=self.sample_cost,
         )
@@ -151,9 +147,8 @@ class BatchSinkhornLoss(BatchLoss):
         return solution.value, source + target
 
     def extra_repr(self) -> str:
-        """The settings of the transport and the common settings."""
-        options = self.solver_options
-        return f"cost={self.cost!r}, epsilon={options.epsilon}, " + super().extra_repr()
+        """The settings of the transport and the common ones."""
+        return f"cost={self.cost!r}, epsilon={self.objective.epsilon}, " + super().extra_repr()
 
 
 def _refuse_settings_of_logits(loss: DistillationLoss) -> None:

@@ -15,7 +15,7 @@ from otkd.functional.transport import counted_positions_of
 from otkd.losses.base import Batch
 from otkd.ot.divergence import solve_divergence
 from otkd.ot.kernels.lazy import LazyCost
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.supports import LARGEST_DENSE, Support
 from otkd.supports.base import Block
 
@@ -83,7 +83,8 @@ def explain_position(
     *,
     cost: Cost,
     support: Support | None,
-    options: Options,
+    objective: Objective,
+    solver: SolverSettings,
     temperature: float,
     teacher_temperature: float | None,
     tokenizer: Any,
@@ -95,7 +96,6 @@ def explain_position(
         raise ValueError(f"top must be a number of moves or None for all, got {top!r}")
     two = not cost.one_vocabulary
     source_names, target_names = _tokenizers(tokenizer, two=two)
-    options = replace(options, backend="auto")  # others may not hold the costs
     mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=batch.student_logits.device)
     mask[_flat_index(position, shape)] = True
     with torch.no_grad():
@@ -104,20 +104,21 @@ def explain_position(
             batch.teacher_logits,
             cost=cost,
             support=support,
-            options=options,
+            objective=objective,
+            backend="auto",  # others may not hold the costs
             temperature=temperature,
             teacher_temperature=teacher_temperature,
             mask=mask.reshape(shape),
             stored=batch.stored,
         )
-        (block,) = support.select(positions, cost, options).blocks
+        (block,) = support.select(positions, cost, objective, "auto").blocks
         if isinstance(block.costs.cross, LazyCost):
             raise ValueError(
                 f"{support!r} does not hold the transport of a position in full: use "
                 f"otkd.supports.TopK or, up to {LARGEST_DENSE} tokens, Dense"
             )
-        value, _ = block.solve(options)
-        plan, costs, error = _plan(block, options)
+        value, _ = block.solve(objective, solver)
+        plan, costs, error = _plan(block, objective, solver)
     source_tokens, target_tokens = _tokens(block)
     stays = source_tokens.unsqueeze(-1) == target_tokens
     moved = plan.sum() if two else plan.masked_fill(stays, 0).sum()
@@ -140,11 +141,13 @@ def explain_position(
     )
 
 
-def _plan(block: Block, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+def _plan(
+    block: Block, objective: Objective, solver: SolverSettings
+) -> tuple[Tensor, Tensor, Tensor]:
     """The plan of OT_ε(q, p) and its costs, ``(n, m)``, and the marginal error."""
-    options = replace(options, debias=False, value="dual")
+    objective = replace(objective, debias=False, value="dual")
     costs = CostMatrices(block.costs.cross)
-    (transport,) = solve_divergence(block.source, block.target, costs, options).parts
+    (transport,) = solve_divergence(block.source, block.target, costs, objective, solver).parts
     plan = transport.plan()[0]
     return plan, costs.cross.expand(1, *plan.shape)[0], transport.potentials.marginal_error[0]
 

@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
+from otkd.checks import check_choice
 from otkd.costs import Cost
 from otkd.functional.transport import sinkhorn_with_report, wasserstein_distance
 from otkd.losses.base import Batch, CommonSettings, DistillationLoss
 from otkd.losses.explain import Explanation, explain_position
 from otkd.losses.ground_cost import make_cost
 from otkd.losses.registry import register_loss
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.scalars import as_positive
-from otkd.supports import Support, as_support, choose_support
+from otkd.supports import BACKENDS, Support, as_support, choose_support
 from otkd.teachers import StoredTeacher, TopKTeacher
 
 
@@ -95,15 +96,12 @@ class SinkhornLoss(DistillationLoss):
         **common: Unpack[CommonSettings],
     ) -> None:
         super().__init__(**common)
-        self.solver_options = Options(
-            epsilon=epsilon,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-            value=value,
-            debias=debias,
-            unbalanced=unbalanced,
-            backend=backend,
+        self.objective = Objective(
+            epsilon=epsilon, debias=debias, value=value, unbalanced=unbalanced
         )
+        self.solver = SolverSettings(tolerance=tolerance, max_iterations=max_iterations)
+        check_choice("backend", backend, BACKENDS)
+        self.backend = backend
         self.cost = make_cost(cost, embedding)
         self.support = as_support(support)
         if debias and not self.cost.keeps_divergence_positive(epsilon):
@@ -126,7 +124,9 @@ class SinkhornLoss(DistillationLoss):
             batch.teacher_logits,
             cost=self.cost,
             support=self.support,
-            options=self.solver_options,
+            objective=self.objective,
+            solver=self.solver,
+            backend=self.backend,
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
             mask=batch.counted,
@@ -168,7 +168,8 @@ class SinkhornLoss(DistillationLoss):
             position,
             cost=self.cost,
             support=self.support,
-            options=self.solver_options,
+            objective=self.objective,
+            solver=self.solver,
             temperature=self.temperature,
             teacher_temperature=self.teacher_temperature,
             tokenizer=tokenizer,
@@ -194,15 +195,17 @@ class SinkhornLoss(DistillationLoss):
         """
         teacher.check_temperature(self.teacher_temperature or self.temperature)
         support = self.support or choose_support(teacher.vocab_size, teacher.vocab_size)
-        potential, settings = support.stored_self_term(teacher, self.cost, self.solver_options)
+        potential, settings = support.stored_self_term(
+            teacher, self.cost, self.objective, self.solver
+        )
         return replace(teacher, self_potential=potential, self_settings=settings)
 
     def extra_repr(self) -> str:
-        """The settings of the transport and the common settings."""
-        options = self.solver_options
+        """The settings of the transport and the common ones."""
+        objective = self.objective
         return (
-            f"epsilon={options.epsilon}, debias={options.debias}, value={options.value!r}, "
-            + super().extra_repr()
+            f"epsilon={objective.epsilon}, debias={objective.debias}, "
+            f"value={objective.value!r}, " + super().extra_repr()
         )
 
 

@@ -1,4 +1,4 @@
-"""One transport problem, or the three of a debiased divergence, from options to values."""
+"""One transport problem, or the three of a debiased divergence, solved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from otkd.costs import CostMatrices
 from otkd.ot.normal_form import Ground
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.ot.problem import Problem, flatten_problem
 from otkd.ot.transport import Transport, solve_transport
 from otkd.precision import without_autocast
@@ -106,11 +106,12 @@ def solve_divergence(
     a: Tensor,
     b: Tensor,
     cost: CostMatrices,
-    options: Options,
+    objective: Objective,
+    solver: SolverSettings,
     *,
     target_value: Tensor | None = None,
 ) -> DivergenceSolution:
-    """OT_ε(a, b), or with ``options.debias`` OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b).
+    """OT_ε(a, b), or with ``objective.debias`` OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b).
 
     ``target_value`` is OT_ε(b, b), ``(*batch,)``, if it is already known.
     """
@@ -120,31 +121,37 @@ def solve_divergence(
     grounds: dict[int, Ground] = {}
     start = None
     with without_autocast(a):
-        if options.debias:
+        if objective.debias:
             for masses, self_cost in ((a, cost.source), (b, cost.target)):
                 if self_cost is None:
                     raise ValueError("a debiased divergence needs the cost within each side")
                 if masses is b and target_value is not None:
                     continue
                 _, _, matrix, _ = flatten_problem(masses, masses, self_cost, batch)
-                problem = Problem(masses, masses, matrix, options.epsilon, True, options.penalties)
-                transport = solve_transport(problem, options, grounds.get(id(self_cost)))
+                problem = Problem(
+                    masses, masses, matrix, objective.epsilon, True, objective.penalties
+                )
+                transport = solve_transport(
+                    problem, solver, objective.value, grounds.get(id(self_cost))
+                )
                 grounds[id(self_cost)] = transport.form.ground
                 within.append(transport)
                 # Near a = b, where a good student is, the potentials of (b, b) are those of (a, b).
                 start = transport.potentials.f if masses is b else None
-        problem = Problem(a, b, cross_cost, options.epsilon, penalties=options.penalties)
-        transport = solve_transport(problem, options, grounds.get(id(cost.cross)), start)
+        problem = Problem(a, b, cross_cost, objective.epsilon, penalties=objective.penalties)
+        transport = solve_transport(
+            problem, solver, objective.value, grounds.get(id(cost.cross)), start
+        )
     parts = (transport, *within)
     value = transport.value
     for self_term in within:
         value = value - self_term.value / 2
-    if options.debias and target_value is not None:
+    if objective.debias and target_value is not None:
         value = value - target_value.reshape(-1) / 2
     value = with_offsets(value, a, b, parts)
-    if options.debias and options.unbalanced is not None:
+    if objective.debias and objective.unbalanced is not None:
         # Séjourné et al. (2019), "Sinkhorn Divergences for Unbalanced Optimal Transport".
-        value = value + options.epsilon / 2 * (a.sum(-1) - b.sum(-1)).square()
+        value = value + objective.epsilon / 2 * (a.sum(-1) - b.sum(-1)).square()
     return DivergenceSolution(
         value=value.reshape(batch), report=SolverReport.of_parts(parts), parts=parts
     )

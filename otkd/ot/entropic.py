@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otkd.costs import Cost, CostMatrices, as_cost_matrices
 from otkd.ot.divergence import DivergenceSolution, solve_divergence, with_offsets
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.ot.problem import Problem, check_costs, check_masses, flatten_problem
 from otkd.ot.solution import Solution
 from otkd.ot.transport import solve_transport
@@ -50,14 +50,15 @@ def sinkhorn(
     Source: Cuturi (2013), "Sinkhorn Distances: Lightspeed Computation of Optimal Transport" (with
     λ = 1/ε); Feydy et al. (2019) for the objective with KL(P‖a⊗b).
     """
-    options = Options(epsilon=epsilon, tolerance=tolerance, max_iterations=max_iterations)
+    objective = Objective(epsilon=epsilon, debias=False)
+    solver = SolverSettings(tolerance=tolerance, max_iterations=max_iterations)
     check_masses(a, b)
     costs = CostMatrices(as_cost_matrices(cost, a, b).cross)
     check_costs(a.shape[-1], b.shape[-1], costs)
     a, b, matrix, batch = flatten_problem(a, b, costs.cross)
-    problem = Problem(a, b, matrix, epsilon)
+    problem = Problem(a, b, matrix, objective.epsilon)
     with without_autocast(a):
-        transport = solve_transport(problem, options)
+        transport = solve_transport(problem, solver)
         normal, kernel = transport.form.problem, transport.form.ground.kernel
         potentials = transport.potentials
         row_cost = kernel.mean_cost(potentials.f, potentials.g, normal.b)
@@ -150,15 +151,10 @@ def sinkhorn_divergence(
     Source: Feydy et al. (2019), "Interpolating between Optimal Transport and MMD using Sinkhorn
     Divergences"; Genevay et al. (2018) for the sharp variant.
     """
-    options = Options(
-        epsilon=epsilon,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        value=value,
-        debias=debias,
-    )
+    objective = Objective(epsilon=epsilon, value=value, debias=debias)
+    solver = SolverSettings(tolerance=tolerance, max_iterations=max_iterations)
     check_masses(a, b)
     matrices = as_cost_matrices(cost, a, b, self_terms=debias)
     check_costs(a.shape[-1], b.shape[-1], matrices)
-    solution = solve_divergence(a, b, matrices, options)
+    solution = solve_divergence(a, b, matrices, objective, solver)
     return solution if return_solution else solution.value

@@ -1,4 +1,4 @@
-"""Options of entropic transport."""
+"""What entropic transport computes, and how it is solved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from otkd.ot.problem import HELD
 from otkd.scalars import as_flag, as_positive, as_whole, settle
 
 VALUES = ("dual", "sharp")
-BACKENDS = ("auto", "torch", "keops", "triton")
 
 
 def as_penalties(unbalanced: float | tuple[float, float] | None) -> tuple[float, float]:
@@ -32,35 +31,30 @@ def as_penalties(unbalanced: float | tuple[float, float] | None) -> tuple[float,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """The objective and the solver settings, passed from the loss down to the solver.
+class Objective:
+    """What is computed: the entropic problem and the number that is returned.
 
-    ``unbalanced`` is stored as a pair (ρ of the source, ρ of the target), or None if both marginals
-    are held. ``plain_steps`` is an internal setting of :func:`~otkd.ot.solver.solve_potentials`;
-    all others are arguments of a loss.
+    Attributes:
+        epsilon: entropic strength, in units of the cost.
+        debias: whether half the self-terms are subtracted.
+        value: ``"dual"``, or ``"sharp"`` for ⟨P, C⟩.
+        unbalanced: (ρ of the source, ρ of the target), or None where both marginals are held.
     """
 
     epsilon: float = 0.1
-    tolerance: float = 1e-4
-    max_iterations: int = 1000
-    value: str = "dual"
     debias: bool = True
+    value: str = "dual"
     unbalanced: float | tuple[float, float] | None = None
-    backend: str = "auto"
-    plain_steps: int = 0
 
     def __post_init__(self):
         penalties = as_penalties(self.unbalanced)
         settle(
             self,
             epsilon=as_positive("epsilon", self.epsilon),
-            tolerance=as_positive("tolerance", self.tolerance),
-            max_iterations=as_whole("max_iterations", self.max_iterations),
             debias=as_flag("debias", self.debias),
             unbalanced=None if penalties == HELD else penalties,
         )
         check_choice("value", self.value, VALUES)
-        check_choice("backend", self.backend, BACKENDS)
         if self.unbalanced is None:
             return
         if self.value != "dual":
@@ -76,3 +70,25 @@ class Options:
     def penalties(self) -> tuple[float, float]:
         """ρ of the source and of the target marginal; infinite for a marginal that is held."""
         return as_penalties(self.unbalanced)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSettings:
+    """How it is computed: nothing here changes what the result is, up to ``tolerance``.
+
+    Attributes:
+        tolerance: L1 marginal error at which a problem is solved.
+        max_iterations: limit of the iterations.
+        plain_steps: see :func:`~otkd.ot.solver.solve_potentials`.
+    """
+
+    tolerance: float = 1e-4
+    max_iterations: int = 1000
+    plain_steps: int = 0
+
+    def __post_init__(self):
+        settle(
+            self,
+            tolerance=as_positive("tolerance", self.tolerance),
+            max_iterations=as_whole("max_iterations", self.max_iterations),
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 from otkd.warn import warn_caller
 
 if TYPE_CHECKING:
-    from otkd.ot.options import Options
+    from otkd.ot.options import SolverSettings
 
 
 _FEW = 8
@@ -67,13 +67,13 @@ class Solution:
 
 
 def warn_not_converged(
-    a: Tensor, b: Tensor, options: Options, what: str = "the potentials"
+    a: Tensor, b: Tensor, epsilon: float, solver: SolverSettings, what: str = "the potentials"
 ) -> None:
     """Warn the caller of otkd that problems with masses ``a (B, n)``, ``b (B, m)`` are unsolved."""
     warn_caller(
-        f"Sinkhorn did not converge in {options.max_iterations} iterations: {what} of transport "
-        f"between {_about(a)} and {_about(b)} points at epsilon={options.epsilon:g} "
-        f"were not found within the tolerance {options.tolerance:g}. The result is the best that "
+        f"Sinkhorn did not converge in {solver.max_iterations} iterations: {what} of transport "
+        f"between {_about(a)} and {_about(b)} points at epsilon={epsilon:g} "
+        f"were not found within the tolerance {solver.tolerance:g}. The result is the best that "
         "was found: see `converged` and `marginal_error`. Raise max_iterations, epsilon or "
         "tolerance",
         ConvergenceWarning,

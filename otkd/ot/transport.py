@@ -1,4 +1,4 @@
-"""One batch of transport problems, from options to values and their gradients."""
+"""One batch of transport problems, solved, with its values and their gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from otkd.ot.gradients import dual_value, sharp_value
 from otkd.ot.normal_form import Ground, NormalForm
-from otkd.ot.options import Options
+from otkd.ot.options import SolverSettings
 from otkd.ot.problem import Problem
 from otkd.ot.solution import warn_not_converged
 from otkd.ot.solver import Potentials, solve_potentials
@@ -22,14 +22,14 @@ class Transport:
         value: ``(B,)``, differentiable; of balanced problems that of the normal form.
         form: the normal form, in which it was solved.
         potentials: those of the normal form, in its precision.
-        options: what was asked for.
+        value_kind: ``"dual"`` or ``"sharp"``.
         differentiable: whether the gradients of the value were found within the tolerance.
     """
 
     value: Tensor
     form: NormalForm
     potentials: Potentials
-    options: Options
+    value_kind: str
     differentiable: bool = True
 
     @property
@@ -66,7 +66,7 @@ class Transport:
     def shares(self) -> tuple[Tensor, Tensor]:
         """How the value is divided among the points of the two sides, without the offsets."""
         f, g = self.potentials.f, self.potentials.g
-        if self.options.value == "dual":
+        if self.value_kind == "dual":
             return f.to(self.value), g.to(self.value)
         kernel, problem = self.form.ground.kernel, self.form.problem
         row_cost = kernel.mean_cost(f, g, problem.b)
@@ -76,7 +76,8 @@ class Transport:
 
 def solve_transport(
     problem: Problem,
-    options: Options,
+    solver: SolverSettings,
+    value: str = "dual",
     ground: Ground | None = None,
     start: Tensor | None = None,
 ) -> Transport:
@@ -85,25 +86,25 @@ def solve_transport(
     ``ground`` is that of the cost where it is known, and ``start`` a guess of the target potentials
     of the normal form.
     """
-    limits = {"tolerance": options.tolerance, "max_iterations": options.max_iterations}
-    form = NormalForm.of(problem, ground, tolerance=options.tolerance)
+    limits = {"tolerance": solver.tolerance, "max_iterations": solver.max_iterations}
+    form = NormalForm.of(problem, ground, tolerance=solver.tolerance)
     start = None if start is None else start.to(form.problem.b)
     potentials = solve_potentials(
         form.problem,
         form.ground.kernel,
         start=start,
-        plain_steps=options.plain_steps,
+        plain_steps=solver.plain_steps,
         least_mass=form.least_mass,
         **limits,
     )
     error = potentials.marginal_error.to(problem.a)
     potentials = replace(potentials, marginal_error=error)
-    if options.value == "dual":
-        value, differentiable = dual_value(problem, form, potentials), True
+    if value == "dual":
+        found, differentiable = dual_value(problem, form, potentials), True
     else:
-        value, differentiable = sharp_value(problem, form, potentials, **limits)
-    transport = Transport(value, form, potentials, options, differentiable)
+        found, differentiable = sharp_value(problem, form, potentials, **limits)
+    transport = Transport(found, form, potentials, value, differentiable)
     if not transport.converged:
         what = "the gradient" if potentials.converged else "the potentials"
-        warn_not_converged(problem.a, problem.b, options, what)
+        warn_not_converged(problem.a, problem.b, problem.epsilon, solver, what)
     return transport

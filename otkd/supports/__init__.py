@@ -11,6 +11,7 @@ from otkd.supports.neighbours import NearestNeighbours
 from otkd.supports.topk import TopK
 
 __all__ = [
+    "BACKENDS",
     "LARGEST_DENSE",
     "CoverageWarning",
     "Dense",
@@ -22,6 +23,7 @@ __all__ = [
     "choose_support",
 ]
 
+BACKENDS = ("auto", "torch", *Dense.backends, *TopK.backends)
 LARGEST_AUTOMATIC_DENSE = 2048
 """Largest vocabulary for which ``"auto"`` chooses :class:`Dense`."""
 

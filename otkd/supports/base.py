@@ -13,7 +13,7 @@ from torch import Tensor
 from otkd.checks import check_finite_rows
 from otkd.costs import Cost, CostMatrices
 from otkd.ot.divergence import SolverReport, solve_divergence
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.teachers import TopKTeacher
 from otkd.teachers.self_term import SelfTermSettings
 
@@ -103,10 +103,15 @@ class Block:
     places: Tensor | None = None
     tokens: tuple[Tensor, Tensor] | None = None
 
-    def solve(self, options: Options) -> tuple[Tensor, SolverReport]:
-        """The values of the problems, ``(N,)``, and a report of the solver."""
+    def solve(self, objective: Objective, solver: SolverSettings) -> tuple[Tensor, SolverReport]:
+        """The values of these problems, ``(N,)``, and what the solver did."""
         solution = solve_divergence(
-            self.source, self.target, self.costs, options, target_value=self.target_value
+            self.source,
+            self.target,
+            self.costs,
+            objective,
+            solver,
+            target_value=self.target_value,
         )
         return solution.value, solution.report
 
@@ -142,24 +147,26 @@ class Support(ABC):
     backends: ClassVar[tuple[str, ...]] = ()
     reads_stored: ClassVar[bool] = False
 
-    def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
-        """Raise ``ValueError`` if this support cannot handle the cost, sizes or options."""
+    def check(self, cost: Cost, n: int, m: int, objective: Objective, backend: str) -> None:
+        """Raise ``ValueError`` if this cost over n and m tokens cannot be handled so."""
         cost.check_size(n, m)
-        if options.debias:
+        if objective.debias:
             cost.check_within()
         backends = ("auto", "torch", *self.backends)
-        if options.backend not in backends:
+        if backend not in backends:
             raise ValueError(
                 f"{type(self).__name__} has the backends {', '.join(map(repr, backends))}, "
-                f"got {options.backend!r}"
+                f"got {backend!r}"
             )
 
     @abstractmethod
-    def select(self, positions: Positions, cost: Cost, options: Options) -> Selection:
-        """The transport problems of the positions that count; nothing is solved yet."""
+    def select(
+        self, positions: Positions, cost: Cost, objective: Objective, backend: str
+    ) -> Selection:
+        """The transport problems of the positions that count; nothing is solved."""
 
     def stored_self_term(
-        self, teacher: TopKTeacher, cost: Cost, options: Options
+        self, teacher: TopKTeacher, cost: Cost, objective: Objective, solver: SolverSettings
     ) -> tuple[Tensor, SelfTermSettings]:
         """The potentials of OT_ε(p, p) at every stored position.
 

@@ -13,7 +13,7 @@ from otkd.costs import Cost, CostMatrices, EmbeddingCost
 from otkd.costs.base import Side, same_for_all
 from otkd.ot.kernels.blocked import BlockedCost, PointCost
 from otkd.ot.kernels.keops import KeOpsCost, keops_works
-from otkd.ot.options import Options
+from otkd.ot.options import Objective
 from otkd.ot.problem import check_costs
 from otkd.supports.base import Block, Positions, Selection, Support, check_softmax
 
@@ -45,13 +45,13 @@ class Dense(Support):
 
     backends: ClassVar[tuple[str, ...]] = ("keops",)
 
-    def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
+    def check(self, cost: Cost, n: int, m: int, objective: Objective, backend: str) -> None:
         """See :class:`Support`."""
-        super().check(cost, n, m, options)
+        super().check(cost, n, m, objective, backend)
         if isinstance(cost, EmbeddingCost) and not cost.learns:
             return
         kind = f"a learnable {type(cost).__name__}" if cost.learns else type(cost).__name__
-        if options.backend == "keops":
+        if backend == "keops":
             raise ValueError(
                 f"backend='keops' computes a constant EmbeddingCost, got {kind}: use backend='auto'"
             )
@@ -62,15 +62,17 @@ class Dense(Support):
                 f"this is {kind}: use otkd.supports.TopK(64)"
             )
 
-    def select(self, positions: Positions, cost: Cost, options: Options) -> Selection:
+    def select(
+        self, positions: Positions, cost: Cost, objective: Objective, backend: str
+    ) -> Selection:
         """See :class:`Support`."""
         n, m = positions.student.shape[-1], positions.teacher.shape[-1]
         where = {"dtype": positions.dtype, "device": positions.student.device}
-        lazy = _lazy_kind(n, m, options.backend, positions.student.device)
+        lazy = _lazy_kind(n, m, backend, positions.student.device)
         if lazy is None:
-            matrices = cost.matrices(n, m, self_terms=options.debias, **where)
+            matrices = cost.matrices(n, m, self_terms=objective.debias, **where)
         else:
-            matrices = _lazy_costs(lazy, cast(EmbeddingCost, cost), options.debias, where)
+            matrices = _lazy_costs(lazy, cast(EmbeddingCost, cost), objective.debias, where)
         check_costs(n, m, matrices)
         return Selection(
             blocks=full_blocks(positions, matrices),

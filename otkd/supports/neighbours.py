@@ -14,7 +14,7 @@ from otkd.costs import Cost, CostMatrices, EmbeddingCost
 from otkd.costs.base import Side, same_for_all
 from otkd.costs.tails import sample_tokens
 from otkd.ot.kernels.sparse import Graph, SparseCost
-from otkd.ot.options import Options
+from otkd.ot.options import Objective
 from otkd.scalars import as_whole, settle
 from otkd.supports.base import Positions, Selection, Support
 from otkd.supports.dense import full_blocks
@@ -65,9 +65,9 @@ class NearestNeighbours(Support):
     def __post_init__(self) -> None:
         settle(self, k=as_whole("k", self.k))
 
-    def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
+    def check(self, cost: Cost, n: int, m: int, objective: Objective, backend: str) -> None:
         """See :class:`Support`."""
-        super().check(cost, n, m, options)
+        super().check(cost, n, m, objective, backend)
         if not isinstance(cost, EmbeddingCost) or cost.learns:
             kind = f"{type(cost).__name__}{' that learns' if cost.learns else ''}"
             raise ValueError(
@@ -75,11 +75,13 @@ class NearestNeighbours(Support):
                 f"a {kind}; use otkd.supports.TopK or Dense for others"
             )
 
-    def select(self, positions: Positions, cost: Cost, options: Options) -> Selection:
+    def select(
+        self, positions: Positions, cost: Cost, objective: Objective, backend: str
+    ) -> Selection:
         """See :class:`Support`."""
         assert isinstance(cost, EmbeddingCost)
         device = positions.student.device
-        costs = self._costs(cost, positions.dtype, device, self_terms=options.debias)
+        costs = self._costs(cost, positions.dtype, device, self_terms=objective.debias)
         return Selection(blocks=full_blocks(positions, costs), support=repr(self))
 
     def _costs(self, cost: EmbeddingCost, dtype, device, *, self_terms: bool) -> CostMatrices:

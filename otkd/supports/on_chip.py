@@ -12,20 +12,20 @@ from otkd.costs.base import Side
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
 from otkd.fused.topk_sinkhorn import TopKSinkhorn
 from otkd.ot.divergence import SolverReport
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.ot.solution import warn_not_converged
 from otkd.supports.base import Block
 from otkd.supports.heads import Atoms, Heads
 
 
-def check_on_chip(cost: Cost, options: Options) -> None:
+def check_on_chip(cost: Cost, objective: Objective) -> None:
     """Raise ``ValueError`` unless the kernel knows this cost and these options."""
     if not isinstance(cost, EmbeddingCost) or cost.learns or not cost.one_vocabulary:
         raise ValueError(
             "backend='triton' computes a constant EmbeddingCost of one vocabulary, got "
             f"{cost!r}: use backend='torch'"
         )
-    if options.value != "dual" or options.unbalanced is not None:
+    if objective.value != "dual" or objective.unbalanced is not None:
         raise ValueError(
             "backend='triton' computes value='dual' of balanced transport: use backend='torch'"
         )
@@ -45,7 +45,7 @@ class OnChipBlock(Block):
     cost: EmbeddingCost
     vocab: int
 
-    def solve(self, options: Options) -> tuple[Tensor, SolverReport]:
+    def solve(self, objective: Objective, solver: SolverSettings) -> tuple[Tensor, SolverReport]:
         """See :class:`~otkd.supports.base.Block`.
 
         Raises:
@@ -56,15 +56,15 @@ class OnChipBlock(Block):
         sizes = (self.vocab, self.vocab)
         every = torch.arange(self.vocab, device=a.device).unsqueeze(0)
         to_tail = mean_cost_to_all(cost, every, sides, sizes, a.dtype).squeeze(0)
-        corner = soft_mean_cost(cost, sides, sizes, options.epsilon, a.dtype, a.device)
+        corner = soft_mean_cost(cost, sides, sizes, objective.epsilon, a.dtype, a.device)
         settings = {
             "metric": cost.metric,
             "scale": cost.scale,
             "centre": None if cost.centre is None else cost.centre.to(a.device),
-            "epsilon": options.epsilon,
-            "tolerance": options.tolerance,
-            "max_iterations": options.max_iterations,
-            "debias": options.debias,
+            "epsilon": objective.epsilon,
+            "tolerance": solver.tolerance,
+            "max_iterations": solver.max_iterations,
+            "debias": objective.debias,
         }
         embedding = cost.source.to(a.device)
         value, error, iterations = TopKSinkhorn.apply(
@@ -73,10 +73,10 @@ class OnChipBlock(Block):
         report = SolverReport(
             iterations=int(iterations.max()),
             marginal_error=error.max(),
-            converged=bool((error <= options.tolerance).all()),
+            converged=bool((error <= solver.tolerance).all()),
         )
         if not report.converged:
-            warn_not_converged(a, b, options)
+            warn_not_converged(a, b, objective.epsilon, solver)
         return value, report
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from otkd.costs import Cost
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.ot.problem import Problem
 from otkd.ot.transport import solve_transport
 from otkd.precision import without_autocast
@@ -42,20 +42,20 @@ def stored_masses(stored: TopKTeacher, heads: Heads, dtype: torch.dtype) -> Tens
 
 
 def stored_self_values(
-    stored: TopKTeacher, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+    stored: TopKTeacher, cost: Cost, support: TopK, objective: Objective, dtype: torch.dtype
 ) -> Tensor | None:
     """OT_ε(p, p) of N stored positions as their potentials have it, ``(N,)``.
 
     None where it is not asked for, not stored, or stored for another problem.
     """
-    if stored.self_potential is None or stored.self_settings is None or not options.debias:
+    if stored.self_potential is None or stored.self_settings is None or not objective.debias:
         return None
-    reason = _obstacle(cost, support, options)
+    reason = _obstacle(cost, support, objective)
     if reason is None:
-        settings = _settings(stored, cost, support, options, dtype)
+        settings = _settings(stored, cost, support, objective, dtype)
         if not stored.self_settings.fits(settings):
             reason = "it was stored for another cost or epsilon"
-        elif not _solves_its_problem(stored, cost, support, options, dtype):
+        elif not _solves_its_problem(stored, cost, support, objective, dtype):
             reason = (
                 "it is not that of these masses: compute it again with loss.with_self_term(teacher)"
             )
@@ -70,7 +70,7 @@ def stored_self_values(
 
 @torch.no_grad()
 def _solves_its_problem(
-    stored: TopKTeacher, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+    stored: TopKTeacher, cost: Cost, support: TopK, objective: Objective, dtype: torch.dtype
 ) -> bool:
     """Whether the potentials solve OT_ε(p, p): all are finite, and a few have the marginals."""
     assert stored.self_potential is not None
@@ -78,8 +78,8 @@ def _solves_its_problem(
     rows = torch.linspace(0, len(stored) - 1, count, device=stored.tokens.device).round().long()
     few, potential = stored[rows], stored.self_potential.to(dtype)
     b, f = few.masses(dtype), potential[rows]
-    matrix = _matrix(few, cost, support, options, dtype)
-    exponents = (f.unsqueeze(-1) + f.unsqueeze(-2) - matrix) / options.epsilon
+    matrix = _matrix(few, cost, support, objective, dtype)
+    exponents = (f.unsqueeze(-1) + f.unsqueeze(-2) - matrix) / objective.epsilon
     marginal = (exponents + b.log().unsqueeze(-2)).logsumexp(-1).exp() * b
     error = (marginal - b).abs().sum(-1).max()
     return bool(potential.isfinite().all() & (error <= _LARGEST_ERROR))
@@ -87,7 +87,11 @@ def _solves_its_problem(
 
 @torch.no_grad()
 def solve_self_term(
-    teacher: TopKTeacher, cost: Cost, support: TopK, options: Options
+    teacher: TopKTeacher,
+    cost: Cost,
+    support: TopK,
+    objective: Objective,
+    solver: SolverSettings,
 ) -> tuple[Tensor, SelfTermSettings]:
     """The potential of OT_ε(p, p) at every stored position, ``(*batch, k + 1)``.
 
@@ -96,7 +100,7 @@ def solve_self_term(
     Raises:
         ValueError: if what is asked for has no such term that could be kept.
     """
-    reason = _obstacle(cost, support, options) if options.debias else "debias=False"
+    reason = _obstacle(cost, support, objective) if objective.debias else "debias=False"
     if reason is not None:
         raise ValueError(f"the self-term of the teacher cannot be stored: {reason}")
     flat = teacher.flatten()
@@ -105,50 +109,50 @@ def solve_self_term(
     there = (~flat.log_masses.isnan().any(-1)).nonzero().squeeze(-1)
     for rows in there.split(max(1, _BLOCK_ELEMENTS // (flat.k + 1) ** 2)):
         block = flat[rows].validate()
-        b, matrix = block.masses(dtype), _matrix(block, cost, support, options, dtype)
-        problem = Problem(b, b, matrix, options.epsilon, symmetric=True)
+        b, matrix = block.masses(dtype), _matrix(block, cost, support, objective, dtype)
+        problem = Problem(b, b, matrix, objective.epsilon, symmetric=True)
         with without_autocast(b):
-            solved = solve_transport(problem, options)
+            solved = solve_transport(problem, solver)
         # Of the unconverged rest, too: 2·⟨b, f⟩ is then the dual value as it is solved in a step.
-        excess = options.epsilon / 2 * solved.potentials.row_excess
+        excess = objective.epsilon / 2 * solved.potentials.row_excess
         potential[rows] = (solved.f - excess).to(dtype)
-    settings = _settings(teacher, cost, support, options, dtype)
+    settings = _settings(teacher, cost, support, objective, dtype)
     return potential.reshape(*teacher.tokens.shape[:-1], -1), settings
 
 
-def _obstacle(cost: Cost, support: TopK, options: Options) -> str | None:
+def _obstacle(cost: Cost, support: TopK, objective: Objective) -> str | None:
     """Why a self-term of the teacher cannot be kept, if it cannot."""
     obstacles = {
         "the cost learns": cost.learns,
         "the support has no tail": not support.tail,
         f"clusters={support.clusters}, and the tail is stored as one": support.clusters > 1,
-        f"value={options.value!r}, and only the dual value is kept": options.value != "dual",
-        "unbalanced transport": options.unbalanced is not None,
+        f"value={objective.value!r}, and only the dual value is kept": objective.value != "dual",
+        "unbalanced transport": objective.unbalanced is not None,
     }
     return next((reason for reason, present in obstacles.items() if present), None)
 
 
 def _matrix(
-    stored: TopKTeacher, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+    stored: TopKTeacher, cost: Cost, support: TopK, objective: Objective, dtype: torch.dtype
 ) -> Tensor:
     tokens, size = stored.slots.tokens, stored.vocab_size
     # Of one vocabulary the sides are all the same: then it is what the steps compute, too.
     sides = "source" if cost.one_vocabulary else "target", "target"
-    return support._matrix(cost, tokens, tokens, sides, (size, size), options, dtype)
+    return support._matrix(cost, tokens, tokens, sides, (size, size), objective, dtype)
 
 
 def _settings(
-    stored: TopKTeacher, cost: Cost, support: TopK, options: Options, dtype: torch.dtype
+    stored: TopKTeacher, cost: Cost, support: TopK, objective: Objective, dtype: torch.dtype
 ) -> SelfTermSettings:
     """ε and the costs between a few tokens, spread over the vocabulary, and the tail."""
-    key = ("settings", stored.vocab_size, options.epsilon, stored.tokens.device)
+    key = ("settings", stored.vocab_size, objective.epsilon, stored.tokens.device)
     if key not in cost.tail_constants:
         size = stored.vocab_size
         chosen = torch.linspace(0, size - 1, min(size, _COMPARED_TOKENS)).round().long()
         few = TopKTeacher(chosen.unsqueeze(0), torch.zeros(1, len(chosen)), size)
         few = few.to(stored.tokens.device)
         with torch.no_grad():
-            matrix = _matrix(few, cost, support, options, dtype)[0]
+            matrix = _matrix(few, cost, support, objective, dtype)[0]
         upper = torch.ones_like(matrix, dtype=torch.bool).triu_()
         cost.tail_constants[key] = matrix[upper].cpu()
-    return SelfTermSettings(options.epsilon, tuple(cost.tail_constants[key].tolist()))
+    return SelfTermSettings(objective.epsilon, tuple(cost.tail_constants[key].tolist()))

@@ -18,7 +18,7 @@ from otkd.costs.clusters import (
     soft_mean_cost_of_clusters,
 )
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
-from otkd.ot.options import Options
+from otkd.ot.options import Objective, SolverSettings
 from otkd.ot.problem import check_costs
 from otkd.scalars import as_flag, as_whole, settle
 from otkd.supports.base import Block, Positions, Selection, Support
@@ -91,20 +91,22 @@ class TopK(Support):
                 "of the two"
             )
 
-    def check(self, cost: Cost, n: int, m: int, options: Options) -> None:
+    def check(self, cost: Cost, n: int, m: int, objective: Objective, backend: str) -> None:
         """See :class:`Support`."""
-        super().check(cost, n, m, options)
+        super().check(cost, n, m, objective, backend)
         if self.clusters > 1 and not isinstance(cost, EmbeddingCost):
             raise ValueError(
                 f"clusters={self.clusters} are those of an embedding: use an EmbeddingCost, or "
                 f"clusters=1 for {type(cost).__name__}"
             )
-        if options.backend == "triton":
+        if backend == "triton":
             if not self.tail or self.clusters > 1:
                 raise ValueError(f"backend='triton' computes TopK({self.k}), got {self!r}")
-            check_on_chip(cost, options)
+            check_on_chip(cost, objective)
 
-    def select(self, positions: Positions, cost: Cost, options: Options) -> Selection:
+    def select(
+        self, positions: Positions, cost: Cost, objective: Objective, backend: str
+    ) -> Selection:
         """See :class:`Support`."""
         student, teacher = self._atoms(positions, cost)
         coverage = 1 - torch.maximum(student.others(), teacher.others())
@@ -112,25 +114,25 @@ class TopK(Support):
             warn_of_coverage(coverage.mean(), self.k)
         else:
             student, teacher = (
-                side.without_others(normalize=options.unbalanced is None)
+                side.without_others(normalize=objective.unbalanced is None)
                 for side in (student, teacher)
             )
-        if options.backend == "triton":
+        if backend == "triton":
             vocab = positions.student.shape[-1]
             blocks = [on_chip_block(student, teacher, cast(EmbeddingCost, cost), vocab)]
         else:
-            blocks = self._blocks(positions, student, teacher, cost, options)
-        backend = "triton" if options.backend == "triton" else "torch"
+            blocks = self._blocks(positions, student, teacher, cost, objective)
+        backend = "triton" if backend == "triton" else "torch"
         return Selection(blocks=blocks, support=repr(self), backend=backend, coverage=coverage)
 
     def _blocks(
-        self, positions: Positions, student: Atoms, teacher: Atoms, cost: Cost, options: Options
+        self, positions: Positions, student: Atoms, teacher: Atoms, cost: Cost, objective: Objective
     ) -> Iterator[Block]:
         sizes = positions.student.shape[-1], positions.teacher.shape[-1]
         self_values = None
         if positions.stored is not None:
             stored = positions.counted_stored()
-            self_values = stored_self_values(stored, cost, self, options, positions.dtype)
+            self_values = stored_self_values(stored, cost, self, objective, positions.dtype)
         # Repeated tokens have no mass and come last: the longest head of a block is enough for it,
         # and positions whose heads are about as long make a block.
         order = (student.heads.counts + teacher.heads.counts).argsort()
@@ -138,7 +140,7 @@ class TopK(Support):
             (x, q), (y, p) = student.part(places), teacher.part(places)
             if student.heads.tokens is teacher.heads.tokens:
                 y = x
-            costs = self._costs(cost, x, y, sizes, options, q.dtype)
+            costs = self._costs(cost, x, y, sizes, objective, q.dtype)
             if cost.learns:  # constants were checked when they were given
                 check_costs(q.shape[-1], p.shape[-1], costs)
             yield Block(
@@ -175,15 +177,15 @@ class TopK(Support):
         return Atoms(student, a), Atoms(teacher, b.detach())
 
     def stored_self_term(
-        self, teacher: TopKTeacher, cost: Cost, options: Options
+        self, teacher: TopKTeacher, cost: Cost, objective: Objective, solver: SolverSettings
     ) -> tuple[Tensor, SelfTermSettings]:
         """See :func:`otkd.supports.stored.solve_self_term`."""
-        return solve_self_term(teacher, cost, self, options)
+        return solve_self_term(teacher, cost, self, objective, solver)
 
-    def _costs(self, cost, student, teacher, sizes, options, dtype) -> CostMatrices:
+    def _costs(self, cost, student, teacher, sizes, objective, dtype) -> CostMatrices:
         """The costs between the atoms of the two sides, and within each."""
-        cross = self._matrix(cost, student, teacher, ("source", "target"), sizes, options, dtype)
-        if not options.debias:
+        cross = self._matrix(cost, student, teacher, ("source", "target"), sizes, objective, dtype)
+        if not objective.debias:
             return CostMatrices(cross)
         if cost.one_vocabulary:
             return CostMatrices(cross, cross, cross)
@@ -192,15 +194,15 @@ class TopK(Support):
         within_target = teacher, teacher, ("target", "target"), (m, m)
         return CostMatrices(
             cross,
-            self._matrix(cost, *within_source, options, dtype),
-            self._matrix(cost, *within_target, options, dtype),
+            self._matrix(cost, *within_source, objective, dtype),
+            self._matrix(cost, *within_target, objective, dtype),
         )
 
-    def _matrix(self, cost, x, y, sides, sizes, options, dtype) -> Tensor:
+    def _matrix(self, cost, x, y, sides, sizes, objective, dtype) -> Tensor:
         k, m = x.shape[-1], y.shape[-1]
         if not self.tail:
             return cost.between(x, y, sides, dtype)
-        to_tail, from_tail, corner = self._tail_costs(cost, x, y, sides, sizes, options, dtype)
+        to_tail, from_tail, corner = self._tail_costs(cost, x, y, sides, sizes, objective, dtype)
         matrix = to_tail.new_empty(len(x), k + from_tail.shape[-1], m + to_tail.shape[-1])
         size = max(1, _GATHERED_ELEMENTS // (max(k, m) * (cost.width + m)))
         for start in range(0, len(x), size):
@@ -212,20 +214,20 @@ class TopK(Support):
         matrix[:, k:, m:] = corner
         return matrix
 
-    def _tail_costs(self, cost, x, y, sides, sizes, options, dtype) -> tuple[Tensor, ...]:
+    def _tail_costs(self, cost, x, y, sides, sizes, objective, dtype) -> tuple[Tensor, ...]:
         """From x to the tail of the second side, from y to that of the first, and between both."""
         if self.clusters == 1:
             return (
                 mean_cost_to_all(cost, x, sides, sizes, dtype).unsqueeze(-1),
                 mean_cost_to_all(cost, y, sides[::-1], sizes[::-1], dtype).unsqueeze(-1),
-                soft_mean_cost(cost, sides, sizes, options.epsilon, dtype, x.device),
+                soft_mean_cost(cost, sides, sizes, objective.epsilon, dtype, x.device),
             )
         first, second = (clusters_of(cost, side, self.clusters, x.device) for side in sides)
         both = (first, second)
         return (
             mean_cost_to_clusters(cost, x, sides, second, dtype),
             mean_cost_to_clusters(cost, y, sides[::-1], first, dtype),
-            soft_mean_cost_of_clusters(cost, sides, both, options.epsilon, dtype, x.device),
+            soft_mean_cost_of_clusters(cost, sides, both, objective.epsilon, dtype, x.device),
         )
 
     def _clusters(self, cost: Cost, side: Side, device: torch.device) -> Clusters | None:
