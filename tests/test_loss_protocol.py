@@ -172,9 +172,9 @@ def test_the_trainer_hands_a_stored_teacher_on_as_it_is(tmp_path):
     seen = []
 
     class Spying(TopK):
-        def select(self, positions, cost, options):
+        def select(self, positions, cost, objective, backend):
             seen.append(positions.stored)
-            return super().select(positions, cost, options)
+            return super().select(positions, cost, objective, backend)
 
     transport = otkd.SinkhornLoss("discrete", support=Spying(3))
     inner = otkd.WeightedLoss({"sinkhorn": (1.0, transport), "kl": (1.0, "kl")})
