@@ -21,18 +21,18 @@ import typer
 from torch import nn
 
 import otkd
-from otkd.cli import machine
-from otkd.cli.console import quiet_libraries
-from otkd.cli.experiment import Experiment
-from otkd.cli.protocols import load_protocol
-from otkd.cli.results import write_json
-from otkd.cli.settings import Settings
-from otkd.cli.teachers import find_teacher, with_features
-from otkd.cli.training import fit
 from otkd.functional.batch_transport import point_distances
 from otkd.integrations.models import describe
 from otkd.integrations.outputs import read_outputs
 from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
+from otkd.study import machine
+from otkd.study.experiment import Experiment
+from otkd.study.messages import quiet_libraries
+from otkd.study.protocols import load_protocol
+from otkd.study.results import write_json
+from otkd.study.settings import Settings
+from otkd.study.teachers import find_teacher, with_features
+from otkd.study.training import fit
 from otkd.tasks import get_task
 from otkd.teachers import DenseTeacher
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from otkd.cli.machine import processor
+from otkd.study.machine import processor
 
 Call = Callable[[], object]
 # A shorter call is made so often in a row that they take as long together: once, it would be timed

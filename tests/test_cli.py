@@ -20,17 +20,17 @@ import transformers
 from typer.testing import CliRunner
 
 import otkd
-from otkd.cli import models, runs, training
 from otkd.cli.app import app
-from otkd.cli.console import CommandError
-from otkd.cli.evaluation import Predictor
-from otkd.cli.objectives import build_objective, objective_options
-from otkd.cli.precision import Precision, measure_precision, read_precision
-from otkd.cli.report import comparison_table, explanation, metric_title
-from otkd.cli.results import Result, read_result, write_result
-from otkd.cli.settings import Settings
-from otkd.cli.stats import estimate, summarise
-from otkd.cli.traces import check_work, claim
+from otkd.study import models, runs, training
+from otkd.study.evaluation import Predictor
+from otkd.study.messages import StudyError
+from otkd.study.objectives import build_objective, objective_options
+from otkd.study.precision import Precision, measure_precision, read_precision
+from otkd.study.report import comparison_table, explanation, metric_title
+from otkd.study.results import Result, read_result, write_result
+from otkd.study.settings import Settings
+from otkd.study.stats import estimate, summarise
+from otkd.study.traces import check_work, claim
 from otkd.tasks import encode, get_task, load_task
 from otkd.teachers import DenseTeacher
 
@@ -469,16 +469,16 @@ def test_train_saves_a_student_that_loads(arguments, tmp_path):
 def test_teachers_taken_as_they_are_must_fit_the_task(tmp_path):
     task = get_task("rte")
     config = transformers.BertConfig(architectures=["BertModel"])
-    with pytest.raises(CommandError, match="not a classifier"):
+    with pytest.raises(StudyError, match="not a classifier"):
         models.check_is_classifier("x", config, task)
     config = transformers.BertConfig(architectures=["BertForSequenceClassification"], num_labels=3)
-    with pytest.raises(CommandError, match="3 classes but RTE has 2"):
+    with pytest.raises(StudyError, match="3 classes but RTE has 2"):
         models.check_is_classifier("x", config, task)
     config = transformers.BertConfig(
         architectures=["BertForSequenceClassification"],
         id2label={0: "not_entailment", 1: "entailment"},
     )
-    with pytest.raises(CommandError, match="orders its classes not_entailment, entailment"):
+    with pytest.raises(StudyError, match="orders its classes not_entailment, entailment"):
         models.check_is_classifier("x", config, task)
 
 
@@ -508,7 +508,7 @@ def test_layers_are_found_in_other_encoders_or_refused():
     models.keep_layers(model, 2)
     assert len(model.distilbert.transformer.layer) == model.config.n_layers == 2
     config = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=2, n_head=2, n_positions=8)
-    with pytest.raises(CommandError, match=r"GPT2ForSequenceClassification.*--student"):
+    with pytest.raises(StudyError, match=r"GPT2ForSequenceClassification.*--student"):
         models.keep_layers(transformers.GPT2ForSequenceClassification(config), 1)
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import shutil
@@ -20,14 +21,14 @@ import filelock
 import pytest
 from filelock import FileLock
 
-from otkd.cli.console import CommandError
-from otkd.cli.failures import sentence
-from otkd.cli.locks import LOCK, locked
-from otkd.cli.ownership import MARKER, Claim, check_own, mark, remove
-from otkd.cli.protocols import load_protocol
-from otkd.cli.results import read_result
-from otkd.cli.traces import claim
 from otkd.files import written_whole
+from otkd.study.failures import sentence
+from otkd.study.locks import LOCK, locked
+from otkd.study.messages import StudyError
+from otkd.study.ownership import MARKER, Claim, check_own, mark, remove
+from otkd.study.protocols import load_protocol
+from otkd.study.results import read_result
+from otkd.study.traces import claim
 from tests.test_cli import (  # noqa: F401
     SMALL,
     arguments,
@@ -202,15 +203,15 @@ def test_what_is_no_file_is_neither_read_nor_taken_for_our_own(tmp_path, make):
     write(tmp_path / "comparison.png")
     make(tmp_path / "others.json")
     make(tmp_path / MARKER)
-    with pytest.raises(CommandError, match=r"comparison.png was not written by otkd"):
+    with pytest.raises(StudyError, match=r"comparison.png was not written by otkd"):
         Claim(tmp_path, [tmp_path / "comparison.png"], []).check()
     work = tmp_path / "student.work"
     work.mkdir()
     make(work / "settings.json")
-    with pytest.raises(CommandError, match=r"student.work holds settings.json"):
+    with pytest.raises(StudyError, match=r"student.work holds settings.json"):
         check_own(work)
     make(work / MARKER)
-    with pytest.raises(CommandError, match=r"student.work holds .otkd.json, settings.json"):
+    with pytest.raises(StudyError, match=r"student.work holds .otkd.json, settings.json"):
         check_own(work)
 
 
@@ -246,7 +247,7 @@ def test_a_removal_that_was_stopped_can_be_finished(tmp_path):
     folder = tmp_path / "model"
     write(folder / "weights" / "a")
     write(folder / "config.json")
-    with pytest.raises(CommandError, match=r"config.json, weights, not written by otkd"):
+    with pytest.raises(StudyError, match=r"config.json, weights, not written by otkd"):
         check_own(folder)
     mark(folder, ["weights", "config.json"])
     (folder / "config.json").unlink()
@@ -263,7 +264,7 @@ def test_a_removal_that_was_stopped_can_be_finished(tmp_path):
     remove(folder)
     assert sorted(tree(folder)) == [MARKER, "notes.txt"]
     write(folder / MARKER, "damaged")
-    with pytest.raises(CommandError, match="not written by otkd"):
+    with pytest.raises(StudyError, match="not written by otkd"):
         check_own(folder)
 
 
@@ -297,7 +298,9 @@ def test_a_second_command_in_a_folder_is_refused(out, arguments):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError("none")])
-def test_where_nothing_can_be_locked_the_command_says_so(tmp_path, monkeypatch, capsys, error):
+def test_where_nothing_can_be_locked_the_command_says_so(tmp_path, monkeypatch, caplog, error):
+    caplog.set_level(logging.INFO)
+
     def acquire(*args, **kwargs):
         raise error
 
@@ -305,7 +308,7 @@ def test_where_nothing_can_be_locked_the_command_says_so(tmp_path, monkeypatch, 
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     with locked(tmp_path):
         pass
-    assert "cannot lock files" in " ".join(capsys.readouterr().err.split())
+    assert "cannot lock files" in caplog.text
 
 
 def until(condition, seconds=300):
@@ -521,7 +524,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
 def test_losses_are_called_what_a_folder_can_be(tmp_path, name):
     path = tmp_path / "mine.toml"
     path.write_text(f'[losses."{name}"]\nloss = "kl"\n')
-    with pytest.raises(CommandError, match=r"mine.toml: \[losses\..*cannot be the name of"):
+    with pytest.raises(StudyError, match=r"mine.toml: \[losses\..*cannot be the name of"):
         load_protocol(str(path))
 
 
@@ -562,7 +565,7 @@ def test_no_result_is_written_outside(arguments, tmp_path):
 def test_protocols_that_cannot_be_read_are_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(CommandError, match=message) as caught:
+    with pytest.raises(StudyError, match=message) as caught:
         load_protocol(str(path))
     assert str(path) in str(caught.value)
 
@@ -578,7 +581,7 @@ def test_protocols_are_files(tmp_path):
         ("none", "no such file"),
         ("n" * 300, "longer than 100 bytes"),
     ):
-        with pytest.raises(CommandError, match=message):
+        with pytest.raises(StudyError, match=message):
             load_protocol(str(tmp_path / f"{name}.toml"))
     (tmp_path / "a b (ü).toml").write_bytes(b"\xef\xbb\xbf[losses.'kl, T=2']\nloss = 'kl'")
     assert list(load_protocol(str(tmp_path / "a b (ü).toml")).losses) == ["kl, T=2"]

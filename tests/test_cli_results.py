@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -16,13 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from otkd.cli import runs, teachers, training
-from otkd.cli.checkpoints import last_whole_checkpoint
-from otkd.cli.console import CommandError
-from otkd.cli.fields import DIVERGED
-from otkd.cli.protocols import load_protocol
-from otkd.cli.report import comparison_table, explanation, save_plot
-from otkd.cli.results import (
+from otkd.losses.batch import BatchSinkhornLoss
+from otkd.study import runs, teachers, training
+from otkd.study.checkpoints import last_whole_checkpoint
+from otkd.study.fields import DIVERGED
+from otkd.study.messages import StudyError
+from otkd.study.protocols import load_protocol
+from otkd.study.report import comparison_table, explanation, save_plot
+from otkd.study.results import (
     CorruptResultError,
     _content_hash,
     file_digest,
@@ -31,9 +33,8 @@ from otkd.cli.results import (
     settings_hash,
     write_result,
 )
-from otkd.cli.settings import RANGES, Settings, option
-from otkd.cli.stats import summarise, summary_json
-from otkd.losses.batch import BatchSinkhornLoss
+from otkd.study.settings import RANGES, Settings, option
+from otkd.study.stats import summarise, summary_json
 from otkd.teachers import DenseTeacher
 from otkd.teachers.files import save_tensors
 from tests.test_cli import (  # noqa: F401
@@ -388,8 +389,9 @@ FILES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "trainer_state.json", 
 
 
 def test_a_resumed_training_is_the_uninterrupted_one_whatever_checkpoint_is_damaged(
-    training_parts, tmp_path, capsys
+    training_parts, tmp_path, caplog
 ):
+    caplog.set_level(logging.INFO)
     whole, evaluations, _ = fitted(training_parts, tmp_path / "whole", evaluate_every=2)
     fitted(training_parts, tmp_path / "cut", evaluate_every=2, stop_after=13)
     assert {path.name for path in (tmp_path / "cut").iterdir()} == {"checkpoint-5", "checkpoint-10"}
@@ -405,14 +407,15 @@ def test_a_resumed_training_is_the_uninterrupted_one_whatever_checkpoint_is_dama
         assert done[0] == resumed_at
         assert again == evaluations
         assert all(torch.equal(value, resumed[key]) for key, value in whole.items()), name
-        message = " ".join(capsys.readouterr().err.split())
+        message = caplog.text
+        caplog.clear()
         assert (name is None) == ("checkpoint-10" not in message)
     # Without any that is whole it begins anew, and says so.
     for path in (tmp_path / "cut").iterdir():
         (path / "rng_state.pth").unlink()
     resumed, _, done = fitted(training_parts, tmp_path / "cut", evaluate_every=2)
     assert done[0] == 0
-    assert "the training begins anew" in " ".join(capsys.readouterr().err.split())
+    assert "the training begins anew" in caplog.text
     assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
@@ -450,7 +453,7 @@ def test_a_checkpoint_of_other_settings_is_passed_over(training_parts, tmp_path)
 
 KILLED = """
 import os, signal, sys
-from otkd.cli import runs
+from otkd.study import runs
 save = runs.save_model
 def save_and_die(*arguments):
     save(*arguments)
@@ -562,13 +565,13 @@ def test_numbers_out_of_range_are_refused_by_name(name, tmp_path):
             assert value == 0, (name, value)
             continue
         settings = dataclasses.replace(Settings("rte"), **{name: value})
-        with pytest.raises(CommandError) as raised:
+        with pytest.raises(StudyError) as raised:
             settings.check()
         assert f"{option(name)} must " in str(raised.value)
         assert ", got " in str(raised.value)
         path = tmp_path / "p.toml"
         path.write_text(f"[settings]\n{name} = {value}\n[losses.kl]\n")
-        with pytest.raises(CommandError, match=rf"\[settings\]: {name} must .*, got "):
+        with pytest.raises(StudyError, match=rf"\[settings\]: {name} must .*, got "):
             load_protocol(str(path))
 
 
@@ -621,5 +624,5 @@ def test_extreme_options_are_refused_before_anything_is_loaded(
 def test_protocol_files_have_the_same_ranges(tmp_path, text, message):
     path = tmp_path / "p.toml"
     path.write_text(text + "\n")
-    with pytest.raises(CommandError, match=message):
+    with pytest.raises(StudyError, match=message):
         load_protocol(str(path))

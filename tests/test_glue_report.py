@@ -29,9 +29,9 @@ from glue_results import (
 )
 from scipy import stats
 
-from otkd.cli.objectives import objective_options
-from otkd.cli.results import read_result, write_result
-from otkd.cli.settings import Settings
+from otkd.study.objectives import objective_options
+from otkd.study.results import read_result, write_result
+from otkd.study.settings import Settings
 from otkd.tasks import get_task
 
 ROOT = Path(__file__).parents[1]

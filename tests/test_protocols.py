@@ -15,16 +15,16 @@ import torch
 import transformers
 
 import otkd
-from otkd.cli import training
 from otkd.cli.commands import best_candidate
-from otkd.cli.console import CommandError
-from otkd.cli.experiment import Experiment
-from otkd.cli.objectives import build_objective, objective_options
-from otkd.cli.protocols import Objective, Tuning, load_protocol
-from otkd.cli.results import read_result
-from otkd.cli.runs import Run
-from otkd.cli.settings import Settings
 from otkd.integrations.annealing import TemperatureAnnealing
+from otkd.study import training
+from otkd.study.experiment import Experiment
+from otkd.study.messages import StudyError
+from otkd.study.objectives import build_objective, objective_options
+from otkd.study.protocols import Objective, Tuning, load_protocol
+from otkd.study.results import read_result
+from otkd.study.runs import Run
+from otkd.study.settings import Settings
 from otkd.tasks import get_task, task_names
 from otkd.teachers import DenseTeacher
 from tests.test_cli import WORDS, make_result, otkd_command, said, save_bert, start_command
@@ -215,7 +215,7 @@ def test_the_command_line_comes_before_candidates_and_tuning():
 def test_mistakes_in_a_protocol_are_named(tmp_path, text, message):
     path = tmp_path / "mine.toml"
     path.write_text(text)
-    with pytest.raises(CommandError, match=message):
+    with pytest.raises(StudyError, match=message):
         load_protocol(str(path))
 
 
@@ -228,11 +228,11 @@ def test_a_whole_number_is_a_number(tmp_path):
 
 def test_protocols_and_losses_that_do_not_exist_are_named(teacher, glue, tmp_path):
     for name in ("unfair", "published"):
-        with pytest.raises(CommandError, match=r"author, fair, pilot, sensitivity; "):
+        with pytest.raises(StudyError, match=r"author, fair, pilot, sensitivity; "):
             load_protocol(name)
-    with pytest.raises(CommandError, match=r"no protocol 'fiar'; did you mean 'fair'\?"):
+    with pytest.raises(StudyError, match=r"no protocol 'fiar'; did you mean 'fair'\?"):
         load_protocol("fiar")
-    with pytest.raises(CommandError, match=r"no loss 'skl'; did you mean 'kl'\? It has kl, rkl"):
+    with pytest.raises(StudyError, match=r"no loss 'skl'; did you mean 'kl'\? It has kl, rkl"):
         load_protocol("author").objectives(Settings("rte"), (), ["skl"])
     arguments = ["--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path]
     result = otkd_command("compare", "rte", *arguments)

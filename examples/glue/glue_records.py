@@ -11,7 +11,7 @@ import numpy as np
 from glue_results import PROTOCOLS, Study, read_toml
 from glue_tables import NONE, Studies, markdown, number
 
-from otkd.cli.console import CommandError
+from otkd.study.messages import StudyError
 from otkd.tasks import Task, get_task
 
 
@@ -93,5 +93,5 @@ def gradients(root: Path) -> str:
         rows = [[title, *cells] for title, table in tables for cells in table["rows"]]
         columns = tables[0][1]["columns"][1:] if tables else []
     except (ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"{path} is not what glue_diagnosis.py writes: {error!r}.") from error
+        raise StudyError(f"{path} is not what glue_diagnosis.py writes: {error!r}.") from error
     return markdown(["task", "quantity", *columns], rows, text=2)

@@ -23,9 +23,9 @@ import typer
 from glue_results import BASELINE, Study, difference, read_studies
 from matplotlib.figure import Figure
 
-from otkd.cli.console import CommandError
-from otkd.cli.report import metric_title
 from otkd.files import written_whole
+from otkd.study.messages import StudyError
+from otkd.study.report import metric_title
 from otkd.tasks import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,12 +52,12 @@ def fill(page: str, made: dict[str, str]) -> str:
     """The page with the tables between its markers.
 
     Raises:
-        CommandError: if the markers are not those of the tables, each once.
+        StudyError: if the markers are not those of the tables, each once.
     """
     names = [match[1] for match in _MARKED.finditer(page)]
     if sorted(names) != sorted(made):
         differing = sorted({*names} ^ {*made} or {n for n in names if names.count(n) > 1})
-        raise CommandError(
+        raise StudyError(
             "The page must have each table between its markers, <!-- table: NAME --> and "
             f"<!-- end -->, once. Missing, unknown or repeated: {', '.join(differing)}."
         )
@@ -117,7 +117,7 @@ def main(
         made = tables(results, studies)
         text = page.read_text(encoding="utf-8") if page.exists() else _new_page(made)
         text = fill(text, made)
-    except (CommandError, DataError) as error:
+    except (StudyError, DataError) as error:
         sys.exit(f"Error: {error}")
     with written_whole(page) as partial:
         partial.write_text(text, encoding="utf-8")

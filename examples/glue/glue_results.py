@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from otkd.cli.console import CommandError
-from otkd.cli.protocols import Protocol, load_protocol
-from otkd.cli.results import CorruptResultError, Result, read_result
-from otkd.cli.stats import estimate
+from otkd.study.messages import StudyError
+from otkd.study.protocols import Protocol, load_protocol
+from otkd.study.results import CorruptResultError, Result, read_result
+from otkd.study.stats import estimate
 from otkd.tasks import Task, get_task, task_names
 
 if sys.version_info >= (3, 11):
@@ -74,12 +74,12 @@ def read_studies(root: Path) -> dict[str, Study]:
     """Read ``root/PROTOCOL/TASK/LOSS/SEED.json`` and the teachers and candidates beside them.
 
     Raises:
-        CommandError: if there are no results, or one is damaged, misplaced or of another teacher.
+        StudyError: if there are no results, or one is damaged, misplaced or of another teacher.
     """
     patterns = ("*/*/teacher/result.json", "*/*/*/[0-9]*.json", "*/*/*/tuning/[0-9]*.json")
     paths = [path for pattern in patterns for path in sorted(root.glob(pattern))]
     if not paths:
-        raise CommandError(
+        raise StudyError(
             f"{root} has no results at PROTOCOL/TASK/LOSS/SEED.json. `otkd compare TASK --protocol "
             f"fair --output-dir {root}` makes them."
         )
@@ -97,13 +97,13 @@ def _row(root: Path, path: Path) -> dict:
     try:
         result = read_result(path)
     except (CorruptResultError, OSError) as error:
-        raise CommandError(f"A result cannot be read: {error}.") from error
+        raise StudyError(f"A result cannot be read: {error}.") from error
     if (result.task, result.loss) != (get_task(task).name, loss):
-        raise CommandError(f"{path} is a result of {result.task} and {result.loss}.")
+        raise StudyError(f"{path} is a result of {result.task} and {result.loss}.")
     if role == "student" and path.stem != str(result.seed):
-        raise CommandError(f"{path} is a result of seed {result.seed}.")
+        raise StudyError(f"{path} is a result of seed {result.seed}.")
     if result.diverged:
-        raise CommandError(f"{path} is a run that diverged, which has no score to compare.")
+        raise StudyError(f"{path} is a run that diverged, which has no score to compare.")
     number = 0 if role == "teacher" else int(path.stem)
     row = {"protocol": protocol, "role": role, "task": result.task, "loss": loss}
     return {**row, "number": number, "result": result}
@@ -112,17 +112,15 @@ def _row(root: Path, path: Path) -> dict:
 def _check(folder: Path, study: Study) -> None:
     unknown = set(study.runs.loss) - {*study.protocol.losses, "teacher"}
     if unknown:
-        raise CommandError(f"{folder} has results of {min(unknown)}, which is not in the protocol.")
+        raise StudyError(f"{folder} has results of {min(unknown)}, which is not in the protocol.")
     for run in study.runs[study.runs.role == "candidate"].itertuples():
         if run.number >= len(study.protocol.losses[run.loss]["candidates"]):
-            raise CommandError(
-                f"{folder} has a candidate {run.number} that is not in the protocol."
-            )
+            raise StudyError(f"{folder} has a candidate {run.number} that is not in the protocol.")
     for name, runs in study.runs.groupby("task"):
         if "teacher" not in set(runs.role):
-            raise CommandError(f"{folder / str(name)} has no teacher/result.json.")
+            raise StudyError(f"{folder / str(name)} has no teacher/result.json.")
         if len({run.teacher_logits for run in runs.result}) > 1:
-            raise CommandError(f"{folder / str(name)} has results of different teachers.")
+            raise StudyError(f"{folder / str(name)} has results of different teachers.")
 
 
 class Interval(NamedTuple):
@@ -244,7 +242,7 @@ def read_toml(path: Path) -> dict:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise CommandError(f"{path} cannot be read: {error}.") from error
+        raise StudyError(f"{path} cannot be read: {error}.") from error
 
 
 def read_published() -> tuple[pd.DataFrame, set[str]]:

@@ -22,10 +22,10 @@ from glue_results import (
     wins_by_chance,
 )
 
-from otkd.cli.catalogue import loss_parameters
-from otkd.cli.report import metric_title
-from otkd.cli.results import Result
 from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
+from otkd.study.objectives import loss_parameters
+from otkd.study.report import metric_title
+from otkd.study.results import Result
 from otkd.tasks import Task, get_task
 
 NONE = "–"

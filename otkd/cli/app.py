@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import warnings
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from typing import Annotated
 
 import typer
 
-from otkd.cli.console import CommandError, err, notice, out, require_train_extra
-from otkd.cli.failures import Interrupted, interrupted_by_signals, sentence
-from otkd.cli.settings import Settings, given_options, with_settings
+from otkd.cli.console import Notices, err, notice, out, require_train_extra
+from otkd.cli.options import given_options, with_settings
+from otkd.study.failures import Interrupted, interrupted_by_signals, sentence
+from otkd.study.messages import StudyError
+from otkd.study.settings import Settings
 from otkd.version import __version__
 
 app = typer.Typer(
@@ -41,11 +44,14 @@ def _reporting(output_dir: Path) -> Iterator[None]:
     # Imported here so that --help need not load the package's data module.
     from otkd.tasks.tasks import DataError
 
+    handler, logger = Notices(), logging.getLogger("otkd")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         with warnings.catch_warnings(), interrupted_by_signals():
             warnings.showwarning = _show_warning
             yield
-    except (CommandError, DataError) as error:
+    except (StudyError, DataError) as error:
         _show_error(str(error))
         raise typer.Exit(1) from error
     except BrokenPipeError:
@@ -63,6 +69,8 @@ def _reporting(output_dir: Path) -> Iterator[None]:
             kept = f"finished runs are kept in {output_dir}"
         _say(f"{name}: {kept}; the same command continues.")
         raise typer.Exit(128 + number) from None
+    finally:
+        logger.removeHandler(handler)
 
 
 def _show_error(message: str) -> None:
@@ -161,12 +169,12 @@ def compare(
     with _reporting(output_dir):
         names = [name.strip() for name in losses.split(",") if name.strip()]
         if not names and protocol is None:
-            raise CommandError(
+            raise StudyError(
                 "--losses names no loss: name some (see `otkd losses`), or a --protocol."
             )
         require_train_extra()
         from otkd.cli import commands
-        from otkd.cli.protocols import load_protocol
+        from otkd.study.protocols import load_protocol
 
         commands.compare(
             settings,

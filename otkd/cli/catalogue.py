@@ -7,28 +7,11 @@ import inspect
 from rich.table import Table
 
 import otkd
+from otkd.study.objectives import loss_parameters
 
 # Every loss takes these; the table says so once.
 _COMMON = ("temperature", "teacher_temperature", "rescale_t2", "reduction", "vocab_size")
 _HIDDEN = ("max_iterations", "tolerance", "backend", "options", "soft_loss", "transport")
-
-
-def loss_parameters(loss: type) -> dict[str, inspect.Parameter]:
-    """The constructor's parameters by name, with those that it passes on to its base classes."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in loss.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters
-        passes_on = False
-        for name, parameter in list(parameters.items())[1:]:
-            if parameter.kind is parameter.VAR_KEYWORD:
-                passes_on = True
-            else:
-                found.setdefault(name, parameter)
-        if not passes_on:
-            break
-    return found
 
 
 def losses_table() -> Table:

@@ -10,20 +10,21 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from otkd.cli.console import CommandError, err, notice, out, quiet_libraries
-from otkd.cli.experiment import Experiment
-from otkd.cli.failures import sentence
-from otkd.cli.objectives import check_effect
-from otkd.cli.ownership import Claim, held, remove
-from otkd.cli.precision import PRECISION_FILE
+from otkd.cli.console import err, notice, out
 from otkd.cli.progress import StepBar
-from otkd.cli.protocols import Objective, Protocol
-from otkd.cli.report import comparison_table, explanation, save_plot
-from otkd.cli.results import Result, write_json
-from otkd.cli.runs import Run, find_student
-from otkd.cli.settings import Settings, check_range
-from otkd.cli.stats import summary_json
-from otkd.cli.teachers import (
+from otkd.study.experiment import Experiment
+from otkd.study.failures import sentence
+from otkd.study.messages import StudyError, quiet_libraries
+from otkd.study.objectives import check_effect
+from otkd.study.ownership import Claim, held, remove
+from otkd.study.precision import PRECISION_FILE
+from otkd.study.protocols import Objective, Protocol
+from otkd.study.report import comparison_table, explanation, save_plot
+from otkd.study.results import Result, write_json
+from otkd.study.runs import Run, find_student
+from otkd.study.settings import Settings, check_range
+from otkd.study.stats import summary_json
+from otkd.study.teachers import (
     Teacher,
     find_teacher,
     teacher_files,
@@ -32,7 +33,7 @@ from otkd.cli.teachers import (
     unfinished,
     with_features,
 )
-from otkd.cli.workers import run_all, worker_count
+from otkd.study.workers import run_all, worker_count
 from otkd.tasks import get_task
 
 
@@ -60,7 +61,7 @@ def compare(
         overwrite: redo runs that were made with other settings or another teacher.
 
     Raises:
-        CommandError: for options that cannot be meant, before anything is trained.
+        StudyError: for options that cannot be meant, before anything is trained.
         DataError: for rows that cannot be read.
     """
     quiet_libraries()
@@ -147,7 +148,7 @@ def train(
     """Distil one student and save it beside its result; arguments as of :func:`compare`.
 
     Raises:
-        CommandError: for options that cannot be meant, before anything is trained.
+        StudyError: for options that cannot be meant, before anything is trained.
         DataError: for rows that cannot be read.
     """
     quiet_libraries()
@@ -167,7 +168,7 @@ def train(
         teacher, done = _prepare(experiment, [run], bar, overwrite=overwrite)
         done |= _do(experiment, teacher, [run], done, 1, bar)
     if done[run].diverged:
-        raise CommandError(
+        raise StudyError(
             f"The student {_outcome(done[run])}. It is not saved; {run.result} says so. Change "
             "settings, such as a lower --learning-rate, or do it again with --overwrite."
         )
@@ -184,14 +185,14 @@ def check_writable(folder: Path) -> None:
     """Check that files can be written to ``folder``, which is made if need be.
 
     Raises:
-        CommandError: if they cannot.
+        StudyError: if they cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise CommandError(
+        raise StudyError(
             f"--output-dir {folder} cannot be written to. {sentence(error)}"
         ) from error
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 from rich.console import Console
+
+from otkd.study.messages import StudyError
 
 # Results go to stdout, all else to stderr, so that a table can be piped.
 out = Console()
@@ -24,8 +27,12 @@ _TRAIN_MODULES = (
 )
 
 
-class CommandError(Exception):
-    """A mistake the user can mend; the message is all that is shown."""
+class Notices(logging.Handler):
+    """Shows what the package logs, without a prefix, beside the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message of a record."""
+        notice(record.getMessage())
 
 
 def notice(message: str) -> None:
@@ -37,23 +44,11 @@ def require_train_extra() -> None:
     """Check that the packages of the ``train`` extra are there, without importing them.
 
     Raises:
-        CommandError: if one is missing, with the command that installs it.
+        StudyError: if one is missing, with the command that installs it.
     """
     missing = [name for name in _TRAIN_MODULES if importlib.util.find_spec(name) is None]
     if missing:
-        raise CommandError(
+        raise StudyError(
             f"This command needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'}"
             " not installed: pip install '.[train]' in otkd's checkout"
         )
-
-
-def quiet_libraries() -> None:
-    """Turn off the progress bars and advice of the libraries below; errors still show."""
-    import datasets
-    import transformers
-    from huggingface_hub.utils import logging as hub_logging
-
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()

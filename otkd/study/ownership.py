@@ -16,10 +16,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from otkd.cli.console import CommandError, notice
-from otkd.cli.locks import locked
-from otkd.cli.results import write_json
 from otkd.files import PARTIAL_PREFIX, PARTIAL_SUFFIX
+from otkd.study.locks import locked
+from otkd.study.messages import StudyError, notice
+from otkd.study.results import write_json
 
 MARKER = ".otkd.json"
 _ABOUT = "Written by the command otkd. It replaces or removes what is listed here, nothing else."
@@ -57,17 +57,17 @@ class Claim:
         """Check that the command wrote everything that it would replace or remove.
 
         Raises:
-            CommandError: naming a file or folder that the command did not write, or that it reads.
+            StudyError: naming a file or folder that the command did not write, or that it reads.
         """
         for option, path in {**self.models, **self.data}.items():
             if _within(path, self.folder):
-                raise CommandError(
+                raise StudyError(
                     f"{option} {path} is in {self.folder}, where this command writes: choose "
                     "another --output-dir, or copy it elsewhere."
                 )
         for option, path in self.models.items():
             if _within(self.folder, path):
-                raise CommandError(
+                raise StudyError(
                     f"{self.folder}, where this command writes, is in the model's folder {option} "
                     f"{path}: choose another --output-dir."
                 )
@@ -92,7 +92,7 @@ def held(claim: Claim) -> Iterator[None]:
     """Lock the folder of an experiment, after refusing files in the way that are not our own.
 
     Raises:
-        CommandError: if another command works there, or a file or folder is not the command's own.
+        StudyError: if another command works there, or a file or folder is not the command's own.
     """
     claim.check()  # before as much as a lock is written
     with locked(claim.folder):
@@ -110,7 +110,7 @@ def check_own(folder: Path) -> None:
     """Check that a folder may be replaced or removed: it is not there, or all in it is our own.
 
     Raises:
-        CommandError: naming what is not.
+        StudyError: naming what is not.
     """
     complaint = _folder_complaint(folder)
     _refuse([complaint] if complaint else [])
@@ -239,7 +239,7 @@ def _refuse(complaints: Iterable[str]) -> None:
         shown = [f"  {line}" for line in lines[:5]]
         if len(lines) > 5:
             shown.append(f"  and {len(lines) - 5} more")
-        raise CommandError(
+        raise StudyError(
             "\n".join(
                 (
                     "This command would replace what is not its own:",

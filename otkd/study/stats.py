@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from otkd.cli.results import Result
+from otkd.study.results import Result
 
 
 @dataclass(frozen=True)

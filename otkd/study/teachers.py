@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from otkd.cli import models
-from otkd.cli.console import CommandError, notice
-from otkd.cli.evaluation import Predictor
-from otkd.cli.ownership import remove
-from otkd.cli.results import (
+from otkd.study import models
+from otkd.study.evaluation import Predictor
+from otkd.study.messages import StudyError, notice
+from otkd.study.ownership import remove
+from otkd.study.results import (
     Result,
     changed_file,
     file_digest,
@@ -24,14 +24,14 @@ from otkd.cli.results import (
     find_result,
     write_result,
 )
-from otkd.cli.traces import check_work, claim, common_fields, save_model
-from otkd.cli.training import DivergedError, Fit, device, fit
+from otkd.study.traces import check_work, claim, common_fields, save_model
+from otkd.study.training import DivergedError, Fit, device, fit
 from otkd.tasks import majority_score, score
 from otkd.teachers import DenseTeacher
 from otkd.teachers.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from otkd.cli.experiment import Experiment, Rows
+    from otkd.study.experiment import Experiment, Rows
 
 _RESULT = "result.json"
 _MODEL = "model"
@@ -102,7 +102,7 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
     """The teacher that an earlier command left in ``folder``, or None if it is to be trained.
 
     Raises:
-        CommandError: if it was made with other settings.
+        StudyError: if it was made with other settings.
     """
     path = folder / _RESULT
     settings = experiment.as_run(experiment.teacher_settings)
@@ -137,7 +137,7 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
     """Fine-tune the teacher, or take it as it is, and cache its outputs in ``folder``.
 
     Raises:
-        CommandError: if its training diverges, or its logits are not finite.
+        StudyError: if its training diverges, or its logits are not finite.
     """
     try:
         return _train_teacher(experiment, folder, on_steps)
@@ -145,7 +145,7 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
         remedy = f"lower --teacher-learning-rate ({experiment.settings.teacher_learning_rate:g})"
         if not experiment.settings.finetune_teacher:
             remedy = f"name another than {experiment.teacher_source} with --teacher"
-        raise CommandError(f"The teacher diverged, {error}: {remedy}.") from error
+        raise StudyError(f"The teacher diverged, {error}: {remedy}.") from error
 
 
 def _train_teacher(
@@ -252,7 +252,7 @@ def with_features(experiment: Experiment, folder: Path, teacher: Teacher) -> Tea
     """The teacher with its states on the training rows, which are kept in ``folder``.
 
     Raises:
-        CommandError: if its weights, which give them, are gone or are not the teacher's.
+        StudyError: if its weights, which give them, are gone or are not the teacher's.
     """
     if teacher.features is not None:
         return teacher
@@ -265,7 +265,7 @@ def with_features(experiment: Experiment, folder: Path, teacher: Teacher) -> Tea
             name: digest for name, digest in teacher.result.files.items() if _is_weights(name)
         }
         if not weights or changed_file(folder, weights) is not None:
-            raise CommandError(
+            raise StudyError(
                 "A loss compares states, and the weights of the teacher that give them are not in "
                 f"{folder}. Remove that folder to train it again, and the students with it; or "
                 "leave such losses out."
@@ -277,7 +277,7 @@ def with_features(experiment: Experiment, folder: Path, teacher: Teacher) -> Tea
     try:
         states = predictor.features(model)
     except FloatingPointError as error:
-        raise CommandError(f"A loss compares states, but {error}: leave it out.") from error
+        raise StudyError(f"A loss compares states, but {error}: leave it out.") from error
     # Half the size where half precision can hold them.
     half = states.half()
     save_tensors(folder / _FEATURES, {"features": half if half.isfinite().all() else states})

@@ -10,9 +10,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from otkd.cli.console import CommandError
-from otkd.cli.fields import DIVERGED, FINISHED, check_fields
 from otkd.files import written_whole
+from otkd.study.fields import DIVERGED, FINISHED, check_fields
+from otkd.study.messages import StudyError
 
 # Files of schema 1 have no hash of their whole content, and none of them is of a diverged run.
 SCHEMA = 2
@@ -211,7 +211,7 @@ def find_result(
         notice: see above.
 
     Raises:
-        CommandError: if the file was made with other settings; the message names them.
+        StudyError: if the file was made with other settings; the message names them.
     """
     try:
         result = read_result(path)
@@ -227,7 +227,7 @@ def find_result(
         if overwrite:
             notice(f"{path} was made with {_other(made, settings)}; the run is done again.")
             return None
-        raise CommandError(mismatch_message(path, made, settings))
+        raise StudyError(mismatch_message(path, made, settings))
     if result.loss != loss:
         notice(f"{path} says that it is of {result.loss}, not of {loss}; the run is done again.")
         return None

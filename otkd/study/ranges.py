@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from otkd.cli.fields import LARGEST_SEED
+from otkd.study.fields import LARGEST_SEED
 
 
 @dataclass(frozen=True)

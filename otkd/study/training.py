@@ -22,10 +22,10 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from otkd.cli.checkpoints import last_whole_checkpoint, seal
-from otkd.cli.console import notice
 from otkd.files import errors_about
 from otkd.integrations.transformers import DistillationTrainer
+from otkd.study.checkpoints import last_whole_checkpoint, seal
+from otkd.study.messages import notice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from otkd.cli.console import notice
-from otkd.cli.fields import DIVERGED
-from otkd.cli.objectives import (
+from otkd.integrations.annealing import TemperatureAnnealing
+from otkd.study.fields import DIVERGED
+from otkd.study.messages import notice
+from otkd.study.objectives import (
     annealed_term,
     build_objective,
     needs_features,
     objective_options,
 )
-from otkd.cli.ownership import remove
-from otkd.cli.results import (
+from otkd.study.ownership import remove
+from otkd.study.results import (
     TEACHER,
     Result,
     changed_file,
@@ -27,17 +28,16 @@ from otkd.cli.results import (
     find_result,
     write_result,
 )
-from otkd.cli.teachers import Teacher
-from otkd.cli.traces import check_work, claim, common_fields, save_model
-from otkd.cli.training import DivergedError, Fit, fit
-from otkd.integrations.annealing import TemperatureAnnealing
+from otkd.study.teachers import Teacher
+from otkd.study.traces import check_work, claim, common_fields, save_model
+from otkd.study.training import DivergedError, Fit, fit
 from otkd.tasks import agreement, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from otkd.cli.experiment import Experiment, Rows
-    from otkd.cli.protocols import Objective
+    from otkd.study.experiment import Experiment, Rows
+    from otkd.study.protocols import Objective
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def find_student(
         overwrite: whether a run with other settings, or of another teacher, is to be done again.
 
     Raises:
-        CommandError: if it has other settings or another teacher, or a run begun and not finished
+        StudyError: if it has other settings or another teacher, or a run begun and not finished
             has other settings.
     """
     settings = experiment.as_run(run.settings(experiment))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from otkd.checks import did_you_mean
-from otkd.cli.console import CommandError
-from otkd.cli.failures import sentence
-from otkd.cli.names import check_file_names
-from otkd.cli.ranges import shown
-from otkd.cli.settings import RANGES, Settings
+from otkd.study.failures import sentence
+from otkd.study.messages import StudyError
+from otkd.study.names import check_file_names
+from otkd.study.ranges import shown
+from otkd.study.settings import RANGES, Settings
 from otkd.tasks.tasks import get_task
 
 if sys.version_info >= (3, 11):
@@ -119,7 +119,7 @@ class Protocol:
         name: the file's name without its suffix, under which results are kept.
         title: one line for tables.
         seeds: students per loss.
-        settings: of all tasks, by field of :class:`~otkd.cli.settings.Settings`.
+        settings: of all tasks, by field of :class:`~otkd.study.settings.Settings`.
         tasks: of each task.
         losses: of each loss, by name; among them ``loss``, ``title``, ``candidates``, and
             ``curves``, the settings over which it is a point of a curve.
@@ -156,12 +156,12 @@ class Protocol:
             names: keys of ``losses``.
 
         Raises:
-            CommandError: for a name the protocol does not have.
+            StudyError: for a name the protocol does not have.
         """
         chosen = list(names) or list(self.losses)
         unknown = [name for name in chosen if name not in self.losses]
         if unknown:
-            raise CommandError(
+            raise StudyError(
                 f"The protocol {self.name!r} has no loss {unknown[0]!r}"
                 f"{did_you_mean(unknown[0], self.losses)} It has {', '.join(self.losses)}."
             )
@@ -194,20 +194,20 @@ def load_protocol(name: str) -> Protocol:
     """Read a protocol by its name (``author``, ``fair``) or from a file ``*.toml``.
 
     Raises:
-        CommandError: if there is none, or it says something that cannot be meant.
+        StudyError: if there is none, or it says something that cannot be meant.
     """
     path = _find(name)
     try:
         check_file_names([path.stem], "its name, {},")
         return _parse(path.stem, tomllib.loads(_read(path)))
     except OSError as error:
-        raise CommandError(f"The protocol cannot be read. {sentence(error)}") from error
+        raise StudyError(f"The protocol cannot be read. {sentence(error)}") from error
     except UnicodeDecodeError as error:
-        raise CommandError(f"The protocol {path} is not UTF-8 text: {error}.") from error
+        raise StudyError(f"The protocol {path} is not UTF-8 text: {error}.") from error
     except RecursionError as error:
-        raise CommandError(f"The protocol {path} nests tables or lists too deeply.") from error
+        raise StudyError(f"The protocol {path} nests tables or lists too deeply.") from error
     except ValueError as error:
-        raise CommandError(f"The protocol {path}: {error}") from error
+        raise StudyError(f"The protocol {path}: {error}") from error
 
 
 def _read(path: Path) -> str:
@@ -229,7 +229,7 @@ def _find(name: str) -> Path:
     protocols = _shipped()
     if name in protocols:
         return protocols[name]
-    raise CommandError(
+    raise StudyError(
         f"There is no protocol {name!r}{did_you_mean(name, protocols)} Those that come with otkd "
         f"are {', '.join(sorted(protocols))}; --protocol FILE.toml takes one of your own."
     )

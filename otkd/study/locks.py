@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from otkd.cli.console import CommandError, notice
+from otkd.study.messages import StudyError, notice
 
 LOCK = ".otkd.lock"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -27,7 +27,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder: to be written in.
 
     Raises:
-        CommandError: if another command has it; the message names its process.
+        StudyError: if another command has it; the message names its process.
     """
     from filelock import FileLock, Timeout
 
@@ -39,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise CommandError(
+        raise StudyError(
             f"{folder} is in use by another otkd command{_read(path) or before}. Wait until it has "
             "ended, or choose another place for what this one writes."
         ) from error

@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otkd.cli.console import CommandError, notice
-from otkd.cli.machine import machine, versions
-from otkd.cli.ownership import WORK, check_own, mark, remove
-from otkd.cli.results import TEACHER, files_below, mismatch_message, write_json
-from otkd.cli.training import Fit
 from otkd.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, errors_about
+from otkd.study.machine import machine, versions
+from otkd.study.messages import StudyError, notice
+from otkd.study.ownership import WORK, check_own, mark, remove
+from otkd.study.results import TEACHER, files_below, mismatch_message, write_json
+from otkd.study.training import Fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from otkd.cli.experiment import Experiment, Rows
+    from otkd.study.experiment import Experiment, Rows
 
 _SETTINGS = WORK[0]
 
@@ -28,7 +28,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     """Save model and tokenizer so that ``from_pretrained(folder)`` loads them; whole or not.
 
     Raises:
-        CommandError: if there is a folder that the command did not write.
+        StudyError: if there is a folder that the command did not write.
     """
     check_own(folder)
     partial = folder.with_name(f"{PARTIAL_PREFIX}{folder.name}{PARTIAL_SUFFIX}")
@@ -54,7 +54,7 @@ def check_work(work: Path, settings: Mapping[str, Any], *, overwrite: bool) -> N
     ``settings`` name one.
 
     Raises:
-        CommandError: if they are of another run, or the command did not write them.
+        StudyError: if they are of another run, or the command did not write them.
     """
     check_own(work)
     try:
@@ -70,7 +70,7 @@ def check_work(work: Path, settings: Mapping[str, Any], *, overwrite: bool) -> N
     if found == settings:
         return
     if not overwrite:
-        raise CommandError(mismatch_message(work, found, settings))
+        raise StudyError(mismatch_message(work, found, settings))
     remove(work)
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from otkd.cli import models
-from otkd.cli.console import CommandError, notice
-from otkd.cli.evaluation import Predictor
-from otkd.cli.objectives import check_objectives, objective_options
-from otkd.cli.precision import (
+from otkd.study import models
+from otkd.study.evaluation import Predictor
+from otkd.study.messages import StudyError, notice
+from otkd.study.objectives import check_objectives, objective_options
+from otkd.study.precision import (
     PRECISION_FILE,
     Precision,
     measure_precision,
@@ -25,15 +25,15 @@ from otkd.cli.precision import (
     supports_bf16,
     write_precision,
 )
-from otkd.cli.training import Schedule, device
+from otkd.study.training import Schedule, device
 from otkd.tasks import SAMPLE_SEED, encode, get_task, load_task
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from otkd.cli.protocols import Objective, Tuning
-    from otkd.cli.settings import Settings
+    from otkd.study.protocols import Objective, Tuning
+    from otkd.study.settings import Settings
 
 _PROBE_ROWS = 16
 
@@ -75,7 +75,7 @@ class Experiment:
         folder: where the choice of precision is kept.
 
     Raises:
-        CommandError: for settings, losses or models that cannot work together.
+        StudyError: for settings, losses or models that cannot work together.
         DataError: for rows that cannot be read.
     """
 
@@ -94,7 +94,7 @@ class Experiment:
         self.task = get_task(settings.task)
         check_objectives(objectives, self.task.num_labels)
         if settings.precision == "bf16" and not supports_bf16():
-            raise CommandError("--precision bf16: the accelerator here does not support it.")
+            raise StudyError("--precision bf16: the accelerator here does not support it.")
         self.data = load_task(
             self.task,
             settings.data_dir,
@@ -117,19 +117,19 @@ class Experiment:
     def _tokenizer(self, source: str) -> PreTrainedTokenizerBase:
         tokenizer = models.load_tokenizer(source)
         if tokenizer.pad_token is None:
-            raise CommandError(f"The tokenizer of {source!r} has no padding token.")
+            raise StudyError(f"The tokenizer of {source!r} has no padding token.")
         config = models.load_config(source)
         special = tokenizer.num_special_tokens_to_add(pair=len(self.task.sentences) > 1)
         least = special + len(self.task.sentences)
         if self.settings.max_length < least:
-            raise CommandError(
+            raise StudyError(
                 f"--max-length {self.settings.max_length}: an input of {source!r} has at least "
                 f"{least} tokens, {special} of them of its own."
             )
         limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
         longest = min(limit for limit in limits if limit is not None)
         if self.settings.max_length > longest:
-            raise CommandError(
+            raise StudyError(
                 f"--max-length {self.settings.max_length}: {source!r} reads at most {longest} "
                 "tokens."
             )
@@ -298,7 +298,7 @@ class Experiment:
         random.Random(SAMPLE_SEED).shuffle(order)
         held_out = max(1, round(len(order) * self.tuning.held_out))
         if held_out >= len(order):
-            raise CommandError(
+            raise StudyError(
                 f"[tuning] held_out = {self.tuning.held_out:g} leaves none of {len(order)} "
                 "training rows to train on."
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from otkd.cli.results import write_json
+from otkd.study.results import write_json
 
 PRECISION_FILE = "precision.json"
 # bf16 rounds; it has to pay for that.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import logging.handlers
 import multiprocessing
 import os
 import signal
@@ -16,16 +18,18 @@ from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from otkd.cli.console import CommandError, quiet_libraries
-from otkd.cli.experiment import Experiment
-from otkd.cli.progress import StepBar
-from otkd.cli.results import Result
-from otkd.cli.runs import Run, run_student
-from otkd.cli.teachers import Teacher, find_teacher
+from otkd.study.experiment import Experiment
+from otkd.study.messages import StudyError, quiet_libraries
+
+if TYPE_CHECKING:
+    from otkd.cli.progress import StepBar
+from otkd.study.results import Result
+from otkd.study.runs import Run, run_student
+from otkd.study.teachers import Teacher, find_teacher
 
 # Small encoders gain little from a second core; more than a few processes want much memory.
 _USUAL = 4
@@ -37,14 +41,14 @@ def worker_count(asked: int | None) -> int:
     """The number of processes to train in: as asked, else one a GPU, else one a core up to four.
 
     Raises:
-        CommandError: if it is less than one, or more than there are cores or GPUs.
+        StudyError: if it is less than one, or more than there are cores or GPUs.
     """
     gpus = torch.cuda.device_count()
     most = gpus or os.cpu_count() or 1
     if asked is None:
         return gpus or min(most, _USUAL)
     if not 1 <= asked <= most:
-        raise CommandError(
+        raise StudyError(
             f"--workers must lie between 1 and {most}, the number of "
             f"{'GPUs' if gpus else 'cores'} here; got {asked}."
         )
@@ -87,7 +91,7 @@ def run_all(
                 try:
                     result = future.result()
                 except BrokenProcessPool as error:
-                    raise CommandError(_how_it_ended(processes)) from error
+                    raise StudyError(_how_it_ended(processes)) from error
                 yield pending.pop(future), result
             finished = len(runs) - len(pending)
             bar.start(f"{finished} of {len(runs)} runs done")(_drain(steps))
@@ -108,7 +112,7 @@ def _pool(
 ) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     # Not forked: neither CUDA nor the threads of a numeric library survive that.
     context = multiprocessing.get_context("spawn")
-    numbers, steps = context.Queue(), context.Queue()
+    numbers, steps, notices = context.Queue(), context.Queue(), context.Queue()
     for number in range(workers):
         numbers.put(number)
     shared = (experiment.settings, experiment.objectives, experiment.folder, experiment.tuning)
@@ -116,8 +120,11 @@ def _pool(
         workers,
         mp_context=context,
         initializer=_start,
-        initargs=(shared, teacher_folder, workers, numbers, steps),
+        initargs=(shared, teacher_folder, workers, numbers, steps, notices),
     )
+    # What the workers log is shown by this process, which has the progress bar.
+    listener = logging.handlers.QueueListener(notices, *logging.getLogger("otkd").handlers)
+    listener.start()
     try:
         yield pool, steps
         pool.shutdown()
@@ -132,6 +139,7 @@ def _pool(
             process.join(_PATIENCE)
             if process.is_alive():
                 process.kill()
+        listener.stop()
 
 
 def _how_it_ended(processes: Sequence[BaseProcess]) -> str:
@@ -204,7 +212,7 @@ def _start(*shared: Any) -> None:
 
 
 def _prepared(
-    shared: tuple, teacher_folder: Path, workers: int, numbers: Any, steps: Any
+    shared: tuple, teacher_folder: Path, workers: int, numbers: Any, steps: Any, notices: Any
 ) -> tuple[Experiment, Teacher, Any]:
     number = numbers.get()
     if torch.cuda.device_count() > 0:
@@ -213,11 +221,14 @@ def _prepared(
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[number]
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    logger = logging.getLogger("otkd")
+    logger.addHandler(logging.handlers.QueueHandler(notices))
+    logger.setLevel(logging.INFO)
     quiet_libraries()
     experiment = Experiment(*shared)
     teacher = find_teacher(experiment, teacher_folder, overwrite=False)
     if teacher is None:
-        raise CommandError(
+        raise StudyError(
             f"The teacher in {teacher_folder} was changed by something else while its students "
             "were trained. Give the command again."
         )

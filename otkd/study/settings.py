@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Collection
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, get_type_hints
 
 import typer
 
-from otkd.cli.console import CommandError
-from otkd.cli.ranges import (
+from otkd.study.messages import StudyError
+from otkd.study.ranges import (
     BATCH,
     COUNT,
     EPOCHS,
@@ -252,7 +249,7 @@ class Settings:
         """Check what can be known before anything is loaded.
 
         Raises:
-            CommandError: naming the first option that cannot be meant.
+            StudyError: naming the first option that cannot be meant.
         """
         for name in RANGES:
             value = getattr(self, name, None)
@@ -265,16 +262,14 @@ class Settings:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise CommandError(
+                raise StudyError(
                     f"{option(name)} is {', '.join(allowed[:-1])} or {allowed[-1]}, "
                     f"not {getattr(self, name)!r}."
                 )
         if self.score == "best" and self.evaluate_every is None:
-            raise CommandError(
-                "--score best needs --evaluate-every, the steps between evaluations."
-            )
+            raise StudyError("--score best needs --evaluate-every, the steps between evaluations.")
         if not self.finetune_teacher and self.teacher is None:
-            raise CommandError(
+            raise StudyError(
                 "--no-finetune-teacher needs --teacher, a classifier already trained for the task: "
                 "the default teacher has no classification head."
             )
@@ -293,60 +288,13 @@ def check_range(name: str, value: float) -> None:
     """Check that an option's value is in its range.
 
     Raises:
-        CommandError: naming the option, the range and the value.
+        StudyError: naming the option, the range and the value.
     """
     complaint = RANGES[name].complaint(value)
     if complaint:
-        raise CommandError(f"{option(name)} {complaint}.")
+        raise StudyError(f"{option(name)} {complaint}.")
 
 
 def option(name: str) -> str:
     """The spelling of a field on the command line."""
     return f"--{name.replace('_', '-')}"
-
-
-def given_options(context: typer.Context) -> set[str]:
-    """The names of the options that the user gave, other than by leaving them at their default."""
-    by_default = ("DEFAULT", "DEFAULT_MAP")
-    return {
-        name
-        for name in context.params
-        if (source := context.get_parameter_source(name)) and source.name not in by_default
-    }
-
-
-def with_settings(
-    command: Callable[..., None], *, without: Collection[str] = ()
-) -> Callable[..., None]:
-    """Give ``command(settings, **own)`` the options of :class:`Settings` besides its own.
-
-    Typer builds the command line from a signature, so one is put together here; each option stays
-    written down once however many commands have it. Those of ``without`` keep their default.
-    """
-    names = [item.name for item in fields(Settings) if item.name not in without]
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        command(Settings(**{name: values.pop(name) for name in names}), **values)
-
-    hints = get_type_hints(Settings, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            item.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=hints[item.name],
-            default=inspect.Parameter.empty if item.default is MISSING else item.default,
-        )
-        for item in fields(Settings)
-        if item.name in names
-    ]
-    own_hints = get_type_hints(command, include_extras=True)
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own_hints[parameter.name])
-        for parameter in list(inspect.signature(command).parameters.values())[1:]
-    ]
-    parameters = [shared[0], *own, *shared[1:]]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del run.__wrapped__  # type: ignore[attr-defined]
-    return run

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from otkd.cli.results import Result
-from otkd.cli.stats import Estimate, LossSummary, summarise
 from otkd.files import written_whole
+from otkd.study.results import Result
+from otkd.study.stats import Estimate, LossSummary, summarise
 from otkd.tasks import get_task
 
 _METRIC_TITLES = {"accuracy": "accuracy", "f1": "F1", "mcc": "MCC"}

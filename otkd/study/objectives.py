@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +10,36 @@ import torch
 from torch import Tensor, nn
 
 import otkd
-from otkd.cli.catalogue import loss_parameters
-from otkd.cli.console import CommandError
-from otkd.cli.settings import option
 from otkd.losses.sinkd import SoftCrossEntropyLoss, UnrolledBatchSinkhornLoss
+from otkd.study.messages import StudyError
+from otkd.study.settings import option
 
 if TYPE_CHECKING:
-    from otkd.cli.protocols import Objective
-    from otkd.cli.settings import Settings
+    from otkd.study.protocols import Objective
+    from otkd.study.settings import Settings
 
 # These are told the geometry of the classes by the rows of the teacher's classifier.
 NEED_CLASS_ROWS = ("sinkhorn", "wasserstein")
 # What batch transport takes beyond what all losses take, by the option's name here.
 _TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "sample_cost", "debias", "iterations")
+
+
+def loss_parameters(loss: type) -> dict[str, inspect.Parameter]:
+    """The constructor's parameters by name, with those that it passes on to its base classes."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in loss.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
+        passes_on = False
+        for name, parameter in list(parameters.items())[1:]:
+            if parameter.kind is parameter.VAR_KEYWORD:
+                passes_on = True
+            else:
+                found.setdefault(name, parameter)
+        if not passes_on:
+            break
+    return found
 
 
 def objective_options(name: str, settings: Settings) -> dict[str, Any]:
@@ -67,14 +85,14 @@ def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> Non
     """Refuse an option of losses that was given where none of the losses takes it.
 
     Raises:
-        CommandError: naming the option.
+        StudyError: naming the option.
     """
     tried = [variant for objective in objectives for variant in objective.tried()]
     taken = {name for each in tried for name in _option_names(each.loss, each.settings.author)}
     every = {name for loss in otkd.list_losses() for name in _option_names(loss, False)}
     for name in sorted(every.intersection(given) - taken):
         losses = ", ".join(dict.fromkeys(each.loss for each in tried))
-        raise CommandError(f"{option(name)} has no effect on {losses}: leave it out.")
+        raise StudyError(f"{option(name)} has no effect on {losses}: leave it out.")
 
 
 def needs_features(options: Mapping[str, Any]) -> bool:
@@ -173,10 +191,10 @@ def check_objectives(objectives: Sequence[Objective], num_labels: int) -> None:
     """Build every objective once, with each of its candidates, so that a mistake shows early.
 
     Raises:
-        CommandError: for an unknown loss or an option it refuses.
+        StudyError: for an unknown loss or an option it refuses.
     """
     if not objectives:
-        raise CommandError("--losses names no loss.")
+        raise StudyError("--losses names no loss.")
     stand_in = torch.eye(num_labels)
     for each in (variant for objective in objectives for variant in objective.tried()):
         each.settings.check()
@@ -184,4 +202,4 @@ def check_objectives(objectives: Sequence[Objective], num_labels: int) -> None:
             options = objective_options(each.loss, each.settings)
             build_objective(each.loss, options, stand_in)
         except (ValueError, TypeError, KeyError) as error:
-            raise CommandError(str(error.args[0] if error.args else error)) from error
+            raise StudyError(str(error.args[0] if error.args else error)) from error
