@@ -18,11 +18,11 @@ test: $(VENV)/.dev  ## the test suite
 test-all: $(VENV)/.dev  ## with the tests that take minutes
 	$(BIN)/pytest -n auto -m ''
 
-bench: $(VENV)/.dev  ## every benchmark that is not finished, and docs/benchmarks.md; hours
+bench: $(VENV)/.dev  ## every benchmark that is not finished, and the pages about them; takes hours
 	for group in vocabulary batch divergences steps pareto limits gpu; do $(BIN)/python benchmarks/run.py $$group || exit; done
 	$(BIN)/python benchmarks/report.py
 
-bench-quick: $(VENV)/.dev  ## a handful of ratios beside those on file
+bench-quick: $(VENV)/.dev  ## a few ratios compared with those on file
 	$(BIN)/python benchmarks/quick.py
 
 lint: $(VENV)/.dev

@@ -1,13 +1,13 @@
-"""Transport between the samples of a batch, as otkd and others do it: value and gradient.
+"""Transport between the samples of a batch by otkd and others: value and gradient.
 
-A peer maps logits ``(b, d)`` of student and teacher to one value, which is differentiable. The
-ground cost is between softmax(logits / 2), ε = 0.1 if nothing else is said, the masses are 1/b.
+A peer maps logits ``(b, d)`` of student and teacher to one differentiable value. The ground cost is
+between softmax(logits / 2), ε is 0.1 unless stated otherwise, and the masses are 1/b.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor
 import otkd
 
 EPSILON, TEMPERATURE = 0.1, 2.0
-_NEVER = 1e-30  # a tolerance with which all iterations are made
+_NEVER = 1e-30  # a tolerance that is never reached, so that all iterations are made
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """Logits by their sizes and seed: normals, and a teacher that is the student plus noise."""
+    """Sizes and seed of logits: normals, with a teacher that is the student plus noise."""
 
     samples: int
     classes: int
@@ -39,9 +39,10 @@ class BatchSpec:
         """What a case is called in the results."""
         return f"b = {self.samples:,}, d = {self.classes:,}, {self.cost}"
 
-    def as_dict(self) -> dict:
-        """For JSON; ``BatchSpec(**spec.as_dict())`` is the spec."""
-        return asdict(self)
+    @property
+    def matrix_bytes(self) -> int:
+        """b·b·4, the unit in which memory is reported."""
+        return 4 * self.samples**2
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +63,7 @@ class BatchPeer:
         name: what it is called in the results.
         kind: a key of ``KINDS``.
         settings: for that kind.
-        largest: the most samples it is given.
+        largest: the largest batch that it is run on.
     """
 
     name: str
@@ -128,7 +129,7 @@ def _otkd(
 
 
 def _unrolled(spec: BatchSpec, *, iterations: int) -> Function:
-    """The arithmetic of SinKD's public code, written plainly: autograd through every iteration."""
+    """The arithmetic of SinKD's public code: autograd through every iteration."""
 
     def function(student: Tensor, teacher: Tensor) -> Tensor:
         q, p = _points(student, teacher)
@@ -211,7 +212,7 @@ def _geomloss(spec: BatchSpec, *, scaling: float = 0.9, backend: str = "tensoriz
 
     def function(student: Tensor, teacher: Tensor) -> Tensor:
         value = loss(*_points(student, teacher))
-        torch.set_grad_enabled(True)  # which geomloss leaves as it finds it, or on
+        torch.set_grad_enabled(True)  # geomloss may leave it disabled
         return value
 
     return function

@@ -1,13 +1,12 @@
-"""The peers of a row side by side on one problem."""
+"""The peers of a row on one problem: time, memory and error."""
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import measure
-import torch
+import memory
 from peers import EPSILON, Call, Peer, prepare
 from problems import Spec, build, coverage
 
@@ -16,7 +15,7 @@ import otkd
 
 @dataclass(frozen=True)
 class Settings:
-    """What a result depends on beside the machine."""
+    """What a result depends on besides the machine."""
 
     quick: bool = False
     seed: int = 0
@@ -28,6 +27,10 @@ class Settings:
         return quick if self.quick else full
 
 
+Row = Callable[[Settings], dict]
+"""Measures the cases of a row, and with what we aim at its targets."""
+
+
 def compare(spec, peers, reference, settings, *, compared=None, skip_memory=()) -> dict:
     """Time, memory and error of every peer on one problem; the first peer is ours."""
     missing = [peer.name for peer in peers if not peer.available]
@@ -35,67 +38,46 @@ def compare(spec, peers, reference, settings, *, compared=None, skip_memory=()) 
     calls = {peer.name: prepare(peer, spec) for peer in peers}
     rounds = {peer.name: peer.rounds or settings.repeats for peer in peers}
     seconds = measure.alternate(calls, rounds)
-    found = {}
+    details = {}
     for peer in peers:
         positions = peer.positions or spec.positions
         factor = peer.scale * spec.positions / positions
         seconds[peer.name] = [factor * t for t in seconds[peer.name]]
-        entry = {
-            "settings": peer.settings,
-            "positions": positions,
-            "time_scaled_by": factor,
-            "seconds": measure.spread(seconds[peer.name]),
-        }
+        found = {"settings": peer.settings, "positions": positions, "time_scaled_by": factor}
         whole = peer.scale == 1
         if reference is not None and whole and (compared is None or peer.name in compared):
-            entry |= errors_of(calls[peer.name], reference)
+            found |= errors_of(calls[peer.name], reference)
         if peer.name not in skip_memory and not (settings.quick and peer is not peers[0]):
-            entry |= (
-                peak_of(peer, spec) if spec.device == "cpu" else peak_here(calls[peer.name], spec)
-            )
-        found[peer.name] = entry
+            if spec.device == "cpu":
+                found |= peak_of(peer, spec)
+            else:
+                found |= memory.peak_on_gpu(calls[peer.name], spec.logits_bytes)
+        details[peer.name] = found
     ours = peers[0].name
     report = calls[ours].report
+    case = measure.against(seconds, ours)
+    for name, found in details.items():
+        case["peers"][name] |= found
     return {
         "name": spec.name,
-        "problem": spec.as_dict(),
+        "problem": asdict(spec),
         "coverage_of_64": coverage(build(spec).student),
         "iterations": report and report.iterations,
         "marginal_error": report and float(report.marginal_error),
-        "peers": found,
-        "times": {
-            name: measure.ratio(seconds[name], seconds[ours]) for name in found if name != ours
-        },
+        **case,
         "not_installed": missing,
     }
 
 
 def peak_of(peer: Peer, spec: Spec) -> dict:
-    """Peak memory of a peer beyond its inputs."""
-    arguments = {"spec": spec.as_dict(), "peer": dataclasses.asdict(peer)}
-    found = peak_of_job({"runner": "peers", "arguments": arguments}, spec.logits_bytes)
+    """Peak memory of a peer beyond its inputs, in units of N·V·4 bytes."""
+    arguments = {"spec": asdict(spec), "peer": asdict(peer)}
+    found = memory.peak("peers", arguments, spec.logits_bytes)
     return {"peak_positions": spec.positions, **found}
 
 
-def peak_here(call: Call, spec: Spec) -> dict:
-    """The same in this process, by torch's own count of the memory of its device."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    peak = torch.cuda.max_memory_allocated() - before
-    units, method = peak / spec.logits_bytes, "torch.cuda.max_memory_allocated"
-    return {"peak_bytes": peak, "peak_units": units, "peak_method": method}
-
-
-def peak_of_job(job: dict, unit: int) -> dict:
-    """Peak memory of a job, in units of N·V·4 bytes."""
-    peak = measure.peak_memory({**job, "threads": torch.get_num_threads()})
-    units = None if peak["bytes"] is None else peak["bytes"] / unit
-    return {"peak_bytes": peak["bytes"], "peak_units": units, "peak_method": peak["method"]}
-
-
 def reference_of(spec: Spec, support, positions: int | None = None, epsilon: float = EPSILON):
-    """Values and gradient in float64, iterated as far as that goes."""
+    """Values and gradient in float64, solved to a marginal error of 1e-9."""
     problem = build(spec)
     rows = slice(0, positions)
     loss = otkd.SinkhornLoss(
@@ -111,8 +93,7 @@ def reference_of(spec: Spec, support, positions: int | None = None, epsilon: flo
 
 def errors_of(call: Call, reference) -> dict[str, float]:
     """Relative errors over the positions that the reference and the call have in common."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a tolerance below what float32 reaches
+    with measure.without_warnings():
         found = call()
     common = min(len(found[0]), len(reference[0]))
     names = ("value_error", "gradient_error")
@@ -121,14 +102,17 @@ def errors_of(call: Call, reference) -> dict[str, float]:
 
 
 def target(name: str, measured: float | None, relation: str, limit: float) -> dict:
-    """A figure and what it should be; ``met`` is None where there is no figure."""
+    """A quantity and what we aim at; ``met`` is None where nothing was measured.
+
+    A ratio is always peer ÷ otkd.
+    """
     met = None
     if measured is not None:
         met = measured <= limit if relation == "≤" else measured >= limit
-    return {
-        "name": name,
-        "measured": measured,
-        "relation": relation,
-        "limit": limit,
-        "met": met,
-    }
+    return {"name": name, "measured": measured, "relation": relation, "limit": limit, "met": met}
+
+
+def memory_ratio(theirs: dict, ours: dict) -> float | None:
+    """Peak memory of a peer over ours; None where one was not measured."""
+    peaks = theirs.get("peak_bytes"), ours.get("peak_bytes")
+    return peaks[0] / peaks[1] if all(peaks) else None

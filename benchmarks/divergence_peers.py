@@ -1,4 +1,4 @@
-"""The f-divergences as otkd and others compute them: see :mod:`peers`."""
+"""The divergences as computed by otkd and others: see :mod:`peers`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _kl_div(problem: Problem) -> Function:
 
 
 def _plain(problem: Problem, *, divergence: str) -> Function:
-    """The formula as it is usually written, through autograd."""
+    """The formula as it is usually written, with autograd."""
 
     def function(student: Tensor, teacher: Tensor) -> Tensor:
         if divergence in _OF_PROBABILITIES:
@@ -74,9 +74,9 @@ PLAIN = (*_OF_LOGARITHMS, *_OF_PROBABILITIES)
 
 
 def _trl_jsd(problem: Problem) -> Function:
-    """TRL's generalized JSD at β = ½, which gives what every token adds."""
+    """TRL's generalized JSD at β = ½, which returns one term per token."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of being experimental
+        warnings.simplefilter("ignore")  # that it is experimental
         from trl.experimental.gkd import GKDTrainer
 
     def function(student: Tensor, teacher: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def _torchdistill(problem: Problem) -> Function:
 
 
 def _liger(problem: Problem, *, divergence: str) -> Function:
-    """Liger's kernels on log-probabilities, which torch computes; they give no value a position."""
+    """Liger's kernels on log-probabilities from torch; they return no value per position."""
     from liger_kernel.transformers import jsd, kl_div, tvd
 
     if divergence == "JSDLoss":

@@ -1,19 +1,19 @@
-"""The divergences against the same formulas through autograd, F.kl_div and TRL."""
+"""The divergences against the plain formulas with autograd, F.kl_div and TRL."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from compare import Settings, compare, target
+from compare import Row, Settings, compare, memory_ratio, target
 from divergence_peers import PLAIN
-from measure import keeping_memory, relative_error
+from files import unmeasured
+from measure import relative_error
+from memory import keeping_memory
 from peers import Call, Peer, prepare
 from problems import Spec, build
 
 
 def peers_of(loss: str) -> list[Peer]:
-    """What computes the same as this loss; ours comes first."""
+    """Implementations of this loss; ours comes first."""
     peers = [
         Peer(f"otkd.{loss}", "otkd", {"loss": loss}),
         Peer("plain", "plain", {"divergence": loss}),
@@ -34,27 +34,40 @@ def _reference(spec: Spec, loss: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def divergences(settings: Settings) -> dict:
-    """Value and gradient of 512 positions of 32,000 tokens: time, peak memory, error."""
-    sizes = settings.pick((32_000, 512, 1), (300, 8, 1))
-    spec = Spec(*sizes, "zipf", "iid", settings.seed)
-    cases, targets = [], []
+    """Value and gradient at 512 positions of 32,000 tokens: time, peak memory, error."""
+    spec = _spec(settings)
+    cases = []
     for loss in PLAIN:
-        peers = peers_of(loss)
-        case = compare(spec, peers, _reference(spec, loss), settings)
-        case["name"] = loss
-        cases.append(case)
-        ours, *others = (case["peers"][peer.name] for peer in peers if peer.available)
-        fastest = min(case["times"].values(), key=lambda times: times["median"])["median"]
-        targets.append(target(f"{loss}: time of the fastest peer / otkd", fastest, "≥", 1))
-        least = min((o["peak_units"] for o in others if o.get("peak_units")), default=None)
-        if least and ours["peak_units"]:
-            label = f"{loss}: memory of otkd / the least of the peers"
-            targets.append(target(label, ours["peak_units"] / least, "≤", 1))
-    return {"cases": cases, "targets": targets}
+        case = compare(spec, peers_of(loss), _reference(spec, loss), settings)
+        cases.append({**case, "name": loss})
+    return {"cases": cases, "targets": divergences_targets(cases)}
+
+
+def divergences_targets(cases: list[dict]) -> list[dict]:
+    """No peer should be faster than otkd, or need less memory."""
+    targets = []
+    for case in cases:
+        targets.append(_fastest(case))
+        ours, *others = case["peers"].values()
+        ratios = [ratio for other in others if (ratio := memory_ratio(other, ours)) is not None]
+        if ratios:
+            label = f"{case['name']}: memory, smallest peer ÷ otkd"
+            targets.append(target(label, min(ratios), "≥", 1))
+    return targets
+
+
+def _fastest(case: dict) -> dict:
+    fastest = min(times["median"] for times in case["times"].values())
+    return target(f"{case['name']}: time, fastest peer ÷ otkd", fastest, "≥", 1)
+
+
+def _spec(settings: Settings) -> Spec:
+    sizes = settings.pick((32_000, 512, 1), (300, 8, 1))
+    return Spec(*sizes, "zipf", "iid", settings.seed)
 
 
 def extremes(settings: Settings) -> dict:
-    """Tokens without mass, and bfloat16, where each implementation is used as it is."""
+    """Logits of −inf, and bfloat16 logits, with each implementation as it is."""
     spec = Spec(*settings.pick((4000, 64, 1), (300, 8, 1)), "zipf", "iid", settings.seed)
     problem = build(spec)
     without = [z.clone() for z in (problem.student, problem.teacher)]
@@ -64,7 +77,7 @@ def extremes(settings: Settings) -> dict:
     cases = []
     for loss in PLAIN:
         plain = prepare(Peer("", "plain", {"divergence": loss}), spec).function
-        # Of the same rounded logits: what is left is the error of the arithmetic.
+        # The reference uses the same rounded logits, so the error is that of the arithmetic alone.
         exact = Call(plain, *(z.double() for z in half))()
         found = {}
         for peer in filter(lambda peer: peer.available, peers_of(loss)):
@@ -78,43 +91,41 @@ def extremes(settings: Settings) -> dict:
                 "gradient_error": relative_error(rounded[1], exact[1]),
             }
         cases.append({"name": f"{loss}, bfloat16", "peers": found, "times": {}})
-    return {"cases": cases, "targets": []}
+    return {"cases": cases}
 
 
 def kept_memory(settings: Settings) -> dict:
-    """The same times where the allocator keeps what is freed, as torch's does on a GPU.
+    """Times with an allocator that reuses freed memory, as CUDA's caching allocator does.
 
-    glibc's gives large blocks back to the system, which has to clear them before they are used
-    again: for losses with many temporaries that is most of the time. Of transport over the heaviest
-    tokens it is little, so that what it costs beside F.kl_div depends on it: the same problem as in
-    `vocabulary/topk`, where nothing is kept.
+    glibc's allocator returns large blocks to the system, and new ones have to be cleared before
+    they are used. For losses with many temporaries that is most of the time; transport over the
+    heaviest tokens has few. The problems are those of `divergences` and of `vocabulary/topk`.
     """
-    sizes = settings.pick((32_000, 512, 1), (300, 8, 1))
-    spec = Spec(*sizes, "zipf", "iid", settings.seed)
-    cases, targets = [], []
     with keeping_memory() as kept:
         if not kept:
-            reason = "the allocator cannot be told to keep memory"
-            return {"measured": False, "reason": reason, "cases": [], "targets": []}
-        for loss in PLAIN:
-            peers = peers_of(loss)
-            names = [peer.name for peer in peers]
-            case = compare(spec, peers, None, settings, skip_memory=names)
-            cases.append({**case, "name": loss})
-            fastest = min(times["median"] for times in case["times"].values())
-            targets.append(target(f"{loss}: time of the fastest peer / otkd", fastest, "≥", 1))
+            return unmeasured("the allocator cannot be told to keep freed memory")
+        cases = [_times(_spec(settings), loss, peers_of(loss), settings) for loss in PLAIN]
         spec = Spec(*settings.pick((32_000, 512, 256), (3000, 16, 16)), seed=settings.seed)
         ours = Peer("otkd.SinkhornLoss", "otkd_sinkhorn", {"k": 64})
         peers = [ours, Peer("F.kl_div", "kl_div"), Peer("otkd.KLLoss", "otkd", {"loss": "KLLoss"})]
-        names = [peer.name for peer in peers]
-        case = compare(spec, peers, None, settings, skip_memory=names)
-        cases.append({**case, "name": "SinkhornLoss, top 64"})
-        times = 1 / case["times"]["F.kl_div"]["median"]
-        targets.append(target("SinkhornLoss, top 64: time of otkd / F.kl_div", times, "≤", 2))
-    return {"cases": cases, "targets": targets}
+        cases.append(_times(spec, "SinkhornLoss, top 64", peers, settings))
+    return {"cases": cases, "targets": kept_memory_targets(cases)}
 
 
-ROWS: dict[str, Callable[[Settings], dict]] = {
+def _times(spec: Spec, name: str, peers: list[Peer], settings: Settings) -> dict:
+    names = [peer.name for peer in peers]
+    return {**compare(spec, peers, None, settings, skip_memory=names), "name": name}
+
+
+def kept_memory_targets(cases: list[dict]) -> list[dict]:
+    """No peer of a divergence should be faster, and F.kl_div at most twice as fast as transport."""
+    *divergences, transport = cases
+    label = f"{transport['name']}: time, F.kl_div ÷ otkd"
+    times = transport["times"]["F.kl_div"]["median"]
+    return [*map(_fastest, divergences), target(label, times, "≥", 0.5)]
+
+
+ROWS: dict[str, Row] = {
     "divergences": divergences,
     "extremes": extremes,
     "kept_memory": kept_memory,

@@ -1,16 +1,15 @@
-"""The figures of docs/benchmarks.md, drawn from result files."""
+"""The figures of the benchmark pages, drawn from result files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+import files
 import matplotlib as mpl
-from problems import LOGITS
 
 mpl.use("Agg")
-# Text stays text, and the same results are the same file.
+# Text is kept as text, and the same results give the same file.
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "otkd"})
 
 import matplotlib.pyplot as plt  # noqa: E402  after the backend is chosen
@@ -24,7 +23,8 @@ _STYLES = {"iid": "-", "clustered": "--"}
 def topk_error(result: dict) -> Figure:
     """Error of the gradient of TopK against k: a curve for each kind of logits and embedding."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    colours = dict(zip(LOGITS, _COLOURS, strict=False))
+    kinds = dict.fromkeys(case["problem"]["logits"] for case in result["cases"])
+    colours = dict(zip(kinds, _COLOURS, strict=False))
     for case in result["cases"]:
         logits, embedding = case["problem"]["logits"], case["problem"]["embedding"]
         points = [point for point in case["points"] if point["clusters"] == 1]
@@ -124,16 +124,12 @@ FIGURES: dict[str, tuple[Callable[[dict], Figure], str]] = {
 }
 
 
-def draw_all(results: Path, images: Path) -> dict[str, str]:
-    """Draw what there are results for; the names of the files, by ``GROUP/ROW``."""
-    drawn = {}
+def draw_all(results: Path, images: Path) -> None:
+    """Draw the figures of all rows that were measured."""
+    images.mkdir(parents=True, exist_ok=True)
     for place, (draw, name) in FIGURES.items():
-        path = results / f"{place}.json"
-        if not path.is_file():
-            continue
-        figure = draw(json.loads(path.read_text("utf-8")))
-        images.mkdir(parents=True, exist_ok=True)
-        figure.savefig(images / name, metadata={"Date": None})
-        plt.close(figure)
-        drawn[place] = name
-    return drawn
+        result = files.read(results / f"{place}.json")
+        if result.get("measured"):
+            figure = draw(result)
+            figure.savefig(images / name, metadata={"Date": None})
+            plt.close(figure)

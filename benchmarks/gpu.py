@@ -1,8 +1,8 @@
-"""Everything that wants a GPU, within some minutes: `python benchmarks/gpu.py`.
+"""Everything that needs a GPU, within a few minutes: `python benchmarks/gpu.py`.
 
-Rows are in the order of their worth. One that is there is not measured again; none is begun that
-might not be done in time, so that a second call goes on. Of one that fails the file says why, and
-the next is begun.
+The most important rows come first. Finished rows are not measured again, and a row that might not
+finish in time is not started, so a second call continues. A row that fails is stored with the
+reason.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def main(
         Path | None, typer.Option(help="Folder of the results; by default results/gpu.")
     ] = None,
     minutes: Annotated[
-        float, typer.Option(help="By when all is done, the half for starting not counted.", min=0)
+        float, typer.Option(help="Time limit, without the half minute for starting.", min=0)
     ] = 8.5,
     quick: Quick = False,
     seed: Seed = 0,
     repeats: Repeats = None,
 ) -> None:
-    """Measure what is not finished and print it."""
+    """Measure the rows that are not finished, and print all of them."""
     start, console = time.monotonic(), Console(width=120)
     folder = folder_of("gpu", output, quick=quick)
     settings = Settings(quick=quick, seed=seed, repeats=repeats or Settings.repeats)
@@ -38,7 +38,7 @@ def main(
         path = folder / f"{name}.json"
         if not is_finished(path, settings, repeats=repeats):
             if time.monotonic() - start + LONGEST[name] > 60 * minutes:
-                console.print(f"{name}: left for another call, it may take too long for this one")
+                console.print(f"{name}: left for another call, it might exceed the time limit")
                 continue
             run_into(path, row, settings, console)
         show(console, json.loads(path.read_text("utf-8")))

@@ -1,11 +1,9 @@
-"""Everything that wants a GPU: first whether it is right there, then how fast."""
+"""Everything that needs a GPU: first whether the losses are correct there, then how fast."""
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import textwrap
-import traceback
 from collections.abc import Callable, Sequence
 from functools import wraps
 
@@ -13,9 +11,11 @@ import torch
 from batch_peers import BatchCall, BatchPeer, BatchSpec
 from batch_peers import build as build_batch
 from batch_rows import PEERS, compare_batch
-from compare import Settings, compare, peak_here
+from compare import Row, Settings, compare
 from divergence_rows import peers_of
+from files import said, unmeasured
 from measure import relative_error
+from memory import peak_on_gpu
 from peers import Peer, prepare
 from problems import Spec, build
 from step_rows import compare_steps
@@ -23,45 +23,30 @@ from steps import LANGUAGE_LOSSES, TINY, StepSpec, models
 
 import otkd
 
-Row = Callable[[Settings], dict]
-DEVICE = "cuda"  # of every row; the tests run them on a CPU
+DEVICE = "cuda"  # the tests replace it by a CPU
 _ERROR = 1e-4
 
 
 def on_gpu(row: Row) -> Row:
-    """A row that says why it was not measured: where there is no GPU, and where it failed."""
+    """A row that is not measured without a GPU, and that starts with the GPU's memory free."""
 
     @wraps(row)
     def measured(settings: Settings) -> dict:
-        reason = "no GPU"
-        if torch.cuda.is_available():
-            try:
-                _free()
-                return row(settings)
-            except Exception as error:  # whatever it is, it is not to cost the other rows
-                traceback.print_exc()
-                reason = _said(error)
-        return {"measured": False, "reason": reason, "cases": [], "targets": []}
+        if not torch.cuda.is_available():
+            return unmeasured("no GPU")
+        for cached in (build, build_batch, models):
+            cached.cache_clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return row(settings)
 
     return measured
 
 
-def _free() -> None:
-    """Give back what the row before holds of the GPU's memory."""
-    for cached in (build, build_batch, models):
-        cached.cache_clear()
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def _said(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-
-
 def those_that_run(make: Callable, peers: Sequence, spec) -> tuple[list, dict[str, str]]:
-    """The peers that can be run here, and by name why the others cannot.
+    """The peers that run here, and by name the reason why the others do not.
 
-    Ours, the first, is not tried: where it fails the row does. ``make`` is ``prepare`` for a
+    Ours, the first, is not tried: if it fails, the row fails. ``make`` is ``prepare`` for a
     ``Spec``, ``BatchCall`` for a ``BatchSpec``.
     """
     ours, *others = peers
@@ -71,21 +56,21 @@ def those_that_run(make: Callable, peers: Sequence, spec) -> tuple[list, dict[st
 
 
 def _obstacle(make: Callable, peer, spec) -> str | None:
-    """What keeps a peer from the whole problem: what compiles, or fits, depends on its size."""
+    """Why a peer cannot run the whole problem: what compiles, or fits, depends on the size."""
     try:
         call = make(peer, spec)
         call()
-    except Exception as error:  # those of Triton, for one, are of a class of their own
-        return _said(error)
+    except Exception as error:  # of any class: Triton, for one, raises its own
+        return said(error)
     wanted = peer.settings.get("backend")
     if wanted and call.report.backend != wanted:
-        return f"{call.report.backend} computed in its place"
+        return f"{call.report.backend} was used instead"
     return None
 
 
 @on_gpu
 def correctness(settings: Settings) -> dict:
-    """Every loss in float32 there against float64 on the CPU: value and gradient."""
+    """Value and gradient of every loss in float32 on the GPU, against float64 on the CPU."""
     generator = torch.Generator().manual_seed(settings.seed)
     student = 2 * torch.randn(64, 1000, generator=generator, dtype=torch.float64)
     teacher = student + torch.randn(student.shape, generator=generator, dtype=torch.float64)
@@ -98,7 +83,7 @@ def correctness(settings: Settings) -> dict:
         results = []
         for device, dtype in (("cpu", torch.float64), (DEVICE, torch.float32)):
             loss = otkd.losses.get_loss(name, **chosen).to(device)
-            # Without the copy it is the student itself that would ask for a gradient.
+            # Without the copy, the student itself would require a gradient.
             leaf = student.to(device, dtype, copy=True).requires_grad_()
             value = loss(leaf, teacher.to(device, dtype), labels=labels.to(device))
             value.backward()
@@ -109,15 +94,15 @@ def correctness(settings: Settings) -> dict:
             "gradient_error": relative_error(gradient, slope),
             "right": relative_error(gradient, slope) < _ERROR,
         }
-    return {"cases": [{"name": "float32", "peers": found, "times": {}}], "targets": []}
+    return {"cases": [{"name": "float32", "peers": found, "times": {}}]}
 
 
 @on_gpu
 def transport(settings: Settings) -> dict:
-    """By precision and backend: 64 of 152,000 tokens, and every one of 16,000.
+    """Top 64 of 152,000 tokens and all of 16,000 tokens, by precision and backend.
 
-    KeOps computes the 16,000² distances anew for every position and iteration: it is given few
-    positions, once, of which the memory is not that of all.
+    KeOps computes the 16,000² distances again for every position and iteration, so it gets few
+    positions and one round, and its memory is not reported.
     """
     few = {"positions": 4, "rounds": 1}
     parts = (
@@ -138,12 +123,12 @@ def transport(settings: Settings) -> dict:
             case = compare(spec, peers, None, settings, skip_memory=partial)
             name = f"{'top 64' if options else 'dense'}, {dtype}"
             cases.append({**case, "name": name, "refused": refused})
-    return {"cases": cases, "targets": []}
+    return {"cases": cases}
 
 
 @on_gpu
 def divergences(settings: Settings) -> dict:
-    """8,192 positions of 32,000 tokens, beside Liger's kernels, too."""
+    """8,192 positions of 32,000 tokens, also against Liger's kernels."""
     cases = []
     for dtype in ("float32", "bfloat16"):
         sizes = settings.pick((32_000, 8192, 1), (300, 8, 1))
@@ -153,15 +138,15 @@ def divergences(settings: Settings) -> dict:
             peers, refused = those_that_run(prepare, peers, spec)
             case = compare(spec, peers, None, settings)
             cases.append({**case, "name": f"{loss}, {dtype}", "refused": refused})
-    return {"cases": cases, "targets": []}
+    return {"cases": cases}
 
 
 @on_gpu
 def batch(settings: Settings) -> dict:
-    """Between up to 4,096 samples of 2 classes, and 2,048 of 1,000.
+    """Batches of up to 4,096 samples of 2 classes, and up to 2,048 samples of 1,000 classes.
 
-    For as many of 1,000 the backward of ``torch.cdist`` would hold b·b·d numbers, 67 GB, against
-    17 GB of 2,048.
+    With 4,096 samples of 1,000 classes the backward pass of ``torch.cdist`` would hold b·b·d
+    numbers, 67 GB; with 2,048 samples it holds 17 GB.
     """
     peers = [peer for peer in PEERS if peer.kind in ("otkd", "unrolled", "pot_batch", "kl_div")]
     peers.append(BatchPeer("geomloss .9", "geomloss", {}, 1024))
@@ -174,29 +159,24 @@ def batch(settings: Settings) -> dict:
             case = compare_batch(spec, able, settings)
             for peer in able:
                 if spec.device != "cpu" and peer.available:
-                    case["peers"][peer.name] |= _peak(peer, spec)
+                    call = BatchCall(peer, spec)
+                    peak = peak_on_gpu(call, spec.matrix_bytes, "peak_matrices")
+                    case["peers"][peer.name] |= peak
             cases.append({**case, "refused": refused})
-    return {"cases": cases, "targets": []}
-
-
-def _peak(peer: BatchPeer, spec: BatchSpec) -> dict:
-    """Peak memory beyond the inputs, in this process."""
-    # In the unit of the logits of b positions over b tokens: a matrix of b × b.
-    found = peak_here(BatchCall(peer, spec), Spec(spec.samples, spec.samples, 1))
-    return {"peak_matrices" if key == "peak_units" else key: x for key, x in found.items()}
+    return {"cases": cases}
 
 
 @on_gpu
 def language_model(settings: Settings) -> dict:
-    """A step of a 12-layer GPT-2 of width 768, 16 sequences of 512 tokens of 50,257.
+    """A step of a 12-layer GPT-2 of width 768: 16 sequences of 512 tokens, vocabulary of 50,257.
 
-    The largest peer, TRL's generalized JSD, holds 17 copies of the logits, of 1.6 GB each, above
-    some 10 GB of activations: with both models, and of every loss the state of an AdamW, 55 GB.
+    The largest peer, TRL's generalized JSD, holds 17 copies of the logits of 1.6 GB each, besides
+    about 10 GB of activations. With both models and an AdamW state for every loss that is 55 GB.
     """
     settings = dataclasses.replace(settings, repeats=min(3, settings.repeats))
     large = StepSpec(50_257, layers=12, width=768, heads=12, sequences=16, length=512)
     spec = dataclasses.replace(settings.pick(large, TINY), seed=settings.seed, device=DEVICE)
-    return {"cases": [compare_steps(spec, LANGUAGE_LOSSES, settings)], "targets": []}
+    return {"cases": [compare_steps(spec, LANGUAGE_LOSSES, settings)]}
 
 
 ROWS: dict[str, Row] = {
@@ -206,8 +186,8 @@ ROWS: dict[str, Row] = {
     "divergences": divergences,
     "language_model": language_model,
 }
-# Seconds that a row takes at most on one large card, with all that it compiles: estimates from its
-# operations with a margin, not measurements.
+# The most seconds that a row should take on one large card, including compilation. These are
+# estimates from the number of operations, with a margin; they were not measured.
 LONGEST = {
     "correctness": 60,
     "transport": 210,

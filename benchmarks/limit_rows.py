@@ -1,16 +1,15 @@
-"""How near the headline figures come to what the machine can do."""
+"""The time of the main computations against the limits of the machine."""
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import measure
 import torch
 from batch_peers import BatchCall, BatchPeer, BatchSpec
-from compare import Settings
+from compare import Row, Settings
 from peers import Peer, prepare
 from problems import Spec, build
 from steps import TINY, Step, StepSpec
@@ -19,21 +18,21 @@ import otkd
 from otkd.functional.l1_distances import l1_distances
 
 _BYTES, _OPERATIONS = ("copied", "fresh", "cached"), ("products", "simple", "exponentials")
-_SHARE = 0.3  # below it a row wants an improvement or a reason
+_SHARE = 0.3  # a row below it needs an improvement, or a reason in results/notes.toml
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least a call has to do.
+    """The least work that a call has to do.
 
     Attributes:
         name: of the call.
         call: what is timed.
-        copied: bytes from and to memory, each input read and each output written once.
-        fresh: bytes of new memory, above what the allocator keeps: the system clears it first.
-        cached: bytes that are read again while they stay in the cache.
+        copied: bytes read from and written to memory, each input and output once.
+        fresh: bytes of new memory, which the system clears first.
+        cached: bytes that are read repeatedly while they stay in the cache.
         products: floating-point operations of matrix products.
-        simple: additions, comparisons and the like, an element each.
+        simple: additions, comparisons and the like, one per element.
         exponentials: number of exp and log.
     """
 
@@ -47,12 +46,12 @@ class Work:
     exponentials: float = 0
 
     def amounts(self, kinds: tuple[str, ...]) -> dict[str, float]:
-        """What there is of these fields."""
+        """The amounts of these kinds that are not zero."""
         return {kind: amount for kind in kinds if (amount := float(getattr(self, kind)))}
 
 
 def rates(settings: Settings) -> dict[str, float]:
-    """What the machine does a second, by the fields of :class:`Work`; the best of the repeats."""
+    """What the machine does per second, by the fields of :class:`Work`; the best of the repeats."""
     large, small, side = settings.pick((2**27, 2**20, 2048), (2**12, 2**10, 32))
     source, target = torch.rand(large), torch.empty(large)
     cached, out = torch.rand(small), torch.empty(small)
@@ -64,7 +63,7 @@ def rates(settings: Settings) -> dict[str, float]:
         "products": 2 * side**3 / _fastest(lambda: left @ right, settings),
         "exponentials": small / _fastest(lambda: torch.exp(cached, out=out), settings),
     }
-    # A fused multiply-add is two operations in the time of one.
+    # A fused multiply-add counts as two operations and takes the time of one.
     return {**best, "simple": best["products"] / 2}
 
 
@@ -85,7 +84,7 @@ def _logits(settings: Settings) -> list[Work]:
     return [
         _of_logits(Peer("KLLoss", "otkd", {"loss": "KLLoss"}), spec),
         _of_logits(Peer("TVDLoss", "otkd", {"loss": "TVDLoss"}), spec),
-        # The logarithm of the mixture is one more.
+        # One more for the logarithm of the mixture.
         _of_logits(Peer("JSDLoss", "otkd", {"loss": "JSDLoss"}), spec, exponentials=3),
         _of_logits(Peer("F.kl_div", "kl_div"), spec),
         _of_logits(top, spec),
@@ -94,7 +93,7 @@ def _logits(settings: Settings) -> list[Work]:
 
 
 def _of_logits(peer: Peer, spec: Spec, exponentials: int = 2) -> Work:
-    """Logits of both sides read and a gradient, which is new, written; exponentials an entry."""
+    """Reads the logits of both sides, and writes the gradient to new memory."""
     entries = spec.positions * spec.vocab
     return Work(
         f"{peer.name}, {spec.positions:,} positions of {spec.vocab:,} tokens",
@@ -106,7 +105,7 @@ def _of_logits(peer: Peer, spec: Spec, exponentials: int = 2) -> Work:
 
 
 def _step(settings: Settings) -> Work:
-    """The products with weights: one a weight and position forward, two backward in the student."""
+    """The products with weights: one each for both forward passes, two for the backward pass."""
     spec = settings.pick(StepSpec(seed=settings.seed), TINY)
     step = Step(spec, "kl")
     embeddings = step.student.get_input_embeddings().weight, step.student.transformer.wpe.weight
@@ -172,14 +171,13 @@ def _samples(settings: Settings) -> list[Work]:
 
 
 def headline(settings: Settings) -> dict:
-    """Least bytes and operations over the measured rates of the machine, beside the time taken."""
+    """The least possible time, from the machine's measured rates, and the time taken."""
     speed = rates(settings)
     points = []
     for work in (*_logits(settings), _dense(settings), *_samples(settings), _step(settings)):
         needed = {name: getattr(work, name) / rate for name, rate in speed.items()}
         bound = max(needed, key=lambda name: needed[name])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of iterations that are not to converge
+        with measure.without_warnings():
             seconds = measure.repeat(work.call, settings.repeats)
         spread = measure.spread(seconds)
         points.append(
@@ -190,7 +188,7 @@ def headline(settings: Settings) -> dict:
         )  # fmt: skip
     low = [point["what"] for point in points if point["share"] < _SHARE]
     case = {"name": "share of the limit", "points": points, "below_a_third": low}
-    return {"cases": [case], "rates_a_second": speed, "targets": []}
+    return {"cases": [case], "rates_a_second": speed}
 
 
-ROWS: dict[str, Callable[[Settings], dict]] = {"headline": headline}
+ROWS: dict[str, Row] = {"headline": headline}

@@ -1,16 +1,16 @@
-"""Accuracy against cost: the error of the gradient and the time, over each method's own knob."""
+"""The error of the gradient against time, over each method's own setting."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TypeVar
 
 import measure
 from batch_peers import BatchCall, BatchPeer, BatchSpec
 from batch_rows import VALUES
 from batch_rows import reference_of as batch_reference
-from compare import Settings, errors_of, reference_of
+from compare import Row, Settings, errors_of, reference_of
 from peers import Peer, prepare
 from problems import Spec
 
@@ -18,14 +18,14 @@ from otkd.supports import Dense
 
 P = TypeVar("P", Peer, BatchPeer)
 EPSILONS = (0.05, 0.1, 0.5)
-BATCH_EPSILONS = (0.02, *EPSILONS)  # of the smallest exp(−C/ε) is 0 for many pairs
+BATCH_EPSILONS = (0.02, *EPSILONS)  # at the smallest, exp(−C/ε) is 0 for many pairs
 _TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-# One that loops over positions is timed on so many, twice.
+# Peers that loop over positions are timed on this many, twice.
 _FEW = 2
 
 
 def _vocabulary_peers(epsilon: float) -> dict[str, list[Peer]]:
-    """Families of peers, each over its knob."""
+    """Families of peers, each over its own setting."""
 
     def ours(label: str, **settings) -> Peer:
         return Peer(label, "otkd_sinkhorn", {"epsilon": epsilon, **settings})
@@ -56,7 +56,7 @@ def _vocabulary_peers(epsilon: float) -> dict[str, list[Peer]]:
 
 
 def vocabulary(settings: Settings) -> dict:
-    """All of 1,000 tokens, 64 positions, Zipf logits, a clustered embedding."""
+    """Every one of 1,000 tokens, 64 positions, Zipf logits, a clustered embedding."""
     sizes = settings.pick((1000, 64, 64), (90, 4, 8))
     spec = Spec(*sizes, "zipf", "clustered", settings.seed)
     cases = []
@@ -70,8 +70,8 @@ def vocabulary(settings: Settings) -> dict:
             seconds = [factor * t for t in _seconds(call, rounds)]
             errors = errors_of(call, reference)
             points.append(_point(family, peer.name, errors["gradient_error"], seconds))
-        cases.append({"name": f"ε = {epsilon:g}", "problem": spec.as_dict(), "points": points})
-    return {"cases": cases, "targets": []}
+        cases.append({"name": f"ε = {epsilon:g}", "problem": asdict(spec), "points": points})
+    return {"cases": cases}
 
 
 _ITERATIONS = (5, 10, 20, 50, 100)
@@ -105,21 +105,20 @@ def batch(settings: Settings) -> dict:
             seconds = _seconds(call, settings.repeats)
             error = measure.relative_error(call()[1], references[VALUES.get(peer.kind, "dual")])
             points.append(_point(family, peer.name, error, seconds))
-        cases.append({"name": f"ε = {epsilon:g}", "problem": spec.as_dict(), "points": points})
-    return {"cases": cases, "targets": []}
+        cases.append({"name": f"ε = {epsilon:g}", "problem": asdict(spec), "points": points})
+    return {"cases": cases}
 
 
 def _each(families: Mapping[str, Sequence[P]], settings: Settings) -> Iterator[tuple[str, P]]:
-    """Every peer that is installed, with its family; of a quick run the first of each."""
+    """Every installed peer with its family; in a quick run only the first of each family."""
     for family, peers in families.items():
         for peer in settings.pick(peers, peers[:1]):
             if peer.available:
                 yield family, peer
 
 
-def _seconds(call: Callable[[], object], rounds: int) -> list[float]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tolerances that are not reached
+def _seconds(call: measure.Call, rounds: int) -> list[float]:
+    with measure.without_warnings():
         return measure.repeat(call, rounds)
 
 
@@ -128,4 +127,4 @@ def _point(family: str, setting: str, error: float, seconds: list[float]) -> dic
     return {"family": family, "setting": setting, "gradient_error": error, "seconds": spread}
 
 
-ROWS: dict[str, Callable[[Settings], dict]] = {"vocabulary": vocabulary, "batch": batch}
+ROWS: dict[str, Row] = {"vocabulary": vocabulary, "batch": batch}

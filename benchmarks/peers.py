@@ -1,7 +1,7 @@
-"""What is compared: each peer maps logits to one differentiable value a position.
+"""The implementations that are compared: each maps logits to one differentiable value per position.
 
-A peer is made once for a problem (``make``), which may prepare what a user would prepare once, such
-as a loss with its embedding. It is then called with logits of student and teacher, ``(N, V)``.
+A peer is made once for a problem, which may prepare what a user would prepare once, such as a loss
+with its embedding. It is then called with logits of student and teacher, ``(N, V)``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from otkd.supports import Dense, NearestNeighbours, TopK
 
 EPSILON = 0.1
 
-# By the kind of peer that needs it.
+# The package that a kind of peer needs.
 _PACKAGES = {
     "pot": "ot",
     "geomloss": "geomloss",
@@ -33,11 +33,11 @@ _PACKAGES = {
 
 
 def installed(kind: str | None) -> bool:
-    """Whether the package is there that this kind of peer needs, if any."""
+    """Whether the package that this kind of peer needs is installed; true if it needs none."""
     needed = _PACKAGES.get(kind) if kind else None
     try:
         return needed is None or importlib.util.find_spec(needed) is not None
-    except ModuleNotFoundError:  # of the package that the module would be in
+    except ModuleNotFoundError:  # the package that contains the module
         return False
 
 
@@ -49,10 +49,10 @@ class Peer:
         name: what it is called in the results.
         kind: a key of ``KINDS``.
         settings: for that kind.
-        positions: how many of the problem's positions it is run on, None for all. They stand for
-            the others: its time is scaled.
+        positions: how many of the problem's positions it runs on, None for all. Its time is scaled
+            to all positions.
         rounds: how often it is timed, None for as often as the others.
-        scale: a further factor of its time, for one that is given a part of the iterations.
+        scale: a further factor of its time, for a peer that makes only a part of the iterations.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Call:
 
     @property
     def report(self):
-        """What otkd's solver did in the last call; None where there is none."""
+        """The solver's report on the last call; None for a loss without one."""
         return getattr(self.function, "last_report", None)
 
 
@@ -126,7 +126,7 @@ def _otkd_sinkhorn(
 
 
 def mean_normalised_cost(embedding: Tensor) -> Tensor:
-    """|x_i − x_j|² over its mean, written without otkd."""
+    """|x_i − x_j|² divided by its mean, without otkd's code."""
     centred = embedding.double() - embedding.double().mean(0)
     cost = torch.cdist(centred, centred).square_()
     return (cost / cost.mean()).fill_diagonal_(0).to(embedding.dtype)
@@ -140,14 +140,17 @@ def _potentials_loss(q: Tensor, f: Tensor, constant: Tensor) -> Tensor:
 def _pot(
     problem: Problem, *, threshold: float, max_iterations: int, epsilon: float = EPSILON
 ) -> Function:
-    """``ot.sinkhorn2`` three times a position; its own gradients would be unrolled, or wrong."""
+    """``ot.sinkhorn2`` three times per position, with the gradient by the envelope theorem.
+
+    POT's own gradients are unrolled through the iterations, or wrong.
+    """
     import ot
 
     cost = mean_normalised_cost(problem.embedding)
 
     def solve(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of reaching max_iterations
+            warnings.simplefilter("ignore")  # about reaching max_iterations
             _, log = ot.sinkhorn2(
                 a, b, cost, epsilon, stopThr=threshold, numItermax=max_iterations, log=True
             )
@@ -176,7 +179,7 @@ def _pot(
 def _geomloss(
     problem: Problem, *, scaling: float, backend: str = "tensorized", epsilon: float = EPSILON
 ) -> Function:
-    """``SamplesLoss`` a position at a time: tensorized it holds four costs for each position."""
+    """``SamplesLoss`` for one position at a time: tensorized, it holds four costs per position."""
     from geomloss import SamplesLoss
 
     embedding = problem.embedding
@@ -193,7 +196,7 @@ def _geomloss(
 
 
 def _unrolled(problem: Problem, *, iterations: int, log_domain: bool = False) -> Function:
-    """Autograd through every iteration; by products over all positions, or by log-sum-exp."""
+    """Autograd through every iteration, with matrix products or with log-sum-exp."""
     cost = mean_normalised_cost(problem.embedding)
 
     def products(a: Tensor, b: Tensor) -> Tensor:

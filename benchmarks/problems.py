@@ -1,11 +1,11 @@
-"""Logits and embeddings with the statistics that decide the cost of transport, by seed."""
+"""Random logits and embeddings with the statistics that determine the time of transport."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -15,16 +15,16 @@ from torch import Tensor
 EMBEDDINGS = ("iid", "clustered")
 LOGITS = ("zipf", "dirichlet", "flat")
 
-ZIPF_EXPONENT = 1.5  # its 64 heaviest ranks have .90 of the mass, whatever the vocabulary
-NOISE = 0.5  # standard deviation of the student about the ranks, and of the teacher about it
+ZIPF_EXPONENT = 1.5  # the 64 heaviest ranks hold 0.90 of the mass in any vocabulary
+NOISE = 0.5  # standard deviation: student from the ranks' logits, teacher from the student
 HEAD = 64
 COVERAGE = {"dirichlet": 0.9, "flat": 0.62}
 TOKENS_PER_CLUSTER = 80
 SPREAD_OF_CLUSTER = 0.5
-_ROWS_AT_A_TIME = 16  # small temporaries: the peak of making the inputs must not hide the peer's
+_ROWS_AT_A_TIME = 16  # so that making the inputs has a lower peak than the peer
 
 Function = Callable[[Tensor, Tensor], Tensor]
-"""A peer: logits of student and teacher, ``(N, V)``, to one differentiable value a position."""
+"""A peer: logits of student and teacher, ``(N, V)``, to a differentiable value per position."""
 
 
 class Problem(NamedTuple):
@@ -37,14 +37,14 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """A problem by its name: the same spec is the same tensors, in every process.
+    """What a problem is drawn from: the same spec gives the same tensors in every process.
 
     - ``zipf``: the logit of rank r is −1.5·log r, ranks permuted at each position, plus noise.
-    - ``dirichlet``: independent normals, scaled so that the 64 heaviest have about .9 of the mass.
-    - ``flat``: the same with about .6.
+    - ``dirichlet``: independent normals, scaled so that the 64 heaviest hold about 0.9 of the mass.
+    - ``flat``: the same with about 0.6.
 
     The teacher is the student plus noise. The embedding is independent normals (``iid``) or normals
-    about V/80 centres, with .2 of the variance within a cluster (``clustered``).
+    around V/80 centres, with 0.2 of the variance within a cluster (``clustered``).
     """
 
     vocab: int
@@ -65,10 +65,6 @@ class Spec:
     def logits_bytes(self) -> int:
         """N·V·4, the unit in which memory is reported."""
         return self.positions * self.vocab * 4
-
-    def as_dict(self) -> dict:
-        """For JSON; ``Spec(**spec.as_dict())`` is the spec."""
-        return asdict(self)
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,7 +100,7 @@ def _embedding(spec: Spec, generator: torch.Generator) -> Tensor:
 
 
 def _sampler(spec: Spec, generator: torch.Generator) -> Callable[[int], Tensor]:
-    """What draws the student's logits of a number of positions."""
+    """A function that draws the student's logits for a number of positions."""
     if spec.logits == "zipf":
         ranks = -ZIPF_EXPONENT * torch.arange(1, spec.vocab + 1).log()
 
@@ -119,7 +115,7 @@ def _sampler(spec: Spec, generator: torch.Generator) -> Callable[[int], Tensor]:
 
 
 def _scale_for(mass: float, vocab: int) -> float:
-    """σ for which the 64 heaviest of exp(σ·normal) have this mass: Φ(σ − Φ⁻¹(1 − 64/V)) = mass."""
+    """σ for which the 64 heaviest of exp(σ·normal) hold this mass: Φ(σ − Φ⁻¹(1 − 64/V)) = mass."""
     normal = NormalDist()
     share = min(HEAD / vocab, 0.5)
     scale = normal.inv_cdf(1 - share) + normal.inv_cdf(mass)

@@ -1,17 +1,18 @@
-"""A handful of ratios measured again, beside those on file: `make bench-quick`.
+"""A few ratios measured again and compared with those on file: `make bench-quick`.
 
-Times depend on the machine, ratios less so; a ratio that moved by more than half is worth a look.
-Nothing fails here.
+Ratios are peer ÷ otkd: above 1, otkd is faster. They depend less on the machine than times do; one
+that changed by more than half is marked. Nothing fails here.
 """
 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import files
+import machine
 import measure
 import torch
 import typer
@@ -20,28 +21,27 @@ from peers import Peer, prepare
 from problems import Spec
 from rich.console import Console
 from rich.table import Table
-from run import RESULTS
 
 SPEC = Spec(32_000, 64, 64, "zipf", "clustered")
 BATCH = BatchSpec(256, 2)
-_FILE = RESULTS / "quick.json"
-# Ours over theirs.
-PAIRS: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-    "KLLoss / F.kl_div": (
+_FILE = files.RESULTS / "quick.json"
+# Peer ÷ otkd: the peer comes first.
+PAIRS: dict[str, tuple[Callable[[], measure.Call], Callable[[], measure.Call]]] = {
+    "F.kl_div ÷ KLLoss": (
+        lambda: prepare(Peer("", "kl_div"), SPEC),
         lambda: prepare(Peer("", "otkd", {"loss": "KLLoss"}), SPEC),
-        lambda: prepare(Peer("", "kl_div"), SPEC),
     ),
-    "JSDLoss / plain formula": (
-        lambda: prepare(Peer("", "otkd", {"loss": "JSDLoss"}), SPEC),
+    "plain formula ÷ JSDLoss": (
         lambda: prepare(Peer("", "plain", {"divergence": "JSDLoss"}), SPEC),
+        lambda: prepare(Peer("", "otkd", {"loss": "JSDLoss"}), SPEC),
     ),
-    "SinkhornLoss, top 64 / F.kl_div": (
-        lambda: prepare(Peer("", "otkd_sinkhorn", {"k": 64}), SPEC),
+    "F.kl_div ÷ SinkhornLoss, top 64": (
         lambda: prepare(Peer("", "kl_div"), SPEC),
+        lambda: prepare(Peer("", "otkd_sinkhorn", {"k": 64}), SPEC),
     ),
-    "BatchSinkhornLoss / 20 unrolled iterations, b = 256": (
-        lambda: BatchCall(BatchPeer("", "otkd"), BATCH),
+    "20 unrolled iterations ÷ BatchSinkhornLoss, b = 256": (
         lambda: BatchCall(BatchPeer("", "unrolled", {"iterations": 20}), BATCH),
+        lambda: BatchCall(BatchPeer("", "otkd"), BATCH),
     ),
 }
 
@@ -50,16 +50,15 @@ def ratios(repeats: int) -> dict[str, float]:
     """The median ratio of every pair."""
     found = {}
     for name, pair in PAIRS.items():
-        calls = dict(zip(("ours", "theirs"), (make() for make in pair), strict=True))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        calls = dict(zip(("theirs", "ours"), (make() for make in pair), strict=True))
+        with measure.without_warnings():
             seconds = measure.alternate(calls, dict.fromkeys(calls, repeats))
-        found[name] = measure.ratio(seconds["ours"], seconds["theirs"])["median"]
+        found[name] = measure.ratio(seconds["theirs"], seconds["ours"])["median"]
     return found
 
 
 def read(file: Path) -> dict[str, float]:
-    """The ratios on file; none where there is no file."""
+    """The ratios on file; none if there is no file."""
     if not file.is_file():
         return {}
     try:
@@ -70,13 +69,13 @@ def read(file: Path) -> dict[str, float]:
 
 def main(
     repeats: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 7,
-    keep: Annotated[bool, typer.Option(help="Put what was measured on file.")] = False,
+    keep: Annotated[bool, typer.Option(help="Write the new ratios to the file.")] = False,
     file: Annotated[Path, typer.Option(help="The ratios on file.")] = _FILE,
 ) -> None:
     """Measure, print, and with --keep write."""
     on_file = read(file)
     found = ratios(repeats)
-    table = Table(title="time of otkd over that of the other")
+    table = Table(title="time, peer ÷ otkd")
     for column in ("", "on file", "now"):
         table.add_column(column, justify="left" if not column else "right")
     for name, ratio in found.items():
@@ -86,8 +85,8 @@ def main(
         table.add_row(name, known, f"{ratio:.2f}{'  moved' if moved else ''}")
     Console(width=100).print(table)
     if keep:
-        about = {"machine": measure.machine(), "versions": measure.versions()}
-        measure.write_whole(file, {"ratios": found, "repeats": repeats, **about})
+        where = {"machine": machine.hardware(), "versions": machine.versions()}
+        files.write(file, {"ratios": found, "repeats": repeats, **where})
 
 
 if __name__ == "__main__":

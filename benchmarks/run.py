@@ -1,35 +1,35 @@
-"""otkd against its alternatives: time, memory, error. `run.py GROUP`; see README.md."""
+"""Measures otkd and its alternatives: `run.py GROUP`; see README.md."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import batch_rows
 import divergence_rows
+import files
 import gpu_rows
 import limit_rows
-import measure
+import machine
 import pareto_rows
 import step_rows
 import tables
 import torch
 import typer
 import vocabulary_rows
-from compare import Settings
+from compare import Row, Settings
 from rich.console import Console
 from rich.table import Table
 
 from otkd.ot.kernels.keops import obstacle_to_keops
 
 SCHEMA = 1
-RESULTS = Path(__file__).resolve().parent / "results"
 GROUPS = {
     "vocabulary": vocabulary_rows.ROWS,
     "batch": batch_rows.ROWS,
@@ -42,13 +42,13 @@ GROUPS = {
 
 
 # Options of gpu.py, too.
-Quick = Annotated[bool, typer.Option(help="Tiny sizes: whether it runs. Wants --output.")]
-Seed = Annotated[int, typer.Option(help="Of logits, embeddings and models.")]
+Quick = Annotated[bool, typer.Option(help="Tiny sizes, to see that it runs. Needs --output.")]
+Seed = Annotated[int, typer.Option(help="Seed of logits, embeddings and models.")]
 Repeats = Annotated[
     int | None,
     typer.Option(
-        help=f"How often each peer is timed, {Settings.repeats} by default. Only where it is given "
-        "is a row measured again that has fewer.",
+        help=f"How often each peer is timed, by default {Settings.repeats}. If given, finished "
+        "rows with fewer repeats are measured again.",
         min=1,
         show_default=False,
     ),
@@ -56,74 +56,68 @@ Repeats = Annotated[
 
 
 def folder_of(group: str, output: Path | None, *, quick: bool) -> Path:
-    """Where results go: those of tiny sizes never over the others by default."""
+    """Where results go. Those of tiny sizes must not replace the others."""
     if quick and output is None:
-        raise typer.BadParameter("what --quick measures wants a folder of its own: --output FOLDER")
-    return output or RESULTS / group
+        raise typer.BadParameter("--quick needs a folder of its own: --output FOLDER")
+    return output or files.RESULTS / group
 
 
 def is_finished(
     path: Path, settings: Settings, *, repeats: int | None = None, keops: bool | None = None
 ) -> bool:
-    """Whether a file holds this row, and no GPU could add to it.
+    """Whether a file holds this row with these settings, measured as far as this machine can.
 
-    It is this row if its sizes and its seed are those of ``settings``. ``repeats`` and ``keops``
-    are what was asked for expressly: it has at least that.
+    ``repeats`` and ``keops`` are what the user asked for explicitly: the row has at least that.
     """
-    result = _read(path)
+    result = files.read(path)
     held = result.get("settings", {})
     found = [result.get("schema"), result.get("row"), held.get("quick"), held.get("seed")]
     if found != [SCHEMA, path.stem, settings.quick, settings.seed]:
         return False
     if held.get("repeats", 0) < (repeats or 0) or (keops and not held.get("keops")):
         return False
-    return result.get("measured", False) or not torch.cuda.is_available()
+    without_gpu = result.get("reason") == "no GPU" and not torch.cuda.is_available()
+    return result.get("measured", False) or without_gpu
 
 
-def _read(path: Path) -> dict:
-    """What a file holds; nothing where it is missing or broken."""
-    try:
-        result = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return result if isinstance(result, dict) else {}
-
-
-def run_into(
-    path: Path, measure_row: Callable[[Settings], dict], settings: Settings, console: Console
-) -> None:
-    """Measure a row and write it, but never what was not measured over what was."""
+def run_into(path: Path, measure_row: Row, settings: Settings, console: Console) -> None:
+    """Measure a row and write it. A failure does not replace an earlier measurement."""
     result = run_row(measure_row, path.stem, settings)
-    if _read(path).get("measured") and not result["measured"]:
-        said = f"{path.stem}: not measured ({result['reason']}); what was measured before is kept"
-        console.print(said, markup=False)
+    if files.read(path).get("measured") and not result["measured"]:
+        text = f"{path.stem}: not measured ({result['reason']}); the earlier measurement is kept"
+        console.print(text, markup=False)
     else:
-        measure.write_whole(path, result)
+        files.write(path, result)
 
 
-def run_row(measure_row: Callable[[Settings], dict], name: str, settings: Settings) -> dict:
-    """Measure a row and say where."""
+def run_row(measure_row: Row, name: str, settings: Settings) -> dict:
+    """Measure a row; one that fails is stored with the reason, so that the others go on."""
     start = time.perf_counter()
-    with warnings.catch_warnings():
-        # Runs with a fixed number of iterations do not converge, and are not meant to.
-        warnings.filterwarnings("ignore", message=".*converge")
-        row = measure_row(settings)
+    try:
+        with warnings.catch_warnings():
+            # Runs with a fixed number of iterations are not meant to converge.
+            warnings.filterwarnings("ignore", message=".*converge")
+            row = measure_row(settings)
+    except Exception as error:
+        traceback.print_exc()
+        row = files.unmeasured(files.said(error))
     return {
         "schema": SCHEMA,
         "row": name,
         "what": (measure_row.__doc__ or "").partition("\n")[0],
         "settings": asdict(settings),
         "measured": True,
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "commit": measure.commit(),
+        "machine": machine.hardware(),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
         "seconds_of_the_row": round(time.perf_counter() - start, 1),
+        "targets": [],
         **row,
     }
 
 
 def show(console: Console, result: dict) -> None:
-    """Print the figures of a row and its targets."""
+    """Print the numbers of a row and its targets."""
     if not result["measured"]:
         console.print(f"{result['row']}: not measured ({result['reason']})", markup=False)
         return
@@ -158,16 +152,16 @@ def main(
     keops: Annotated[
         bool | None,
         typer.Option(
-            help="GeomLoss with KeOps, too, by default where KeOps works. Only where it is asked "
-            "for is a row measured again that was without.",
+            help="Also measure GeomLoss with KeOps; by default if KeOps works. If given, finished "
+            "rows without it are measured again.",
             show_default=False,
         ),
     ] = None,
     seed: Seed = 0,
     repeats: Repeats = None,
-    threads: Annotated[int, typer.Option(help="Of torch; 0 leaves its choice.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of torch; 0: its own choice.", min=0)] = 0,
 ) -> None:
-    """Measure the rows that are not finished, and print all that were asked for."""
+    """Measure the rows that are not finished, and print all of the chosen ones."""
     if group not in GROUPS:
         raise typer.BadParameter(f"no group {group!r}; there are {', '.join(GROUPS)}")
     known = GROUPS[group]

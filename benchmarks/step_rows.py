@@ -1,19 +1,21 @@
-"""Whole training steps, each loss as a ratio to KL."""
+"""Whole training steps with each loss, divided by the step with otkd's KL."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 
 import measure
+import memory
 import torch
-from compare import Settings, peak_here, peak_of_job, target
+from compare import Row, Settings, memory_ratio, target
 from peers import installed
 from steps import CLASS_LOSSES, LANGUAGE_LOSSES, TINY, Step, StepSpec
 from trainers import STEPS, TRAINERS
 
-# What the losses that are not ours need; by their names in the tables.
+# The package that a loss or a trainer of others needs, by its name in the tables.
 _NEEDS = {
     "torchdistill KDLoss": "torchdistill",
     "TRL generalized JSD": "trl_jsd",
@@ -28,20 +30,18 @@ def compare_steps(spec: StepSpec, losses: Mapping[str, Callable], settings: Sett
     here = [name for name in losses if installed(_NEEDS.get(name))]
     calls = {name: Step(spec, name) for name in here}
     seconds = measure.alternate(calls, dict.fromkeys(calls, settings.repeats))
-    peers = {name: {"seconds": measure.spread(times)} for name, times in seconds.items()}
+    case = measure.against(seconds, "kl")
     reports = {name: call.report for name, call in calls.items() if call.report is not None}
-    calls.clear()  # of each an optimiser's state
-    if not spec.classes:  # of classifiers the loss is no part of the memory worth a name
+    calls.clear()  # which hold the state of an optimiser each
+    if not spec.classes:  # in a classifier's step the memory of the loss is negligible
         for name in here:
-            if settings.quick and name not in ("kl", "sinkhorn"):
-                continue
-            peers[name] |= _peak(spec, name)
+            if not settings.quick or name in ("kl", "sinkhorn"):
+                case["peers"][name] |= _peak(spec, name)
     return {
         "name": f"BERT, {spec.classes} classes" if spec.classes else "GPT-2",
-        "problem": spec.as_dict(),
+        "problem": asdict(spec),
         "iterations": {name: report.iterations for name, report in reports.items()},
-        "peers": peers,
-        "times": {name: measure.ratio(seconds[name], seconds["kl"]) for name in here[1:]},
+        **case,
         "times_against": "kl",
         "not_installed": sorted(set(losses) - set(here)),
     }
@@ -50,57 +50,71 @@ def compare_steps(spec: StepSpec, losses: Mapping[str, Callable], settings: Sett
 def _peak(spec: StepSpec, loss: str) -> dict:
     """Peak memory of a first step beyond models and tokens."""
     if spec.device == "cpu":
-        job = {"runner": "steps", "arguments": {"spec": spec.as_dict(), "loss": loss}}
-        return peak_of_job(job, spec.logits_bytes)
-    # In this process: what its allocator holds, freed or not, another could not have.
+        return memory.peak("steps", {"spec": asdict(spec), "loss": loss}, spec.logits_bytes)
     gc.collect()
     torch.cuda.empty_cache()
-    return peak_here(Step(spec, loss), spec)
+    return memory.peak_on_gpu(Step(spec, loss), spec.logits_bytes)
 
 
 def language_model(settings: Settings) -> dict:
-    """A step of a 6-layer GPT-2 of width 384, 16 sequences of 128 tokens of 30,522."""
+    """A step of a 6-layer GPT-2 of width 384: 16 sequences of 128 tokens, vocabulary of 30,522."""
     spec = settings.pick(StepSpec(seed=settings.seed), TINY)
-    case = compare_steps(spec, LANGUAGE_LOSSES, settings)
-    sinkhorn = case["times"]["sinkhorn"]["median"]
-    targets = [target("time of a step, SinkhornLoss / KLLoss", sinkhorn, "≤", 1.2)]
-    peaks = [case["peers"][name].get("peak_bytes") for name in ("sinkhorn", "kl")]
-    memory = peaks[0] / peaks[1] if all(peaks) else None
-    targets.append(target("peak memory of a step, SinkhornLoss / KLLoss", memory, "≤", 1.0))
-    ours = case["times"]["jsd"]["median"]
-    for name in ("TRL generalized JSD", "TRL chunked JSD"):
-        if (times := case["times"].get(name)) is not None:
-            label = f"time of a step, {name} / JSDLoss"
-            targets.append(target(label, times["median"] / ours, "≥", 1.0))
-    return {"cases": [case], "targets": targets}
+    cases = [compare_steps(spec, LANGUAGE_LOSSES, settings)]
+    return {"cases": cases, "targets": language_model_targets(cases)}
+
+
+def language_model_targets(cases: list[dict]) -> list[dict]:
+    """Transport costs a step little beside KL, and TRL's JSD is not faster than otkd's."""
+    (case,) = cases
+    peers, times = case["peers"], case["times"]
+    peak = memory_ratio(peers["kl"], peers["sinkhorn"])
+    return [
+        target(
+            "time of a step, KLLoss ÷ SinkhornLoss", 1 / times["sinkhorn"]["median"], "≥", 1 / 1.2
+        ),
+        target("peak memory of a step, KLLoss ÷ SinkhornLoss", peak, "≥", 1.0),
+        *_jsd_targets(times, ("TRL generalized JSD", "TRL chunked JSD")),
+    ]
+
+
+def _jsd_targets(times: dict, names: tuple[str, ...]) -> list[dict]:
+    ours = times["jsd"]["median"]
+    return [
+        target(f"time of a step, {name} ÷ JSDLoss", times[name]["median"] / ours, "≥", 1.0)
+        for name in names
+        if name in times
+    ]
 
 
 def large_vocabulary(settings: Settings) -> dict:
-    """The same step at 8×128 positions of 131,072 tokens: four tiles of TRL's chunked JSD."""
+    """The same step with 131,072 tokens and 8×128 positions: four tiles of TRL's chunked JSD."""
     spec = settings.pick(StepSpec(131_072, sequences=8, seed=settings.seed), TINY)
     names = ("kl", "jsd", "TRL generalized JSD", "TRL chunked JSD")
-    case = compare_steps(spec, {name: LANGUAGE_LOSSES[name] for name in names}, settings)
-    targets = []
-    if (times := case["times"].get("TRL chunked JSD")) is not None:
-        slower = times["median"] / case["times"]["jsd"]["median"]
-        targets.append(target("time of a step, TRL chunked JSD / JSDLoss", slower, "≥", 1.0))
-        peaks = [case["peers"][name].get("peak_bytes") for name in ("jsd", "TRL chunked JSD")]
-        memory = peaks[0] / peaks[1] if all(peaks) else None
-        label = "peak memory of a step, JSDLoss / TRL chunked JSD"
-        targets.append(target(label, memory, "≤", 1.0))
-    return {"cases": [case], "targets": targets}
+    losses = {name: LANGUAGE_LOSSES[name] for name in names}
+    cases = [compare_steps(spec, losses, settings)]
+    return {"cases": cases, "targets": large_vocabulary_targets(cases)}
+
+
+def large_vocabulary_targets(cases: list[dict]) -> list[dict]:
+    """TRL's chunked JSD should neither be faster than otkd's nor need less memory."""
+    (case,) = cases
+    name = "TRL chunked JSD"
+    targets = _jsd_targets(case["times"], (name,))
+    if name in case["peers"]:
+        peak = memory_ratio(case["peers"][name], case["peers"]["jsd"])
+        targets.append(target(f"peak memory of a step, {name} ÷ JSDLoss", peak, "≥", 1.0))
+    return targets
 
 
 def classification(settings: Settings) -> dict:
-    """A step of BERT, 6 layers of width 384 to 3, 32 sequences of 64 tokens, 2 classes."""
+    """A step of BERT, 6 layers of width 384 to 3: 32 sequences of 64 tokens, 2 classes."""
     full = StepSpec(sequences=32, length=64, classes=2, seed=settings.seed)
     quick = StepSpec(vocab=100, layers=2, width=16, heads=2, sequences=8, length=8, classes=2)
-    case = compare_steps(settings.pick(full, quick), CLASS_LOSSES, settings)
-    return {"cases": [case], "targets": []}
+    return {"cases": [compare_steps(settings.pick(full, quick), CLASS_LOSSES, settings)]}
 
 
 def trainers(settings: Settings) -> dict:
-    """Steps of whole trainers with JSD, same models, data and arguments: otkd's beside TRL's."""
+    """Steps of otkd's and TRL's trainers with JSD, with the same models, data and arguments."""
     spec = settings.pick(StepSpec(seed=settings.seed), TINY)
     here = [name for name in TRAINERS if installed(_NEEDS.get(name))]
     made = {name: TRAINERS[name](spec) for name in here}
@@ -112,26 +126,25 @@ def trainers(settings: Settings) -> dict:
     calls = {name: partial(call, name) for name in here}
     runs = measure.alternate(calls, dict.fromkeys(calls, settings.repeats))
     seconds = {name: [time / STEPS for time in times] for name, times in runs.items()}
-    ours, *others = here
-    times = {name: measure.ratio(seconds[name], seconds[ours]) for name in others}
-    case = {
-        "name": "GPT-2",
-        "problem": spec.as_dict(),
-        "peers": {
-            name: {"seconds": measure.spread(found), "loss": losses[name]}
-            for name, found in seconds.items()
-        },
-        "times": times,
-        "not_installed": sorted(set(TRAINERS) - set(here)),
-    }
-    targets = [
-        target(f"time of a step, {name} / {ours}", found["median"], "≥", 1.0)
-        for name, found in times.items()
+    case = measure.against(seconds, here[0])
+    for name, loss in losses.items():
+        case["peers"][name]["loss"] = loss
+    missing = sorted(set(TRAINERS) - set(here))
+    cases = [{"name": "GPT-2", "problem": asdict(spec), **case, "not_installed": missing}]
+    return {"cases": cases, "targets": trainers_targets(cases)}
+
+
+def trainers_targets(cases: list[dict]) -> list[dict]:
+    """No trainer of TRL should be faster."""
+    (case,) = cases
+    ours = next(iter(case["peers"]))
+    return [
+        target(f"time of a step, {name} ÷ {ours}", found["median"], "≥", 1.0)
+        for name, found in case["times"].items()
     ]
-    return {"cases": [case], "targets": targets}
 
 
-ROWS: dict[str, Callable[[Settings], dict]] = {
+ROWS: dict[str, Row] = {
     "language_model": language_model,
     "large_vocabulary": large_vocabulary,
     "classification": classification,

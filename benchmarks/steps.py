@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from peers import KINDS
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 import otkd
 
-_LOGIT_SCALE = 3.5  # a trained model's logits; those of fresh weights are all but uniform
-_DISAGREEMENT = 0.03  # of the student's weights from the teacher's, in their standard deviation
+_LOGIT_SCALE = 3.5  # as in a trained model; with fresh weights the distributions are almost uniform
+_DISAGREEMENT = 0.03  # noise on the student's weights, in units of the teacher's standard deviation
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """Random tokens for two models of this size: GPT-2, or where there are classes BERT.
+    """Sizes of two models and a batch of random tokens: GPT-2, or BERT if there are classes.
 
-    The student of GPT-2 is the teacher with noise on its weights; that of BERT has every other of
-    its layers.
+    The GPT-2 student is the teacher with noise on its weights. The BERT student has half of the
+    teacher's layers.
     """
 
     vocab: int = 30_522
@@ -42,13 +42,9 @@ class StepSpec:
             return self.sequences * self.classes * 4
         return self.sequences * self.length * self.vocab * 4
 
-    def as_dict(self) -> dict:
-        """For JSON; ``StepSpec(**spec.as_dict())`` is the spec."""
-        return asdict(self)
-
 
 TINY = StepSpec(vocab=2100, layers=1, width=16, heads=2, sequences=2, length=8)
-"""Whether a step of language models runs; more tokens than the support ``"auto"`` takes whole."""
+"""A tiny language model, with more tokens than the support ``"auto"`` treats as a whole."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,9 +104,9 @@ def _classifiers(spec: StepSpec) -> tuple[nn.Module, nn.Module]:
 
 
 class FromStates:
-    """TRL's chunked JSD, which makes the logits from the last states itself, tile by tile.
+    """TRL's chunked JSD, which computes the logits from the last hidden states, tile by tile.
 
-    A tile is of up to 4,096 positions and 32,768 tokens: below both, all is one.
+    A tile has up to 4,096 positions and 32,768 tokens.
     """
 
     def __call__(self, student: nn.Module, teacher: nn.Module, tokens: Tensor) -> Tensor:
@@ -120,7 +116,7 @@ class FromStates:
             known = teacher.transformer(tokens).last_hidden_state.flatten(0, 1)
         states = student.transformer(tokens).last_hidden_state.flatten(0, 1)
         heads = (states, student.lm_head.weight, None, known, teacher.lm_head.weight, None)
-        # β, temperature, and for either side a scale and no soft cap of the logits.
+        # β, temperature, and for either side a scale of the logits and no soft cap.
         values, _ = ChunkedDivergenceFunction.apply(*heads, 0.5, 1.0, 1.0, None, 1.0, None)
         return values.mean()
 
@@ -159,7 +155,7 @@ class Step:
 
     @property
     def report(self):
-        """What otkd's solver did in the last call; None where there is none."""
+        """The solver's report on the last call; None for a loss without one."""
         return getattr(self.loss, "last_report", None)
 
 
@@ -173,7 +169,7 @@ def prepare_job(arguments: dict, *, tiny: bool) -> Step:
 
 
 def _mean_of(kind: str) -> Callable[[nn.Module], Callable]:
-    """The mean over the positions of a peer that is no module of otkd."""
+    """The mean over positions of a peer that is not a module of otkd."""
 
     def make(teacher: nn.Module) -> Callable:
         function = KINDS[kind](None)
@@ -214,7 +210,7 @@ CLASS_LOSSES: dict[str, Callable[[nn.Module], Callable]] = {
     "tvd": _named("tvd"),
     "sinkhorn, discrete": _named("sinkhorn", cost="discrete"),
     "batch_sinkhorn, debiased": _named("batch_sinkhorn", debias=True),
-    # As it was measured before batch transport was debiased by default.
+    # As measured before batch transport was debiased by default.
     "sinkd": lambda teacher: otkd.SinKDLoss(
         sinkhorn_weight=0.8, transport=otkd.BatchSinkhornLoss(debias=False)
     ),

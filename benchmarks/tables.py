@@ -1,11 +1,11 @@
-"""What a result says, as tables of text: for the console and for the page."""
+"""Results as tables of text, for the console and for the page."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 _NONE = "–"
-# What a peer may have been measured for, in the order of the columns.
+# The columns of a table of peers, in order; those that no peer has are left out.
 _COLUMNS = {
     "value_error": "value error",
     "gradient_error": "gradient error",
@@ -27,7 +27,7 @@ class Table(NamedTuple):
 
 
 def case_table(case: dict) -> Table | None:
-    """The points or the peers of a case."""
+    """The points or the peers of a case, whichever it has."""
     if case.get("points"):
         return _points(case["points"])
     return _peers(case) if case.get("peers") else None
@@ -40,17 +40,22 @@ def exponent(case: dict) -> str | None:
     fit = case["exponent"]
     text = f"time ∝ size^({fit['exponent']:.2f} ± {fit['interval']:.2f})"
     if fit.get("half_at") is not None:
-        text += f"; what grows is half of it at {number(fit['half_at'])}"
+        text += f"; the growing part is half of the time at {number(fit['half_at'])}"
     return text
 
 
 def targets(result: dict) -> Table:
-    """What was wanted, measured, and whether it is met."""
+    """What was measured, what was aimed at, and whether that is met."""
     rows = [
-        [t["name"], number(t["measured"]), f"{t['relation']} {t['limit']:g}", _MARKS[t["met"]]]
+        [
+            t["name"],
+            number(t["measured"]),
+            f"{t['relation']} {number(t['limit'])}",
+            _MARKS[t["met"]],
+        ]
         for t in result["targets"]
     ]
-    return Table(["figure", "measured", "wanted", ""], rows)
+    return Table(["quantity", "measured", "aim", ""], rows)
 
 
 def _peers(case: dict) -> Table:
@@ -61,7 +66,7 @@ def _peers(case: dict) -> Table:
     for name, found in peers.items():
         times = [_spread(case["times"].get(name)), _median(found.get("seconds"))]
         rows.append([name, *(times if timed else ()), *(number(found.get(key)) for key in keys)])
-    times = [f"× {case.get('times_against', 'otkd')}", "seconds"] if timed else []
+    times = [f"time ÷ {case.get('times_against', 'otkd')}", "seconds"] if timed else []
     return Table(["", *times, *(_COLUMNS[key] for key in keys)], rows)
 
 
@@ -78,7 +83,7 @@ def _points(points: list[dict]) -> Table:
 
 
 def number(value: float | bool | str | dict[str, float] | None) -> str:
-    """Three digits; text as it is; of several kinds each with its name."""
+    """A number with three digits; text unchanged; a mapping as amounts with their names."""
     if value is None or value == {}:
         return _NONE
     if isinstance(value, dict):

@@ -24,7 +24,7 @@ _COMMON = {
     "remove_unused_columns": False,
     "use_cpu": not torch.cuda.is_available(),
 }
-# The same objective, and what TRL's configurations have beside those of transformers switched off.
+# The same objective; options that only TRL's configurations have are switched off.
 _TRL = {
     "beta": 0.5,
     "temperature": 1.0,
@@ -64,9 +64,9 @@ def _trl_gkd(spec: StepSpec) -> Trainer:
 
 
 def _trl_distillation(spec: StepSpec) -> Trainer:
-    """It generates, in every step, what it trains on: here it is given the rest of the examples.
+    """It always generates completions; here it gets the rest of each example in their place.
 
-    So it does what the others do; generation would be nearly all of its time.
+    So all trainers do the same work; otherwise generation would take nearly all of its time.
     """
     import trl
 
