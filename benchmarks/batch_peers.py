@@ -74,7 +74,7 @@ class BatchPeer:
     @property
     def available(self) -> bool:
         """Whether the package it needs is installed."""
-        return installed({"emd": "pot", "pot_batch": "pot"}.get(self.kind, self.kind))
+        return installed(self.kind)
 
 
 class BatchCall:

@@ -23,7 +23,7 @@ EPSILON = 0.1
 
 # The package that a kind of peer needs.
 _PACKAGES = {
-    "pot": "ot",
+    **dict.fromkeys(("pot", "pot_batch", "emd"), "ot"),
     "geomloss": "geomloss",
     "trl_jsd": "trl",
     "trl_chunked": "trl.kernels.chunked_divergence",
