@@ -126,7 +126,10 @@ def arguments(folder, **options):
     )  # fmt: skip
 
 
-def run(folder, build, rows, loss, *, evaluate=None, metrics=None, callbacks=(), **options):
+def run(
+    folder, build, rows, loss, *, evaluate=None, evaluate_first=False, metrics=None, callbacks=(),
+    **options,
+):  # fmt: skip
     """Weights after training, what was logged, and what evaluation says."""
     student = build(0)
     collate = options.pop("collate", pad)
@@ -138,6 +141,8 @@ def run(folder, build, rows, loss, *, evaluate=None, metrics=None, callbacks=(),
     for callback in callbacks:
         callback.trainer = trainer
     start = weights(student)
+    if evaluate_first:
+        trainer.evaluate(evaluate)
     trainer.train()
     found = {
         "moved": weights(student) - start,
@@ -210,6 +215,7 @@ def runs(folder):
     found = {}
     causal = (folder, tiny_gpt2, CAUSAL)
     found["kl"] = run(*causal, otkd.KLLoss(), evaluate=EVAL)
+    found["evaluated first"] = run(*causal, otkd.KLLoss(), evaluate=EVAL, evaluate_first=True)
     found["sinkhorn"] = run(*causal, sinkhorn(), evaluate=EVAL)
     # One process with the whole batch at once, several with microbatches of one row.
     options = microbatches(STEP) if WORLD > 1 else {}

@@ -84,6 +84,7 @@ def test_a_loss_of_one_process_alone_and_samples_that_do_not_fit(losses):
 
 SAME = (
     "kl",
+    "evaluated first",
     "sinkhorn",
     "sum",
     "sequence_mean",

@@ -363,6 +363,15 @@ class DistillationTrainer(Trainer):
         metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         return output
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's training, of all processes together, also after an evaluation."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not sharded:
+            # An evaluation marks the model as prepared. Accelerate would not wrap it again, and
+            # every process would train a model of its own.
+            vars(self.model).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's optimiser, with the trainable parameters of the loss as one more group.
 
