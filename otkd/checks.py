@@ -125,8 +125,8 @@ def as_class_labels(labels: Tensor) -> Tensor:
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(
-            f"labels must be indices of classes, integers, got {labels.dtype}: numbers to regress "
-            "on, soft labels and several labels per position are no targets of a loss over classes"
+            f"labels must be integer class indices, got {labels.dtype}. Regression targets, soft "
+            "labels and several labels per position are not supported"
         )
     return labels if labels.dtype == torch.int64 else labels.long()
 
@@ -142,8 +142,9 @@ def check_class_labels(labels: Tensor, classes: int, *, of: str = "") -> None:
     if wrong.any():
         first = labels[wrong][0].item()
         raise ValueError(
-            f"{int(wrong.sum())} labels are no class{of}, the first is {first}: labels are whole "
-            f"numbers from 0 to {classes - 1}, or {IGNORE_INDEX} where a position does not count"
+            f"{int(wrong.sum())} labels are not a class{of}; the first is {first}. Labels must be "
+            f"whole numbers from 0 to {classes - 1}, or {IGNORE_INDEX} for positions that do not "
+            "count"
         )
 
 
@@ -159,8 +160,8 @@ def check_mask(mask: Tensor | None, batch_shape: Sequence[int]) -> None:
         return
     if not (mask >= 0).all():
         raise ValueError(
-            "mask must be non-zero where a position counts and hold no NaN and nothing below 0; of "
-            "one that is added to attention scores, 0 where a position counts, pass mask == 0"
+            "mask must be boolean or non-negative (non-zero = included) and must not hold NaN. For "
+            "an additive attention mask, pass mask == 0"
         )
 
 
@@ -186,8 +187,8 @@ def check_finite_rows(rows: Tensor, what: str) -> None:
         first = bad.flatten().nonzero()[0].item()
         raise ValueError(
             f"{int(bad.sum())} of {rows.numel()} positions have {what} (first: position {first}). "
-            "Logits must hold no NaN and no +inf, and at least one finite value per position; "
-            "positions outside the mask may hold anything"
+            "Logits must hold no NaN or +inf, and at least one finite value per position. "
+            "Positions that are masked out may hold any value"
         )
 
 

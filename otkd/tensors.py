@@ -31,14 +31,15 @@ def check_floating(name: str, tensor: Any, shape: str = "") -> None:
     check_precision(name, tensor)
     if tensor.device.type == "meta":
         raise ValueError(
-            f"{name} is on the device 'meta', where tensors have a shape but no numbers: load the "
-            "weights of the model first"
+            f"{name} is on the device 'meta', where tensors have no data: load the weights of the "
+            "model first"
         )
     if _is_transformed(tensor):
         raise RuntimeError(
-            f"{name} is inside vmap, torch.func.grad or forward-mode differentiation, which cannot "
-            "follow solvers and checks that depend on the values: in place of vmap, give a batch, "
-            "as every batch shape is taken; for gradients, call backward() or torch.autograd.grad()"
+            f"{name} is inside vmap, torch.func.grad or forward-mode differentiation, which do not "
+            "support solvers and checks that depend on the data. Instead of vmap, add a batch "
+            "dimension (every batch shape is accepted); for gradients, call backward() or "
+            "torch.autograd.grad()"
         )
 
 
@@ -72,6 +73,6 @@ def refuse_batched(what: str, gradient: Tensor) -> None:
     """Raise ``RuntimeError`` in a backward pass that can only follow one gradient at a time."""
     if is_batched(gradient):
         raise RuntimeError(
-            f"{what} takes one gradient at a time: compute the Jacobian with vectorize=False, or "
-            "is_grads_batched=False"
+            f"{what} supports one gradient at a time: compute the Jacobian with vectorize=False, "
+            "or is_grads_batched=False"
         )

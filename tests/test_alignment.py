@@ -340,7 +340,7 @@ def test_refused_anchors():
     bad[7, 2] = torch.nan
     for error, message, source, target, options in (
         (ValueError, "method must be one of", x, y, {"method": "affine"}),
-        (ValueError, "ridge= is the penalty of method='least_squares'", x, y, {"ridge": 0.1}),
+        (ValueError, "ridge= is only used by method='least_squares'", x, y, {"ridge": 0.1}),
         (
             ValueError,
             "ridge must be a finite number above 0",
@@ -357,8 +357,8 @@ def test_refused_anchors():
             "'least_squares' from width 6 to 4 needs at least 7 anchors, got 6",
             *(y[:6], x[:6], {"method": "least_squares"}),
         ),
-        (ValueError, "all source anchors coincide", torch.ones(9, 4), y[:9], {}),
-        (ValueError, "all target anchors coincide", x[:9], torch.ones(9, 4), {}),
+        (ValueError, "all source anchors are equal", torch.ones(9, 4), y[:9], {}),
+        (ValueError, "all target anchors are equal", x[:9], torch.ones(9, 4), {}),
         (ValueError, r"must be a matrix \(tokens, width\), got \(4,\)", x[0], y, {}),
         (TypeError, "target anchors must be a floating-point tensor", x, y.long(), {}),
         (TypeError, "source anchors must be .* got list", x.tolist(), y, {}),
@@ -464,8 +464,8 @@ def test_refused_embeddings():
     refuses("pass both tokenizers, or anchors=", *both)
     refuses("pass both tokenizers, or anchors=", *both, pair.student_tokenizer)
     refuses("not both", *both, pair.student_tokenizer, anchors=(ids, ids))
-    refuses("token 999 of the student's anchors is beyond", *both, anchors=([*range(9), 999], ids))
-    refuses("token -1 of the teacher's anchors is beyond", *both, anchors=(ids, ids - 1))
+    refuses("token 999 of the student's anchors is outside", *both, anchors=([*range(9), 999], ids))
+    refuses("token -1 of the teacher's anchors is outside", *both, anchors=(ids, ids - 1))
     refuses("anchors must be a sequence of token ids", *both, anchors=(ids, ids.double()))
     refuses("anchors must be a sequence of token ids", *both, anchors=(ids, ids > 3))
     refuses("anchors must be a sequence of token ids", *both, anchors=(ids, ids[None]))
@@ -473,7 +473,7 @@ def test_refused_embeddings():
     refuses("needs at least 7 anchors, got 3", *both, anchors=(ids[:3], ids[:3]))
     refuses("needs at least 7 anchors, got 0", *both, anchors=([], []))
     refuses(
-        "beyond the 100 rows of the student's", pair.student[:100], pair.teacher, *pair.tokenizers
+        "outside the 100 rows of the student's", pair.student[:100], pair.teacher, *pair.tokenizers
     )
     refuses("student embedding must be a floating", both[0].long(), both[1], error=TypeError)
     nothing = written(["▁xyz"])

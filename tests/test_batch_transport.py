@@ -337,7 +337,7 @@ def test_the_teacher_is_a_constant_and_may_be_of_another_precision():
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((4,), {}, "needs samples on dimension −2"),
+        ((4,), {}, "needs samples in dimension −2"),
         ((0, 4), {}, "at least one sample"),
         ((3, 4), {"cost": "cosine"}, "cost must be one of"),
         ((3, 4), {"epsilon": 0.0}, "epsilon must be"),

@@ -82,7 +82,7 @@ def test_bad_rows_are_named(metric, side):
     if metric != "cosine":
         assert EmbeddingCost(**rows, metric=metric)(4, 5).isfinite().all()
         return
-    with pytest.raises(ValueError, match=f"row 2 of the {side} embedding holds nothing but zeros"):
+    with pytest.raises(ValueError, match=f"row 2 of the {side} embedding holds only zeros"):
         EmbeddingCost(**rows, metric=metric)
 
 
@@ -179,7 +179,7 @@ def test_a_learnable_cost_that_cannot_learn_is_told():
 
 
 def test_a_module_is_no_embedding():
-    with pytest.raises(TypeError, match="got Embedding: of a module pass its weight"):
+    with pytest.raises(TypeError, match=r"got Embedding\. Pass the weight of a module"):
         EmbeddingCost(torch.nn.Embedding(4, 3))
 
 
@@ -233,7 +233,7 @@ def test_an_embedding_of_another_size_is_refused_where_it_may_not_be_rescaled(me
         (x, {"normalize": None}),
         (torch.nn.Parameter(x), {"learnable": True}),
     ):
-        with pytest.raises(ValueError, match="whose squares float32 does not hold"):
+        with pytest.raises(ValueError, match="exceed the range of float32"):
             EmbeddingCost(embedding, metric=metric, **options)
     with pytest.raises(ValueError, match="whose squares"):
         EmbeddingCost(torch.nn.Parameter(x), metric="cosine", learnable=True)

@@ -222,10 +222,10 @@ def test_as_text_and_dictionaries():
         (IndexError, "no position 6 in a batch of shape", {"position": 6}),
         (IndexError, "no position", {"position": (2, 0)}),
         (IndexError, "no position -7", {"position": -7}),
-        (IndexError, "has not the 2 dimensions", {"position": (1,)}),
+        (IndexError, "does not have the 2 dimensions", {"position": (1,)}),
         (ValueError, "top must be", {"top": -1}),
-        (TypeError, "convert_ids_to_tokens, which str has not", {"tokenizer": "bert"}),
-        (TypeError, "one, or a pair", {"tokenizer": (None, None, None)}),
+        (TypeError, "convert_ids_to_tokens, which str does not", {"tokenizer": "bert"}),
+        (TypeError, "a tokenizer or a pair", {"tokenizer": (None, None, None)}),
     ],
 )
 def test_refused(error, message, options):
@@ -238,5 +238,5 @@ def test_a_support_without_a_plan_says_so(monkeypatch):
     monkeypatch.setattr("otkd.supports.dense.LARGEST_DENSE", VOCAB - 1)
     cost = otkd.costs.EmbeddingCost(logits(0, VOCAB, 3))
     loss = otkd.SinkhornLoss(cost, support=Dense())
-    with pytest.raises(ValueError, match=r"Dense\(\) does not hold the transport .* use"):
+    with pytest.raises(ValueError, match=r"Dense\(\) does not store the whole plan .* use"):
         loss.explain(logits(1, 2, VOCAB), logits(2, 2, VOCAB))

@@ -328,7 +328,7 @@ def test_vocab_size_slices_the_padding(name):
     padded, slope = evaluate(loss, student, teacher, **data.options())
     same((padded, slope[..., :VOCAB]), (value, gradient))
     assert slope[..., VOCAB:].abs().max() == 0
-    with pytest.raises(ValueError, match=f"vocab_size={VOCAB} is more than the 4 logits"):
+    with pytest.raises(ValueError, match=f"vocab_size={VOCAB} is larger than the 4 logits"):
         loss(data.student[..., :4], data.teacher[..., :4], **data.options())
 
 
@@ -510,7 +510,7 @@ def test_a_cost_that_bridges_vocabularies():
         *(({"temperature": t}, "temperature must be a fin") for t in (0, -1.0, math.nan, math.inf)),
         ({"teacher_temperature": 0.0}, "teacher_temperature must be"),
         ({"reduction": "batchmean"}, "reduction must be one of 'mean', 'sum', .* got 'batchmean'"),
-        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"vocab_size": 0}, "vocab_size must be a whole number of at least 1"),
     ],
 )
 def test_common_settings_are_checked(name, options, message):
@@ -565,7 +565,7 @@ def test_own_settings_are_checked(build, options, error, message):
 
 
 def test_debiasing_warns_where_the_divergence_may_be_negative():
-    with pytest.warns(UserWarning, match="not shown to be positive definite"):
+    with pytest.warns(UserWarning, match="not known to be positive definite"):
         otkd.SinkhornLoss(costs.OrdinalCost(3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

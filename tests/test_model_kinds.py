@@ -248,9 +248,9 @@ class Own(nn.Module):
 @pytest.mark.parametrize(
     ("shape", "give", "words"),
     [
-        ((7, VOCAB), lambda x: (x, x), "gives no logits but a tuple"),
-        ((7, VOCAB), lambda x: {"out": x, "aux": x}, "gives no logits but out, aux"),
-        ((7, VOCAB), lambda x: {"logits": x, "box_logits": x}, "box_logits beside logits"),
+        ((7, VOCAB), lambda x: (x, x), "returns no logits, but a tuple"),
+        ((7, VOCAB), lambda x: {"out": x, "aux": x}, "returns no logits, but out, aux"),
+        ((7, VOCAB), lambda x: {"logits": x, "box_logits": x}, "box_logits besides logits"),
         ((7, VOCAB), lambda x: {"logits": (x, x)}, "must be a tensor, got tuple"),
         ((7, VOCAB), lambda x: x[..., :1], "one class"),
         ((7, VOCAB), lambda x: x[:, 0, 0], "one number per example"),
@@ -270,11 +270,11 @@ def test_outputs_that_are_no_logits_are_refused_at_the_first_batch(arguments, sh
 @pytest.mark.parametrize(
     ("labels", "error", "words"),
     [
-        (torch.tensor([0, 1, CLASSES]), ValueError, "1 labels are no class of the student Bert"),
+        (torch.tensor([0, 1, CLASSES]), ValueError, "1 labels are not a class of the student Bert"),
         (torch.tensor([0, 1, -1]), ValueError, "the first is -1"),
-        (torch.tensor([0.0, 1.0, 2.0]), TypeError, "integers, got torch.float32"),
+        (torch.tensor([0.0, 1.0, 2.0]), TypeError, "integer class indices, got torch.float32"),
         (torch.rand(3, CLASSES), TypeError, "soft labels"),
-        (torch.zeros(3, CLASSES).long(), ValueError, "soft or several labels"),
+        (torch.zeros(3, CLASSES).long(), ValueError, "soft labels and several labels"),
         (torch.zeros(3, 7).long(), ValueError, "one label per example"),
     ],
 )
@@ -293,7 +293,9 @@ def test_labels_that_are_no_classes_are_refused(arguments, loss, labels, error, 
 def test_tokens_out_of_range_are_refused_before_they_are_embedded(arguments, build):
     batch = causal_text()
     batch["labels"][0, 3] = VOCAB
-    with pytest.raises(ValueError, match=f"the first is {VOCAB}: labels are whole numbers from 0"):
+    with pytest.raises(
+        ValueError, match=f"the first is {VOCAB}. Labels must be whole numbers from 0"
+    ):
         one_step(build(0), arguments, batch, otkd.KLLoss(), teacher=build(1))
 
 
@@ -318,7 +320,7 @@ def test_hard_labels_of_a_loss_of_its_own():
     for wrong in (3, -1):
         with pytest.raises(ValueError, match=f"the first is {wrong}"):
             otkd.get_loss("ce")(logits, labels=labels.where(labels != 2, wrong))
-    with pytest.raises(TypeError, match=r"integers, got torch\.float64"):
+    with pytest.raises(TypeError, match=r"integer class indices, got torch\.float64"):
         otkd.get_loss("ce")(logits, labels=labels.double())
     # A class that does not count may have any name.
     otkd.get_loss("ce")(logits, labels=labels.where(labels != 2, 7), mask=labels != 2)
@@ -404,7 +406,7 @@ def test_classes_in_another_order_are_refused(arguments, ours, theirs, moved):
     if not moved:
         DistillationTrainer(student, arguments(), **options)
         return
-    with pytest.raises(ValueError, match="in another order"):
+    with pytest.raises(ValueError, match="in a different order"):
         DistillationTrainer(student, arguments(), **options)
 
 
@@ -529,7 +531,7 @@ def test_prompts_of_virtual_tokens_are_refused(arguments):
         )
         peft_config = {"default": active_peft_config}  # noqa: RUF012
 
-    with pytest.raises(ValueError, match="a prompt of 4 virtual tokens"):
+    with pytest.raises(ValueError, match="prompt tuning with 4 virtual tokens"):
         DistillationTrainer(
             Prompt(tiny_gpt2(0)), arguments(), train_dataset=[{}], teacher=tiny_gpt2(1),
             loss=otkd.KLLoss(),
@@ -593,7 +595,7 @@ def test_documents_are_told_by_any_of_their_marks(name):
 def test_a_mask_over_pairs_of_tokens_needs_labels(arguments):
     batch = {"input_ids": causal_text()["input_ids"],
              "attention_mask": torch.ones(3, 1, 7, 7).tril().bool()}  # fmt: skip
-    with pytest.raises(ValueError, match="which tokens see each other"):
+    with pytest.raises(ValueError, match="a mask over pairs of tokens"):
         one_step(tiny_llama(0), arguments, batch, otkd.KLLoss(), teacher=tiny_llama(1))
     batch["labels"] = causal_text()["labels"]
     one_step(tiny_llama(0), arguments, batch, otkd.KLLoss(), teacher=tiny_llama(1))
@@ -613,7 +615,7 @@ def test_packing_by_the_collator_and_a_stored_teacher_are_refused(arguments):
 
 
 def test_shift_of_a_classifier_is_refused(arguments):
-    with pytest.raises(ValueError, match="without positions"):
+    with pytest.raises(ValueError, match="have no positions"):
         one_step(
             tiny_bert(0), arguments, sequence(), otkd.KLLoss(), teacher=tiny_bert(1), shift=True
         )
@@ -622,7 +624,7 @@ def test_shift_of_a_classifier_is_refused(arguments):
 def test_logits_for_more_positions_than_labels_are_refused(arguments):
     batch = causal_text()
     batch["labels"] = batch["labels"][:, :5]
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM gives logits for positions \(3, 6\)"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM returns logits for positions \(3, 6\)"):
         one_step(tiny_llama(0), arguments, batch, otkd.KLLoss(), teacher=tiny_llama(1))
 
 

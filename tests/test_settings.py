@@ -82,9 +82,9 @@ def test_a_report_of_a_batch_names_its_samples():
 SUM = {"reduction": "sum"}
 LINEAR = nn.Linear(3, 3)
 CONTRADICTIONS = [
-    (lambda: otkd.SinKDLoss(**SUM, transport=otkd.BatchSinkhornLoss()), "one reduction"),
-    (lambda: otkd.SinKDLoss(**SUM, soft_loss=otkd.KLLoss()), "one reduction"),
-    (lambda: otkd.SinKDLoss(transport=otkd.BatchSinkhornLoss(**SUM)), "one reduction"),
+    (lambda: otkd.SinKDLoss(**SUM, transport=otkd.BatchSinkhornLoss()), "the same reduction"),
+    (lambda: otkd.SinKDLoss(**SUM, soft_loss=otkd.KLLoss()), "the same reduction"),
+    (lambda: otkd.SinKDLoss(transport=otkd.BatchSinkhornLoss(**SUM)), "the same reduction"),
     *(
         (
             lambda given=given: otkd.SinKDLoss(soft_loss=otkd.KLLoss(), **given),
@@ -122,15 +122,15 @@ CONTRADICTIONS = [
                 "ot": (1.0, otkd.BatchSinkhornLoss()),
             }
         ),
-        "one reduction",
+        "the same reduction",
     ),
-    (lambda: otkd.BatchSinkhornLoss(projection=LINEAR), 'projection is for cost="hidden"'),
+    (lambda: otkd.BatchSinkhornLoss(projection=LINEAR), 'projection= requires cost="hidden"'),
     (lambda: otkd.SinkhornLoss("discrete", points(1, 5, 3)), 'used by cost="embedding" only'),
     (
         lambda: otkd.SinkhornLoss(otkd.costs.DiscreteCost(), points(1, 5, 3)),
         'used by cost="embedding" only',
     ),
-    (lambda: TopK(8, tail=False, clusters=4), "clusters=4 divide the tail, which tail=False drops"),
+    (lambda: TopK(8, tail=False, clusters=4), "clusters=4 has no effect with tail=False"),
     (
         lambda: otkd.SinkhornLoss("discrete", unbalanced=1.0, value="sharp"),
         "unbalanced transport has value='dual' alone",
@@ -169,7 +169,7 @@ class Foreign(nn.Module):
 def test_values_of_different_shape_do_not_add_up():
     student, teacher = logits(1, 4, VOCAB), logits(2, 4, VOCAB)
     loss = otkd.WeightedLoss({"kl": (1.0, otkd.KLLoss()), "own": (1.0, Foreign((4,)))})
-    with pytest.raises(ValueError, match=r"one shape, got 'kl' \(\), 'own' \(4,\)"):
+    with pytest.raises(ValueError, match=r"the same shape, got 'kl' \(\), 'own' \(4,\)"):
         loss(student, teacher)
     loss = otkd.WeightedLoss({"kl": (1.0, otkd.KLLoss()), "own": (1.0, Foreign(()))})
     assert loss(student, teacher).shape == ()
@@ -180,10 +180,10 @@ def test_values_of_different_shape_do_not_add_up():
     [
         ("kl", (torch.ones(()).requires_grad_(), "kl"), TypeError, "would not be trained"),
         ("kl", (True, "kl"), TypeError, "the weight of term 'kl' must be a number"),
-        ("a.b", (1.0, "kl"), ValueError, "a term cannot be called 'a.b'"),
-        ("keys", (1.0, "kl"), ValueError, "a term cannot be called 'keys'"),
-        ("", (1.0, "kl"), ValueError, "a term cannot be called ''"),
-        (3, (1.0, "kl"), ValueError, "a term cannot be called 3"),
+        ("a.b", (1.0, "kl"), ValueError, "invalid name 'a.b'"),
+        ("keys", (1.0, "kl"), ValueError, "invalid name 'keys'"),
+        ("", (1.0, "kl"), ValueError, "invalid name ''"),
+        (3, (1.0, "kl"), ValueError, "invalid name 3"),
     ],
 )
 def test_refused_names_and_weights(name, term, error, message):
@@ -251,5 +251,5 @@ def test_a_temperature_that_changes_nothing_is_not_annealed():
     from otkd.integrations.annealing import TemperatureAnnealing
 
     TemperatureAnnealing(otkd.BatchSinkhornLoss())
-    with pytest.raises(ValueError, match="compares states: a temperature changes nothing"):
+    with pytest.raises(ValueError, match="compares hidden states, so a temperature has no effect"):
         TemperatureAnnealing(otkd.BatchSinkhornLoss("hidden"))

@@ -57,7 +57,7 @@ def test_a_file_that_was_changed_is_refused(tmp_path, change):
     signal.save(path)
     tensors, metadata = contents(path)
     safetensors.torch.save_file(change(dict(tensors), metadata), path, metadata)
-    with pytest.raises(ValueError, match=r"changed after it was saved.*store the teacher anew"):
+    with pytest.raises(ValueError, match=r"changed after it was saved.*store the teacher again"):
         TopKTeacher.load(path)
     safetensors.torch.save_file(tensors, path, contents_of_saved(signal, tmp_path))
     assert torch.equal(TopKTeacher.load(path).self_potential, signal.self_potential)
@@ -114,7 +114,9 @@ def test_a_self_term_of_other_masses_is_not_used():
         potential + 0.3,
         potential.masked_fill(torch.arange(8)[:, None] == 5, torch.nan),
     ):
-        with pytest.warns(UserWarning, match="not that of these masses: compute it again with"):
+        with pytest.warns(
+            UserWarning, match="does not belong to these masses; compute it again with"
+        ):
             found = loss(student, dataclasses.replace(signal, self_potential=other))
         close(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -209,12 +211,12 @@ def test_a_ragged_signal_in_a_file_and_in_a_batch(tmp_path):
     ("error", "message", "entries"),
     [
         (ValueError, r"position 1 holds a token twice", [{1: -1.0}, [(2, -1.0), (2, -2.0)]]),
-        (ValueError, r"example 1, position 0: token 12 is not among", [[{1: -1.0}], [{12: -1}]]),
-        (ValueError, r"token -1 is not among the 12", [{-1: -1.0}]),
+        (ValueError, r"example 1, position 0: token 12 is outside", [[{1: -1.0}], [{12: -1}]]),
+        (ValueError, r"token -1 is outside the vocabulary of 12", [{-1: -1.0}]),
         (ValueError, r"position 0: the log-probability of token 3 must be at most 0", [{3: 0.7}]),
         (ValueError, r"must be at most 0, got nan", [{3: float("nan")}]),
         (ValueError, r"add up to 1.213; natural logarithms", [{1: -0.5, 2: -0.5}]),
-        (ValueError, r"position 1 holds no token: give None", [{1: -0.5}, {}]),
+        (ValueError, r"position 1 has no tokens: use None", [{1: -0.5}, {}]),
         (
             TypeError,
             r"tokens must be whole numbers, got 'the'.*convert_tokens_to_ids",

@@ -253,7 +253,7 @@ def test_padded_vocabularies_are_the_same_to_every_form_of_teacher(name):
         close((value, gradient[:, :size]), stored, rtol=1e-6, atol=1e-8)
     heavy = teacher.clone()
     heavy[:, -1] = 9
-    with pytest.raises(ValueError, match=r"mass on tokens of the padding, from 9 on.*rebuild"):
+    with pytest.raises(ValueError, match=r"mass on padding tokens \(from 9 on\).*rebuild"):
         loss(student, TopKTeacher.from_logits(heavy, 4))
     mask = torch.tensor([1, 1, 0])
     only_there = teacher.clone()
@@ -338,7 +338,7 @@ def test_a_position_must_have_something():
     mask = torch.tensor([1, 0, 1])
     for name, make in LOSSES.items():
         loss = make(reduction="none")
-        with pytest.raises(ValueError, match=r"1 of 3 positions have .* all of their slots are"):
+        with pytest.raises(ValueError, match=r"1 of 3 positions have only empty slots"):
             loss(logits(1, 3, VOCAB), nothing)
         if name != "samples":
             close(

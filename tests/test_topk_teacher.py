@@ -187,7 +187,7 @@ def test_a_self_term_of_other_settings_is_solved_again(solves):
     learnable = EmbeddingCost(torch.nn.Parameter(embedding()), learnable=True)
     others = {
         "another cost or epsilon": [{"epsilon": 0.3}, {"cost": EmbeddingCost(embedding(9))}],
-        "the cost learns": [{"cost": learnable}],
+        "the cost is learnable": [{"cost": learnable}],
         "dual value": [{"value": "sharp"}],
         "unbalanced": [{"unbalanced": 1.0}],
     }
@@ -196,7 +196,9 @@ def test_a_self_term_of_other_settings_is_solved_again(solves):
             loss = topk_loss(**options)
             expected = loss(student, signal)
             del solves[:]
-            with pytest.warns(UserWarning, match=f"not used but solved in every step: .*{reason}"):
+            with pytest.warns(
+                UserWarning, match=f"not used, and is solved in every step instead: .*{reason}"
+            ):
                 close(loss(student, kept), expected, rtol=0, atol=0)
             assert len(solves) == 3
     loss = topk_loss(debias=False)  # has no such term: nothing to say
@@ -210,9 +212,12 @@ def test_a_self_term_of_other_settings_is_solved_again(solves):
         ({"value": "sharp"}, "value='sharp'"),
         ({"unbalanced": 1.0}, "unbalanced transport"),
         ({"support": TopK(4, tail=False)}, "no tail"),
-        ({"support": TopK(4, clusters=2)}, "the tail is stored as one"),
+        ({"support": TopK(4, clusters=2)}, "the tail is stored as a single mass"),
         ({"support": "auto"}, r"support is Dense\(.*\), not a TopK"),
-        ({"cost": EmbeddingCost(torch.nn.Parameter(embedding()), learnable=True)}, "cost learns"),
+        (
+            {"cost": EmbeddingCost(torch.nn.Parameter(embedding()), learnable=True)},
+            "cost is learnable",
+        ),
     ],
 )
 def test_self_terms_that_cannot_be_kept(options, reason):
@@ -284,9 +289,7 @@ def test_padded_vocabularies():
     loss = topk_loss(vocab_size=VOCAB)
     close(loss(student, signal), topk_loss()(student[:, :VOCAB], signal), rtol=0, atol=0)
     padded = TopKTeacher.from_logits(logits(2, 3, VOCAB + 4), 5)
-    with pytest.raises(
-        ValueError, match=r"mass on tokens of the padding, from 12 on.*rebuild the teacher from"
-    ):
+    with pytest.raises(ValueError, match=r"mass on padding tokens \(from 12 on\).*rebuild it from"):
         loss(student, padded)
     with pytest.raises(ValueError, match="the student has 16 tokens and the teacher 12"):
         topk_loss()(student, signal)
@@ -299,7 +302,7 @@ def test_another_temperature_raises():
     cost = EmbeddingCost(embedding())
     for loss in (topk_loss(), otkd.KLLoss(), otkd.SinkhornLoss(cost, temperature=2.1)):
         with pytest.raises(
-            ValueError, match=r"at temperature 2.0 but .* set teacher_temperature=2.0"
+            ValueError, match=r"at temperature 2.0, but .* set teacher_temperature=2.0"
         ):
             loss(student, signal)
     with pytest.raises(ValueError, match=r"at temperature 2\.0"):
@@ -341,8 +344,8 @@ def test_damaged_positions_that_count_raise():
         ("no softmax|without a softmax", changed(log_masses=(slice(None), -torch.inf))),
         ("add up to", changed(log_masses=(slice(None), 0.0))),
         ("tokens from -2 to", changed(tokens=(0, -2))),
-        ("to 12, but there are 12 tokens", changed(tokens=(0, VOCAB))),
-        ("a token twice", changed(tokens=(0, signal.tokens[1, 1].item()))),
+        ("to 12, but its vocabulary has 12 tokens", changed(tokens=(0, VOCAB))),
+        ("a repeated token", changed(tokens=(0, signal.tokens[1, 1].item()))),
     ]
     for message, broken in cases:
         with pytest.raises(ValueError, match=message):
@@ -453,7 +456,7 @@ def test_bad_files(tmp_path):
         ("given together", tensors, settings | {"self_settings": "[0.1, [1.0]]"}),
         ("tokens from 0 to|vocab_size=2 tokens", tensors, settings | {"vocab_size": "2"}),
         ("above 0, got 0.0", tensors, settings | {"temperature": "0"}),
-        ("a token twice", tensors | {"tokens": twice}, settings),
+        ("a repeated token", tensors | {"tokens": twice}, settings),
         ("add up to 1.5", tensors | {"log_masses": torch.full((2, 3), 0.5).log()}, settings),
         ("of one shape", tensors | {"tokens": twice[:1]}, settings),
         ("int32 or int64", tensors | {"tokens": twice.half()}, settings),
@@ -577,7 +580,7 @@ def test_other_losses_refuse_what_is_no_distribution():
     tokens = torch.arange(3).expand(2, 3)
     for message, changes in (
         ("add up to", {"log_masses": torch.zeros(2, 3)}),
-        ("twice", {"tokens": torch.zeros(2, 3, dtype=torch.int64)}),
+        ("repeated", {"tokens": torch.zeros(2, 3, dtype=torch.int64)}),
         ("tokens from", {"tokens": tokens + VOCAB - 2}),
     ):
         parts = {"tokens": tokens, "log_masses": torch.zeros(2, 3) - 5, **changes}

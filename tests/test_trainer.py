@@ -922,7 +922,7 @@ def test_construction_errors(arguments):
         ({"teacher": shared}, ValueError, "shares trainable parameters"),
         ({"teacher": tied, "loss": tying}, ValueError, "shares trainable parameters"),
         ({"teacher": logits, "loss": Hints()}, ValueError, "pass the teacher as a model"),
-        ({"teacher": logits, "loss": none}, ValueError, "no scalar"),
+        ({"teacher": logits, "loss": none}, ValueError, "not return a scalar"),
         ({"teacher": logits, "label_smoothing_factor": 0.1}, ValueError, "whole objective"),
         ({"teacher": logits, "compute_loss_func": sum}, ValueError, "whole objective"),
     ]
@@ -941,7 +941,7 @@ def test_construction_errors(arguments):
         loss=trainable,
         optimizers=(optimizer, None),
     )
-    with pytest.raises(ValueError, match="does not hold the trainable parameters"):
+    with pytest.raises(ValueError, match="does not contain the trainable parameters"):
         trainer.train()
 
 

@@ -125,7 +125,7 @@ def _token_ids(side: str, ids: TokenIds, size: int) -> Tensor:
     bad = (ids < 0) | (ids >= size)
     if bad.any():
         raise ValueError(
-            f"token {ids[bad][0].item()} of the {side}'s anchors is beyond the {size} rows of the "
-            f"{side}'s embedding: give the embedding of the model that the tokenizer is for"
+            f"token {ids[bad][0].item()} of the {side}'s anchors is outside the {size} rows of the "
+            f"{side}'s embedding: pass the embedding of the model that the tokenizer belongs to"
         )
     return ids.long()

@@ -95,7 +95,7 @@ def fit_map(
     """
     check_choice("method", method, METHODS)
     if method != "least_squares" and ridge is not None:
-        raise ValueError(f"ridge= is the penalty of method='least_squares', not of {method!r}")
+        raise ValueError(f"ridge= is only used by method='least_squares', got method={method!r}")
     penalty = as_positive("ridge", _RIDGE if ridge is None else ridge)
     check_embedding("source anchors", source)
     check_embedding("target anchors", target)
@@ -114,7 +114,7 @@ def fit_map(
     source, target = source.detach(), target.detach().to(source.device)
     for name, rows in (("source", source), ("target", target)):
         if (rows == rows[0]).all():
-            raise ValueError(f"all {name} anchors coincide: they tell no direction from another")
+            raise ValueError(f"all {name} anchors are equal, so they determine no map")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(source.device)
     held, kept = order.tensor_split([max(1, count // _HELD_OUT)])
     of_held, of_kept = (_moments(source, target, rows) for rows in (held, kept))

@@ -136,8 +136,8 @@ class Cost(nn.Module, ABC):
         if self.shape is not None and self.shape != (n, m):
             raise ValueError(
                 f"the cost is for {self.shape[0]} source and {self.shape[1]} target tokens, but "
-                f"the distributions have {n} and {m}. Give a cost of that size; if the vocabulary "
-                "is padded, pass vocab_size= and the rows of the embedding up to there"
+                f"the distributions have {n} and {m}. Pass a cost of that size. If the "
+                "vocabulary is padded, pass vocab_size= and only that many rows of the embedding"
             )
         if self.shape is None and n != m:
             raise ValueError(
@@ -147,7 +147,8 @@ class Cost(nn.Module, ABC):
         if not self.largest(n, m) <= LARGEST_COST:
             raise ValueError(
                 f"{type(self).__name__} has costs up to {self.largest(n, m):.1e} between {n} and "
-                f"{m} tokens; they must be below {LARGEST_COST:.0e}: give the cost in larger units"
+                f"{m} tokens, but they must be below {LARGEST_COST:.0e}: use larger units for the "
+                "cost"
             )
 
 

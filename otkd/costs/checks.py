@@ -12,8 +12,7 @@ def check_self_cost(cost: Tensor) -> None:
     """Raise ``ValueError`` unless ``cost`` is square, symmetric and zero on the diagonal."""
     cost = cost.detach()
     advice = (
-        "; for different supports pass (C_ab, C_aa, C_bb) or a cost object, "
-        "or turn debiasing off with debias=False"
+        "; for two sets of points pass (C_ab, C_aa, C_bb) or a cost object, or use debias=False"
     )
     if cost.shape[-1] != cost.shape[-2]:
         raise ValueError(

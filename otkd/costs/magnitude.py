@@ -35,7 +35,7 @@ def check_embedding(name: str, embedding: Tensor, metric: str) -> None:
     if not isinstance(embedding, Tensor):
         raise TypeError(
             f"the {name} embedding must be a tensor (tokens, width), got "
-            f"{type(embedding).__name__}: of a module pass its weight"
+            f"{type(embedding).__name__}. Pass the weight of a module"
         )
     if embedding.ndim != 2 or not embedding.is_floating_point() or embedding.numel() == 0:
         raise ValueError(
@@ -47,7 +47,7 @@ def check_embedding(name: str, embedding: Tensor, metric: str) -> None:
     problem = "NaN or infinite numbers"
     if metric == "cosine" and not bad.any():
         bad = (embedding.detach() == 0).all(-1)
-        problem = "nothing but zeros, which has no direction"
+        problem = "only zeros, which have no direction"
     if bad.any():
         row = bad.nonzero()[0].item()
         raise ValueError(f"row {row} of the {name} embedding holds {problem}")
@@ -97,9 +97,9 @@ def _times(rows: Tensor, factor: Tensor | float) -> Tensor:
 
 def _unsafe(size: float) -> str:
     return (
-        f"the embedding has entries of size {size:.1e}, whose squares float32 does not hold: "
+        f"the embedding has entries of size {size:.1e}, whose squares exceed the range of float32: "
         "divide it by its standard deviation. (A constant embedding with normalize='mean' is "
-        "rescaled by itself.)"
+        "rescaled automatically.)"
     )
 
 
@@ -141,7 +141,7 @@ def mean_cost(embeddings: Embeddings, metric: str) -> float:
     if pairs == 1:
         return 1.0
     what = "direction" if metric == "cosine" else "embedding"
-    raise ValueError(f"all tokens have the same {what}: every cost would be 0, or rounding")
+    raise ValueError(f"all tokens have the same {what}: every cost would be 0 or rounding error")
 
 
 def _mean_cosine(source: Tensor, target: Tensor) -> float:

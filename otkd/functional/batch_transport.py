@@ -72,7 +72,7 @@ def batch_sinkhorn_distance(
     check_logits(student_logits, teacher_logits)
     if student_logits.ndim < 2 or student_logits.shape[-2] == 0:
         raise ValueError(
-            "batch transport needs samples on dimension −2, shape (*batch, samples, vocab) with "
+            "batch transport needs samples in dimension −2, shape (*batch, samples, vocab), with "
             f"at least one sample, got {tuple(student_logits.shape)}"
         )
     q, p = distributions(

@@ -51,8 +51,8 @@ class JensenShannon(Formula):
         settle(self, beta=as_number("beta", self.beta))
         if not 0 < self.beta < 1:
             raise ValueError(
-                f"beta must lie strictly between 0 and 1, got {self.beta!r}; at the ends the "
-                "divergence is 0 everywhere: use KL or reverse KL for its limits"
+                f"beta must lie strictly between 0 and 1, got {self.beta!r}. At 0 and 1 the "
+                "divergence is 0 everywhere; use KL or reverse KL for its scaled limits"
             )
 
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:

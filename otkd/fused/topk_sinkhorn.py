@@ -128,8 +128,8 @@ class TopKSinkhorn(torch.autograd.Function):
         """
         if any(ctx.needs_input_grad[1:]):
             raise ValueError(
-                "the Triton backend differentiates in the masses of the source alone: "
-                "detach the others, or use backend='torch'"
+                "the Triton backend computes gradients of the source masses only: detach the other "
+                "tensors, or use backend='torch'"
             )
         value, grad, error, iterations = topk_sinkhorn(
             a, b, tokens, embedding, tail_cost, corner_cost, **settings
@@ -168,8 +168,8 @@ def _check(a, b, tokens, embedding, tail_cost, centre) -> None:
     positions, size = tokens.shape
     if not 1 <= size <= LARGEST_HEAD:
         raise ValueError(
-            f"the Triton backend takes 1 to {LARGEST_HEAD} tokens a position, got {size}; "
-            "use backend='torch' for more"
+            f"the Triton backend supports 1 to {LARGEST_HEAD} tokens per position, got {size}; use "
+            "backend='torch' for more"
         )
     if embedding.ndim != 2 or not embedding.is_floating_point():
         raise ValueError(

@@ -38,13 +38,13 @@ class TemperatureAnnealing(TrainerCallback):
     def __init__(self, loss: nn.Module, end: float = 1.0) -> None:
         if not isinstance(getattr(loss, "temperature", None), (int, float)):
             raise TypeError(
-                f"{type(loss).__name__} has no temperature; of a weighted loss give the term to "
+                f"{type(loss).__name__} has no temperature. For a weighted loss, pass the term to "
                 "be annealed, loss.terms[name]"
             )
         if getattr(loss, "cost", None) == "hidden":
             raise ValueError(
-                f'{type(loss).__name__}(cost="hidden") compares states: a temperature changes '
-                "nothing"
+                f'{type(loss).__name__}(cost="hidden") compares hidden states, so a temperature '
+                "has no effect"
             )
         check_positive(end=end)
         self.loss: Any = loss

@@ -42,8 +42,8 @@ def label_key(inputs: Mapping[str, Any], label_names: Iterable[str] = ()) -> str
     found = [name for name in label_names if inputs.get(name) is not None]
     if len(found) > 1:
         raise ValueError(
-            f"the batch has labels for several heads, {', '.join(found)}: a loss over logits takes "
-            "those of one; name it with TrainingArguments(label_names=[...])"
+            f"the batch has labels for several heads, {', '.join(found)}, but a loss uses those of "
+            "one: name it with TrainingArguments(label_names=[...])"
         )
     return found[0] if found else None
 
@@ -88,8 +88,8 @@ def find_targets(
     mask = inputs.get(mask_name)
     if mask is not None and mask.ndim > 2:
         raise ValueError(
-            f"{mask_name} {tuple(mask.shape)} says which tokens see each other, not which are "
-            "padding: give labels too, with -100 where a token does not count"
+            f"{mask_name} {tuple(mask.shape)} is a mask over pairs of tokens and does not show "
+            "which tokens are padding: give labels, with -100 where a token does not count"
         )
     if not shift:
         return None, mask

@@ -106,8 +106,8 @@ class Evaluation:
         if self._has_labels is False and anywhere:
             raise ValueError(
                 "the evaluation set has batches without labels before batches with labels, so "
-                "predictions and labels cannot be collected side by side: give every example "
-                f"labels ({IGNORE_INDEX} where it has none), or none"
+                "predictions cannot be matched with labels: give labels to every example "
+                f"({IGNORE_INDEX} where it has none), or to none"
             )
         self._has_labels = self._has_labels or anywhere
         if labels is None and self._has_labels:

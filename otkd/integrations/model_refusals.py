@@ -24,31 +24,31 @@ def refuse_model(model: ModelDescription, role: str) -> None:
     if model.task is None and model.fields is not None:
         if "logits" not in model.fields:
             raise ValueError(
-                f"{who} has no head that gives logits, but {', '.join(sorted(model.fields))}: take "
-                "the class with the head of your task, such as AutoModelForCausalLM or "
+                f"{who} has no head that returns logits, only {', '.join(sorted(model.fields))}: "
+                "use the class with the head of your task, such as AutoModelForCausalLM or "
                 "AutoModelForSequenceClassification"
             )
         heads = other_heads(model.fields)
         if heads and role == "student":
             raise ValueError(
-                f"{who} has more heads than one, {', '.join(heads)} beside logits: a loss over the "
-                "logits would leave those untrained; take a class with one head"
+                f"{who} has several heads, {', '.join(heads)} besides logits, which a loss over "
+                "the logits would not train: use a class with one head"
             )
     if model.problem_type in ("regression", "multi_label_classification"):
         raise ValueError(
-            f'{who} has problem_type="{model.problem_type}": a loss compares distributions over '
-            "classes of which one is right. Distil it in a training loop of your own, with the "
-            "squared error (regression) or with two logits per class (several labels)"
+            f'{who} has problem_type="{model.problem_type}", but a loss compares distributions '
+            "over classes, one of which is right. Distil it in a training loop of your own, with "
+            "the squared error (regression) or with two logits per class (several labels)"
         )
     if model.num_labels == 1:
         raise ValueError(
             f"{who} has one class (num_labels=1), whose probability is always 1, so every loss is "
-            "0: for regression use the squared error in a training loop of your own; for a yes or "
-            "no, two classes"
+            "0. For regression use the squared error in a training loop of your own; for yes or "
+            "no use two classes"
         )
     if model.virtual_tokens and (model.shifts or model.decodes):
         raise ValueError(
-            f"{who} is tuned by a prompt of {model.virtual_tokens} virtual tokens, whose logits "
+            f"{who} uses prompt tuning with {model.virtual_tokens} virtual tokens, whose logits "
             "have no labels: use another adapter, such as LoRA or prefix tuning"
         )
 
@@ -81,7 +81,7 @@ def _refuse_other_positions(student: ModelDescription, teacher: ModelDescription
             f"at each position the student {student.name} predicts {ours}, and the teacher "
             f"{teacher.name} predicts {theirs}: their logits at a position cannot be compared. Use "
             "a teacher of the student's kind, or store its logits at the positions where the "
-            "student predicts the same token. If both predict the same, say so with shift="
+            "student predicts the same token. If both do predict the same token, pass shift="
         )
 
 
@@ -111,12 +111,12 @@ def check_tokens(student: ModelDescription, teacher: ModelDescription, input_ids
 def _refuse_vocabularies(student: ModelDescription, teacher: ModelDescription) -> NoReturn:
     sizes = (student.tokens, teacher.tokens)
     raise ValueError(
-        f"the student {student.name} knows {sizes[0]} tokens and the teacher {teacher.name} "
-        f"{sizes[1]}, but both read the same input_ids: with two tokenizers the teacher would read "
-        "other words. Store the teacher's logits at the student's positions and pass them as "
-        "teacher=, or as teacher_logits in the examples. If the tokenizer is the same and one "
-        "vocabulary is only padded, pass vocab_size= to the loss of a language model, or give both "
-        "one size with resize_token_embeddings"
+        f"the student {student.name} has {sizes[0]} tokens and the teacher {teacher.name} "
+        f"{sizes[1]}, but both read the same input_ids, so the teacher would read different text. "
+        "Store the teacher's logits at the student's positions and pass them as teacher=, or as "
+        "teacher_logits in the examples. If the tokenizer is the same and one vocabulary is only "
+        "padded, pass vocab_size= to the loss of a language model, or give both the same size "
+        "with resize_token_embeddings"
     )
 
 
@@ -141,8 +141,8 @@ def _refuse_order_of_classes(student: ModelDescription, teacher: ModelDescriptio
             for name in moved
         )
         raise ValueError(
-            f"student and teacher name the same classes in another order (id2label): {listed}. "
-            "Reorder the rows of the teacher's classifier, or, if the order is the same in truth, "
+            f"student and teacher name the same classes in a different order (id2label): {listed}. "
+            "Reorder the rows of the teacher's classifier or, if the order is in fact the same, "
             "give both configurations the same id2label"
         )
 
@@ -170,31 +170,34 @@ def check_positions_of(
         if logits.ndim > 3:
             raise ValueError(
                 f"the logits of {name} have {logits.ndim} dimensions, {tuple(logits.shape)}, and "
-                "there are no labels that tell which one is of the classes: it must be the last"
+                "without labels the dimension of the classes is unknown: it must be the last"
             )
         if mask is not None and logits.ndim > 2 and tuple(mask.shape) != expected:
             raise ValueError(
-                f"{name} gives logits for positions {expected} but the mask of its input has "
-                f"{tuple(mask.shape)}: give labels, one per position of the logits, with -100 "
-                "where one does not count"
+                f"{name} returns logits for positions {expected}, but the mask of its input has "
+                f"shape {tuple(mask.shape)}: give labels, one per position of the logits, with "
+                "-100 where a position does not count"
             )
         return
     shape = tuple(labels.shape)
     if shape == expected:
         return
     if shape == tuple(logits.shape):
-        hint = "labels are indices of classes; soft or several labels per position are no targets"
+        hint = (
+            "labels must be class indices; soft labels and several labels per position are not "
+            "supported"
+        )
     elif logits.ndim > 3 or (labels.ndim > 1 and shape == (logits.shape[0], *logits.shape[2:])):
         hint = "the classes must be in the last dimension: logits.movedim(1, -1)"
     elif labels.ndim == len(expected) > 1:
         hint = (
-            "positions without labels, such as those of an image or of virtual tokens, must be "
-            "labelled -100, or not be among the logits"
+            "positions without labels, such as those of an image or of virtual tokens, must have "
+            "label -100 or be missing from the logits"
         )
     else:
-        hint = "a classifier of sequences takes one label per example, one of tokens one per token"
+        hint = "a sequence classifier needs one label per example, a token classifier one per token"
     raise ValueError(
-        f"{name} gives logits for positions {expected} but the labels have shape {shape}: {hint}"
+        f"{name} returns logits for positions {expected}, but the labels have shape {shape}: {hint}"
     )
 
 
@@ -210,8 +213,8 @@ def check_has_positions(model: ModelDescription, logits: Tensor) -> None:
     """Raise ``ValueError`` if logits to be paired with the next label have no positions."""
     if logits.ndim < 3:
         raise ValueError(
-            f"shift=True pairs each position with the next label, but {model.name} gives logits "
-            f"{tuple(logits.shape)} without positions: leave shift out"
+            f"shift=True pairs each position with the next label, but the logits of {model.name}, "
+            f"{tuple(logits.shape)}, have no positions: leave shift out"
         )
 
 
@@ -220,7 +223,6 @@ def check_stored_rows(stored: Sequence[int], logits: Sequence[int]) -> None:
     if stored[0] != logits[0]:
         raise ValueError(
             f"the stored teacher has {stored[0]} rows for this batch and the student {logits[0]}: "
-            "the collator packs several examples into one row, where their stored logits do not "
-            "line up. Pack the examples before the teacher is stored, or pass the teacher as a "
-            "model"
+            "the collator packs several examples into one row, which does not match the stored "
+            "logits. Pack the examples before storing the teacher, or pass the teacher as a model"
         )

@@ -57,33 +57,33 @@ def read_outputs(
     if logits is None:
         given = ", ".join(named) or f"a {type(outputs).__name__} without names"
         raise ValueError(
-            f"{who} gives no logits but {given}: a loss reads the logits of a model with one head, "
-            "as an output named logits, or as its only output, a tensor"
+            f"{who} returns no logits, but {given}. A loss needs the logits of a model with one "
+            "head, as an output named logits or as its only output tensor"
         )
     if not isinstance(logits, Tensor):
         raise ValueError(f"the logits of {who} must be a tensor, got {type(logits).__name__}")
     heads = other_heads(name for name in named if _field(outputs, name) is not None)
     if heads and role == "student":
         raise ValueError(
-            f"{who} gives {', '.join(heads)} beside logits: a loss over the logits would leave "
-            "those heads untrained; take a model with one head"
+            f"{who} returns {', '.join(heads)} besides logits. A loss over the logits would not "
+            "train those heads: use a model with one head"
         )
     if logits.ndim < 2:
         raise ValueError(
-            f"{who} gives one number per example, logits of shape {tuple(logits.shape)}: a loss "
-            "compares scores of classes, (batch, classes) or (batch, positions, vocab)"
+            f"{who} returns one number per example, logits of shape {tuple(logits.shape)}, but a "
+            "loss compares scores of classes, (batch, classes) or (batch, positions, vocab)"
         )
     if logits.shape[-1] == 1:
         raise ValueError(
-            f"the logits of {who} have one class, shape {tuple(logits.shape)}: its probability is "
-            "always 1, so every loss is 0. For regression, use the squared error; for a yes or no, "
-            "two classes"
+            f"the logits of {who} have one class, shape {tuple(logits.shape)}, whose probability "
+            "is always 1, so every loss is 0. For regression use the squared error; for yes or no "
+            "use two classes"
         )
     if not features:
         return {"logits": logits}
     states = _field(outputs, "decoder_hidden_states") or _field(outputs, "hidden_states")
     if not states:
-        raise ValueError(f"the loss compares features, but {who} gives no hidden_states")
+        raise ValueError(f"the loss compares features, but {who} returns no hidden_states")
     return {"logits": logits, "features": states[-1] if logits.ndim > 2 else states[-1][:, 0]}
 
 

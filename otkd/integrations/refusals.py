@@ -60,8 +60,8 @@ def refuse_training(
     name = type(loss).__name__
     if args.label_smoothing_factor or has_other_objective:
         raise ValueError(
-            "the loss is the whole objective: label_smoothing_factor and compute_loss_func have no "
-            "place beside it; weigh terms with otkd.WeightedLoss"
+            "loss= is the whole objective, so label_smoothing_factor and compute_loss_func are "
+            "not supported: use otkd.WeightedLoss for several terms"
         )
     if args.n_gpu > 1:
         raise ValueError(
@@ -70,9 +70,11 @@ def refuse_training(
         )
     protocol = as_loss(loss)
     if "none" in protocol.reductions:
-        raise ValueError('reduction="none" gives no scalar to minimise; use "mean" or "sum"')
+        raise ValueError('reduction="none" does not return a scalar; use "mean" or "sum"')
     if args.world_size > 1 and any(p.requires_grad for p in loss.parameters()):
-        raise ValueError(f"{name} has trainable parameters, supported in one process only")
+        raise ValueError(
+            f"{name} has trainable parameters, which is supported in a single process only"
+        )
     evaluated = eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]
     if args.world_size > 1:
         _refuse_uneven(
@@ -81,12 +83,12 @@ def refuse_training(
     if protocol.needs_features:
         if teacher is None and not has_features(train_dataset):
             raise ValueError(
-                f"{name} compares features, which stored logits lack: pass the teacher as a model, "
-                "or as DenseTeacher(logits, features)"
+                f"{name} compares features, which stored logits do not contain: pass the teacher "
+                "as a model, or as DenseTeacher(logits, features)"
             )
         if any(isinstance(each, WithTeacher) and not has_features(each) for each in evaluated):
             raise ValueError(
-                f"{name} compares features, which the eval_teacher lacks: pass it as "
+                f"{name} compares features, which the eval_teacher does not contain: pass it as "
                 "DenseTeacher(logits, features)"
             )
     if teacher is not None:
@@ -99,8 +101,8 @@ def refuse_training(
             )
     elif protocol.needs_teacher and not may_carry_teacher(train_dataset):
         raise ValueError(
-            f"{name} needs a teacher: pass teacher= a model or stored logits, or a train_dataset "
-            f"whose examples have a {TEACHER_KEY!r} entry"
+            f"{name} needs a teacher: pass a model or stored logits as teacher=, or a "
+            f"train_dataset whose examples have a {TEACHER_KEY!r} entry"
         )
 
 
@@ -109,13 +111,11 @@ def _refuse_uneven(args: Any, *, stored: bool) -> None:
     config = args.accelerator_config
     if not config.even_batches and not args.dataloader_drop_last:
         raise ValueError(
-            "even_batches=False gives the processes different numbers of batches where the last "
-            "ones do not go round, and those with more would wait for ever: set "
-            "dataloader_drop_last=True, or leave even_batches on"
+            "even_batches=False gives the processes different numbers of batches, and those with "
+            "more would wait forever: set dataloader_drop_last=True, or leave even_batches on"
         )
     if config.dispatch_batches and stored:
         raise ValueError(
-            "dispatch_batches=True sends tensors from the first process to the others, which a "
-            "stored teacher beside the data set is not: leave it out, or give each example a "
-            f"{TEACHER_KEY!r} entry"
+            "dispatch_batches=True sends only tensors to the other processes, and not a stored "
+            f"teacher: leave it out, or give each example a {TEACHER_KEY!r} entry"
         )

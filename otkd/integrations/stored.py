@@ -106,9 +106,9 @@ def _refuse_left_padding(attention_mask: Any, rows: Sequence[Any]) -> None:
     for logits in rows:
         if logits.ndim == 2 and logits.shape[0] != length:
             raise ValueError(
-                f"the batch is padded on the left to {length} tokens but the stored teacher has "
-                f"{logits.shape[0]}, so the positions do not line up; pad on the right, or store "
-                "the teacher at the padded length"
+                f"the batch is padded on the left to {length} tokens, but the stored teacher has "
+                f"{logits.shape[0]}, so the positions do not match: pad on the right, or store the "
+                "teacher at the padded length"
             )
 
 
@@ -161,8 +161,8 @@ def as_stored_teacher(teacher: Any) -> StoredTeacher:
     if isinstance(teacher, StoredTeacher) and not isinstance(teacher, nn.Module):
         return teacher
     raise TypeError(
-        "a teacher is a model or stored logits (a tensor or a StoredTeacher), and an eval_teacher "
-        f"stored logits; got {type(teacher).__name__}"
+        "teacher must be a model or stored logits (a tensor or a StoredTeacher), and eval_teacher "
+        f"stored logits, got {type(teacher).__name__}"
     )
 
 
@@ -176,8 +176,8 @@ def with_eval_teacher(dataset: Any, teacher: Any) -> Any:
         return WithTeacher(dataset, as_stored_teacher(teacher), "eval_dataset")
     if not isinstance(dataset, Mapping) or not teacher.keys() <= dataset.keys():
         raise ValueError(
-            f"eval_teacher has the entries {sorted(teacher)}, so eval_dataset must be a dictionary "
-            "with these"
+            f"eval_teacher is a dictionary with the keys {sorted(teacher)}, so eval_dataset must "
+            "be a dictionary with the same keys"
         )
     return dict(dataset) | {
         name: WithTeacher(dataset[name], as_stored_teacher(stored), f"eval_dataset {name!r}")

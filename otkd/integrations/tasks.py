@@ -37,7 +37,7 @@ def _refused(title: str, why: str, instead: str = _OWN_LOOP) -> Task:
 
 _SPANS = _refused(
     "question answering",
-    "its outputs are start_logits and end_logits over the positions of the text, and no logits",
+    "its outputs are start_logits and end_logits over the positions of the text, instead of logits",
     "In a training loop of your own, add the loss of the start_logits and that of the end_logits",
 )
 _UNALIGNED = _refused(
@@ -53,9 +53,9 @@ _MAPS = _refused(
 )
 _BOXES = _refused("object detection", "each of its logits belongs to a box that has to be matched")
 _CONTRAST = _refused(
-    "retrieval or contrastive learning", "it compares pairs and gives no logits of fixed classes"
+    "retrieval or contrastive learning", "it compares pairs and has no logits of fixed classes"
 )
-_NUMBERS = "its outputs are numbers and no logits of classes"
+_NUMBERS = "its outputs are numbers instead of logits of classes"
 
 # Names of the mappings of transformers' auto classes. The first group that has a class decides.
 _TASKS: tuple[tuple[str, Task], ...] = (
@@ -91,7 +91,7 @@ _TASKS: tuple[tuple[str, Task], ...] = (
     ("ZERO_SHOT_IMAGE_CLASSIFICATION RETRIEVAL", _CONTRAST),
     (
         "AUDIO_XVECTOR",
-        _refused("speaker verification", "its embeddings, not its logits, are what it is for"),
+        _refused("speaker verification", "it is used for its embeddings, not for logits"),
     ),
     (
         "TEXT_TO_WAVEFORM TEXT_TO_SPECTROGRAM",
@@ -106,7 +106,7 @@ _TASKS: tuple[tuple[str, Task], ...] = (
         "TIME_SERIES_CLASSIFICATION TIME_SERIES_REGRESSION TIME_SERIES_PREDICTION",
         _refused("time series", "it names its outputs otherwise than logits"),
     ),
-    ("PRETRAINING", _refused("pretraining", "its head is for pretraining objectives, not a task")),
+    ("PRETRAINING", _refused("pretraining", "its head serves pretraining objectives")),
 )
 
 # By the name of the loss of transformers, for classes that no mapping has.

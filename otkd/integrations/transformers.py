@@ -383,7 +383,9 @@ class DistillationTrainer(Trainer):
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [p for p in self._learnable if id(p) not in held]
         if missing and given:
-            raise ValueError("the optimizer passed does not hold the trainable parameters of loss")
+            raise ValueError(
+                "the optimizer that was passed does not contain the trainable parameters of loss"
+            )
         if missing:
             optimizer.add_param_group({"params": missing, "weight_decay": 0.0})
         return optimizer

@@ -271,8 +271,8 @@ class DistillationLoss(nn.Module, ABC):
         size = as_pair(self.vocab_size)[side]
         if logits.shape[-1] < size:
             raise ValueError(
-                f"vocab_size={self.vocab_size} is more than the {logits.shape[-1]} logits given by "
-                f"the {('student', 'teacher')[side]}"
+                f"vocab_size={self.vocab_size} is larger than the {logits.shape[-1]} logits of the "
+                f"{('student', 'teacher')[side]}"
             )
         return logits[..., :size]
 
@@ -280,8 +280,8 @@ class DistillationLoss(nn.Module, ABC):
         if student != teacher:
             raise ValueError(
                 f"vocab_size={self.vocab_size} leaves the student {student} tokens and the teacher "
-                f"{teacher}, but this {type(self).__name__} needs one vocabulary: use a loss that "
-                "bridges two, SinkhornLoss with EmbeddingCost(student_embedding, "
+                f"{teacher}, but this {type(self).__name__} needs one vocabulary. For two "
+                "vocabularies use SinkhornLoss with EmbeddingCost(student_embedding, "
                 "teacher_embedding), or UniversalLogitLoss"
             )
 
@@ -308,7 +308,7 @@ def as_pair(vocab_size: int | tuple[int, int]) -> tuple[int, int]:
         student, teacher = (as_whole("vocab_size", size) for size in sizes)
     except (TypeError, ValueError):
         raise ValueError(
-            "vocab_size must be at least 1: a whole number, or two (student, teacher), got "
-            f"{vocab_size!r}"
+            "vocab_size must be a whole number of at least 1, or a pair (student, teacher) of "
+            f"them, got {vocab_size!r}"
         ) from None
     return student, teacher

@@ -86,7 +86,7 @@ class BatchSinkhornLoss(BatchLoss):
                 f"{type(projection).__name__}"
             )
         if projection is not None and cost != "hidden":
-            raise ValueError(f'a projection is for cost="hidden", not {cost!r}')
+            raise ValueError(f'projection= requires cost="hidden", got cost={cost!r}')
         if cost == "hidden":
             _refuse_settings_of_logits(self)
         self.cost = cost
@@ -161,7 +161,8 @@ def _refuse_settings_of_logits(loss: DistillationLoss) -> None:
     for name, given in without_effect.items():
         if given:
             raise ValueError(
-                f'{name}= is about logits, and cost="hidden" compares states: leave it out'
+                f'{name}= has no effect with cost="hidden", which compares features instead of '
+                "logits: leave it out"
             )
 
 
@@ -179,7 +180,8 @@ def _check_projection(projection: nn.Module, width: int) -> None:
     expected = getattr(projection, "in_features", width)
     if expected != width:
         raise ValueError(
-            f"the projection takes features of width {expected}, but the student's have {width}"
+            f"the projection expects features of width {expected}, but the student's have width "
+            f"{width}"
         )
 
 
@@ -188,5 +190,5 @@ def _check_finite_features(name: str, features: Tensor) -> None:
     if not finite.all():
         raise ValueError(
             f"{int((~finite).sum())} of {len(finite)} counted samples have {name} that are not "
-            "finite; positions outside the mask may hold anything"
+            "finite. Positions that are masked out may hold any value"
         )

@@ -114,8 +114,8 @@ def explain_position(
         (block,) = support.select(positions, cost, objective, "auto").blocks
         if isinstance(block.costs.cross, LazyCost):
             raise ValueError(
-                f"{support!r} does not hold the transport of a position in full: use "
-                f"otkd.supports.TopK or, up to {LARGEST_DENSE} tokens, Dense"
+                f"{support!r} does not store the whole plan of a position: use otkd.supports.TopK "
+                f"or, for up to {LARGEST_DENSE} tokens, Dense"
             )
         value, _ = block.solve(objective, solver)
         plan, costs, error = _plan(block, objective, solver)
@@ -171,7 +171,9 @@ def _flat_index(position: int | Sequence[int], shape: tuple[int, ...]) -> int:
     else:
         places, sizes = [int(position)], [math.prod(shape)]
     if len(places) != len(sizes):
-        raise IndexError(f"position {position} has not the {len(sizes)} dimensions of {shape}")
+        raise IndexError(
+            f"position {position} does not have the {len(sizes)} dimensions of {shape}"
+        )
     flat = 0
     for place, size in zip(places, sizes, strict=True):
         if not -size <= place < size:
@@ -183,13 +185,16 @@ def _flat_index(position: int | Sequence[int], shape: tuple[int, ...]) -> int:
 def _tokenizers(tokenizer: Any, *, two: bool) -> tuple[Any, Any]:
     pair = tokenizer if isinstance(tokenizer, tuple) else (tokenizer, tokenizer)
     if two and tokenizer is not None and not isinstance(tokenizer, tuple):
-        raise TypeError("the cost bridges two vocabularies: tokenizer= must be a pair, one of each")
+        raise TypeError(
+            "the cost is between two vocabularies: tokenizer= must be a pair (student's, teacher's)"
+        )
     if len(pair) != 2:
-        raise TypeError(f"tokenizer= must be one, or a pair of them, got {len(pair)}")
+        raise TypeError(f"tokenizer= must be a tokenizer or a pair of tokenizers, got {len(pair)}")
     for one in pair:
         if one is not None and not hasattr(one, "convert_ids_to_tokens"):
             raise TypeError(
-                f"a tokenizer needs convert_ids_to_tokens, which {type(one).__name__} has not"
+                f"a tokenizer needs the method convert_ids_to_tokens, which {type(one).__name__} "
+                "does not have"
             )
     return pair[0], pair[1]
 

@@ -42,8 +42,8 @@ class GatheredBatch:
             if len(set(kind)) > 1:
                 raise ValueError(
                     f"the processes cannot transport their samples as one batch: {name} is "
-                    f"{', '.join(map(str, kind))} in the processes 0 to {len(kind) - 1}. Give all "
-                    "of them the same, or take gather=False"
+                    f"{', '.join(map(str, kind))} in processes 0 to {len(kind) - 1}. Use the same "
+                    "in all processes, or gather=False"
                 )
         return cls(tuple(sizes), dist.get_rank())
 

@@ -155,7 +155,7 @@ class SinKDLoss(WeightedLoss):
         elif given:
             raise ValueError(
                 f"{next(iter(given))}= is a setting of the KL term, which soft_loss= replaces: "
-                f"give it to the {type(soft_loss).__name__}"
+                f"pass it to the {type(soft_loss).__name__}"
             )
         if transport is None:
             transport = BatchSinkhornLoss(**common)
@@ -202,5 +202,6 @@ def _check_vocab_size(name: str, loss: nn.Module, vocab_size: int | None) -> Non
     sizes = [None if size is None else as_pair(size)[0] for size in (own, vocab_size)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"{name} has vocab_size={own} and SinKDLoss vocab_size={vocab_size}: give both the same"
+            f"{name} has vocab_size={own} but SinKDLoss has vocab_size={vocab_size}: use the same "
+            "for both"
         )

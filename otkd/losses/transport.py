@@ -106,9 +106,9 @@ class SinkhornLoss(DistillationLoss):
         self.support = as_support(support)
         if debias and not self.cost.keeps_divergence_positive(epsilon):
             warnings.warn(
-                f"exp(−C/ε) of this {type(self.cost).__name__} is not shown to be positive "
-                f"definite at epsilon={epsilon}: the debiased divergence may be negative and "
-                "smallest where p ≠ q. Use debias=False or another cost",
+                f"exp(−C/ε) of this {type(self.cost).__name__} is not known to be positive "
+                f"definite at epsilon={epsilon}: the debiased divergence may be negative, and "
+                "minimal at some p ≠ q. Use debias=False or another cost",
                 stacklevel=2,
             )
 

@@ -151,7 +151,7 @@ class WeightedLoss(nn.Module):
         if len({value.shape for value in values.values()}) > 1:
             shapes = ", ".join(f"{name!r} {tuple(value.shape)}" for name, value in values.items())
             raise ValueError(
-                f"the terms of a sum must have values of one shape, got {shapes}: give every term "
+                f"all terms must return values of the same shape, got {shapes}: give every term "
                 "the same reduction"
             )
         return total
@@ -164,8 +164,8 @@ class WeightedLoss(nn.Module):
 def _as_term(name: str, term: tuple[float, nn.Module | str]) -> tuple[float, nn.Module]:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(
-            f"a term cannot be called {name!r}: names are text without a dot, and no method of "
-            "nn.ModuleDict"
+            f"invalid name {name!r} of a term: names are text without a dot, and not the name of a "
+            "method of nn.ModuleDict"
         )
     if not (isinstance(term, tuple) and len(term) == 2):
         raise TypeError(f"term {name!r} must be a pair (weight, loss), got {term!r}")
@@ -178,7 +178,7 @@ def _as_term(name: str, term: tuple[float, nn.Module | str]) -> tuple[float, nn.
         except MissingCost as error:
             raise ValueError(
                 f"term {name!r} needs more than the name {loss!r}. {error.advice}; then pass the "
-                f"loss itself, {{{name!r}: ({weight:g}, loss)}}"
+                f"loss itself: {{{name!r}: ({weight:g}, loss)}}"
             ) from None
     if not isinstance(loss, nn.Module):
         raise TypeError(f"the loss of term {name!r} must be a module or a registry name")
@@ -195,6 +195,7 @@ def _check_one_reduction(terms: nn.ModuleDict) -> None:
     if len(set(of_terms.values())) > 1:
         each = ", ".join(f"{name!r} {reduction!r}" for name, reduction in of_terms.items())
         raise ValueError(
-            f"the terms of a sum must have one reduction, got {each}. A term given by its registry "
-            "name has 'mean': for another pass the loss, such as CrossEntropyLoss(reduction='sum')"
+            f"all terms must have the same reduction, got {each}. A term given by its registry "
+            "name has 'mean'; for another reduction pass the loss, such as "
+            "CrossEntropyLoss(reduction='sum')"
         )

@@ -137,7 +137,9 @@ class NormalForm:
         """P between potentials of the normal form, ``(B, n, m)``; not of a lazy cost."""
         a, b, cost = self.problem.a, self.problem.b, self.problem.cost
         if isinstance(cost, LazyCost):
-            raise TypeError("a lazy cost has no plan in full: it would be as large as the cost")
+            raise TypeError(
+                "the plan of a lazy cost is not available, because it would be as large as the cost"
+            )
         log_masses = (a.log() + self.log_mass).unsqueeze(-1) + b.log().unsqueeze(-2)
         return (log_density(f, g, cost, self.problem.epsilon) + log_masses).exp_()
 

@@ -138,8 +138,8 @@ def check_costs(n: int, m: int, costs: CostMatrices) -> None:
         check_cost_shape(cost, *size)
         if cost.numel() and not _range(cost.detach()).isfinite():  # nor is it with a NaN
             raise ValueError(
-                "cost must hold finite numbers only, whose differences are finite in "
-                f"{str(cost.dtype).removeprefix('torch.')}, too"
+                "cost must hold only finite numbers whose differences are also finite in "
+                f"{str(cost.dtype).removeprefix('torch.')}"
             )
 
 

@@ -173,6 +173,4 @@ class Support(ABC):
         Raises:
             ValueError: if this support has no self-term that can be stored.
         """
-        raise ValueError(
-            f"the self-term of the teacher cannot be stored: the support is {self!r}, not a TopK"
-        )
+        raise ValueError(f"the self-term cannot be stored: the support is {self!r}, not a TopK")

@@ -21,11 +21,11 @@ def warn_of_coverage(coverage: Tensor, k: int) -> None:
     """Warn if most of the mass is in the tail; ``coverage`` is a scalar tensor."""
     if coverage.item() < LEAST_COVERAGE:
         warn_caller(
-            f"the {k} heaviest tokens of a position hold less than {LEAST_COVERAGE:.0%} of the "
-            "probability mass on average, so the loss is mostly determined by the approximation of "
-            "all others. With a language model of 49,152 tokens the gradient of TopK(64) was off "
-            "by 19% where its tokens held half of the mass, and by 23% at 30%; that of "
-            "TopK(256, clusters=256) by 2%. Use that, or temperature 1: see docs/choosing.md. "
-            "last_report.coverage has the mass",
+            f"the {k} most probable tokens of a position hold less than {LEAST_COVERAGE:.0%} of "
+            "the probability mass on average, so the loss is mostly determined by the tail "
+            "approximation. With a language model of 49,152 tokens, the gradient of TopK(64) was "
+            "off by 19% if its tokens held half of the mass, and by 23% at 30%; that of TopK(256, "
+            "clusters=256) by 2%. Use the latter, or temperature 1: see docs/choosing.md. The mass "
+            "is in last_report.coverage",
             CoverageWarning,
         )

@@ -53,13 +53,13 @@ class Dense(Support):
         kind = f"a learnable {type(cost).__name__}" if cost.learns else type(cost).__name__
         if backend == "keops":
             raise ValueError(
-                f"backend='keops' computes a constant EmbeddingCost, got {kind}: use backend='auto'"
+                f"backend='keops' requires a constant EmbeddingCost, got {kind}: use backend='auto'"
             )
         if max(n, m) > LARGEST_DENSE:
             raise ValueError(
-                f"a dense cost over {n}×{m} tokens would take {4 * n * m / 2**30:.1f} GiB; the "
-                f"limit is {LARGEST_DENSE} tokens a side, but for a constant EmbeddingCost, and "
-                f"this is {kind}: use otkd.supports.TopK(64)"
+                f"a dense cost over {n}×{m} tokens would take {4 * n * m / 2**30:.1f} GiB. The "
+                f"limit is {LARGEST_DENSE} tokens per side, except for a constant EmbeddingCost, "
+                f"and this is {kind}: use otkd.supports.TopK(64)"
             )
 
     def select(

@@ -44,8 +44,8 @@ def nearest(
     path = _path(cache_dir, key)
     if path is None:
         warnings.warn(
-            "the nearest neighbours are computed and not kept, because there is no home folder: "
-            "set OTKD_CACHE, or pass NearestNeighbours(cache_dir=…)",
+            "the nearest neighbours are not cached, because there is no home folder: set "
+            "OTKD_CACHE, or pass NearestNeighbours(cache_dir=…)",
             stacklevel=2,
         )
         return _search(queries, points, k, metric)
@@ -54,14 +54,16 @@ def nearest(
     except FileNotFoundError:
         pass
     except ValueError as error:
-        warnings.warn(f"{path} is damaged and is made anew: {error}", stacklevel=2)
+        warnings.warn(f"{path} is damaged and is computed again: {error}", stacklevel=2)
     except OSError as error:
-        warnings.warn(f"{path} cannot be read and is made anew: {error}", stacklevel=2)
+        warnings.warn(f"{path} cannot be read and is computed again: {error}", stacklevel=2)
     table = _search(queries, points, k, metric)
     try:
         _write(path, key, table)
     except OSError as error:
-        warnings.warn(f"the nearest neighbours were not kept in {path}: {error}", stacklevel=2)
+        warnings.warn(
+            f"the nearest neighbours could not be written to {path}: {error}", stacklevel=2
+        )
     return table
 
 
@@ -80,8 +82,8 @@ def _search(queries: Tensor, points: Tensor, k: int, metric: str) -> Tensor:
         import faiss
     except ImportError as error:
         raise ImportError(
-            "NearestNeighbours finds neighbours with faiss, which is not installed: "
-            "pip install '.[faiss]' in otkd's checkout"
+            "NearestNeighbours needs faiss, which is not installed: pip install '.[faiss]' in "
+            "otkd's checkout"
         ) from error
     queries, points = queries.detach().double().cpu(), points.detach().double().cpu()
     if metric == "cosine":
@@ -147,7 +149,7 @@ def _safetensors():
         import safetensors
     except ImportError as error:
         raise ImportError(
-            "NearestNeighbours keeps neighbours in safetensors files, and safetensors is not "
+            "NearestNeighbours stores neighbours in safetensors files, but safetensors is not "
             "installed: pip install '.[faiss]' in otkd's checkout"
         ) from error
     return safetensors

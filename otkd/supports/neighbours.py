@@ -71,8 +71,8 @@ class NearestNeighbours(Support):
         if not isinstance(cost, EmbeddingCost) or cost.learns:
             kind = f"{type(cost).__name__}{' that learns' if cost.learns else ''}"
             raise ValueError(
-                "NearestNeighbours needs an EmbeddingCost that is constant, learnable=False, got "
-                f"a {kind}; use otkd.supports.TopK or Dense for others"
+                f"NearestNeighbours requires an EmbeddingCost with learnable=False, got a {kind}; "
+                "use otkd.supports.TopK or Dense for other costs"
             )
 
     def select(

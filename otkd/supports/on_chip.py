@@ -22,8 +22,8 @@ def check_on_chip(cost: Cost, objective: Objective) -> None:
     """Raise ``ValueError`` unless the kernel knows this cost and these options."""
     if not isinstance(cost, EmbeddingCost) or cost.learns or not cost.one_vocabulary:
         raise ValueError(
-            "backend='triton' computes a constant EmbeddingCost of one vocabulary, got "
-            f"{cost!r}: use backend='torch'"
+            f"backend='triton' requires a constant EmbeddingCost of one vocabulary, got {cost!r}: "
+            "use backend='torch'"
         )
     if objective.value != "dual" or objective.unbalanced is not None:
         raise ValueError(

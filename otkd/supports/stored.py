@@ -57,12 +57,13 @@ def stored_self_values(
             reason = "it was stored for another cost or epsilon"
         elif not _solves_its_problem(stored, cost, support, objective, dtype):
             reason = (
-                "it is not that of these masses: compute it again with loss.with_self_term(teacher)"
+                "it does not belong to these masses; compute it again with "
+                "loss.with_self_term(teacher)"
             )
         else:
             return 2 * (stored.masses(dtype) * stored.self_potential.to(dtype)).sum(-1)
     warnings.warn(
-        f"the stored self-term of the teacher is not used but solved in every step: {reason}",
+        f"the stored self-term is not used, and is solved in every step instead: {reason}",
         stacklevel=2,
     )
     return None
@@ -102,7 +103,7 @@ def solve_self_term(
     """
     reason = _obstacle(cost, support, objective) if objective.debias else "debias=False"
     if reason is not None:
-        raise ValueError(f"the self-term of the teacher cannot be stored: {reason}")
+        raise ValueError(f"the self-term cannot be stored: {reason}")
     flat = teacher.flatten()
     dtype = torch.float64 if teacher.log_masses.dtype == torch.float64 else torch.float32
     potential = flat.log_masses.new_full((len(flat), flat.k + 1), torch.nan, dtype=dtype)
@@ -123,10 +124,12 @@ def solve_self_term(
 def _obstacle(cost: Cost, support: TopK, objective: Objective) -> str | None:
     """Why a self-term of the teacher cannot be kept, if it cannot."""
     obstacles = {
-        "the cost learns": cost.learns,
+        "the cost is learnable": cost.learns,
         "the support has no tail": not support.tail,
-        f"clusters={support.clusters}, and the tail is stored as one": support.clusters > 1,
-        f"value={objective.value!r}, and only the dual value is kept": objective.value != "dual",
+        f"clusters={support.clusters}, but the tail is stored as a single mass": support.clusters
+        > 1,
+        f"value={objective.value!r}, but only the dual value can be stored": objective.value
+        != "dual",
         "unbalanced transport": objective.unbalanced is not None,
     }
     return next((reason for reason, present in obstacles.items() if present), None)

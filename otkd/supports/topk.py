@@ -87,8 +87,7 @@ class TopK(Support):
         )
         if self.clusters > 1 and not self.tail:
             raise ValueError(
-                f"clusters={self.clusters} divide the tail, which tail=False drops: leave out one "
-                "of the two"
+                f"clusters={self.clusters} has no effect with tail=False: leave out one of them"
             )
 
     def check(self, cost: Cost, n: int, m: int, objective: Objective, backend: str) -> None:
@@ -96,12 +95,12 @@ class TopK(Support):
         super().check(cost, n, m, objective, backend)
         if self.clusters > 1 and not isinstance(cost, EmbeddingCost):
             raise ValueError(
-                f"clusters={self.clusters} are those of an embedding: use an EmbeddingCost, or "
-                f"clusters=1 for {type(cost).__name__}"
+                f"clusters={self.clusters} requires an EmbeddingCost: use one, or clusters=1 for "
+                f"{type(cost).__name__}"
             )
         if backend == "triton":
             if not self.tail or self.clusters > 1:
-                raise ValueError(f"backend='triton' computes TopK({self.k}), got {self!r}")
+                raise ValueError(f"backend='triton' supports only TopK({self.k}), got {self!r}")
             check_on_chip(cost, objective)
 
     def select(

@@ -35,12 +35,12 @@ def check_shapes(teacher: TopKTeacher) -> None:
         )
     if not 1 <= tokens.shape[-1] <= teacher.vocab_size:
         raise ValueError(
-            f"TopKTeacher stores between 1 and vocab_size={teacher.vocab_size} tokens a position, "
-            f"got {tokens.shape[-1]}"
+            f"TopKTeacher stores between 1 and vocab_size={teacher.vocab_size} tokens per "
+            f"position, got {tokens.shape[-1]}"
         )
     check_positive(temperature=teacher.temperature)
     if (teacher.self_potential is None) != (teacher.self_settings is None):
-        raise ValueError("self_potential and self_settings are given together or not at all")
+        raise ValueError("self_potential and self_settings must be given together")
     if teacher.self_potential is not None:
         expected = (*tokens.shape[:-1], tokens.shape[-1] + 1)
         if tuple(teacher.self_potential.shape) != expected:
@@ -65,7 +65,7 @@ def check_self_term(teacher: TopKTeacher) -> None:
     there = ~teacher.log_masses.isnan().any(-1, keepdim=True)
     if (there & ~teacher.self_potential.isfinite()).any():
         raise ValueError(
-            "self_potential is not finite where there is a teacher: make it anew with "
+            "self_potential is not finite at a position with a teacher: compute it again with "
             "loss.with_self_term(teacher)"
         )
 
@@ -88,19 +88,19 @@ def _check_block(block: TopKTeacher) -> None:
     if outside.any():
         known = tokens[~empty]
         raise ValueError(
-            f"TopKTeacher holds tokens from {int(known.min())} to {int(known.max())}, but there "
-            f"are {block.vocab_size} tokens in its vocabulary"
+            f"TopKTeacher has tokens from {int(known.min())} to {int(known.max())}, but its "
+            f"vocabulary has {block.vocab_size} tokens"
         )
     if repeated.any():
-        raise ValueError("TopKTeacher holds a token twice at one position")
+        raise ValueError("TopKTeacher has a repeated token at one position")
     if nothing.any():
         raise ValueError(
-            f"{int(nothing.sum())} of {len(nothing)} positions have stored masses without a "
-            "softmax, because all of their slots are empty. Where there is no teacher log_masses "
-            "are NaN, and a mask or labels of −100 leave the position out"
+            f"{int(nothing.sum())} of {len(nothing)} positions have only empty slots, and so no "
+            "softmax. For positions without a teacher, use log_masses of NaN, and exclude them "
+            "with a mask or labels of −100"
         )
     raise ValueError(
-        "log_masses must be log-probabilities, but those of a position add up to "
-        f"{total.nan_to_num().max().item():.4g}: subtract the log-sum-exp of all "
-        "logits over the temperature"
+        "log_masses must be log-probabilities, but at one position the probabilities add up to "
+        f"{total.nan_to_num().max().item():.4g}: subtract the log-sum-exp of all logits, divided "
+        "by the temperature"
     )

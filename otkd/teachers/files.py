@@ -49,15 +49,15 @@ def load_tensors(path: str | os.PathLike, *names: str) -> tuple[dict[str, Tensor
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
     for name in names:
         if name not in tensors:
             raise ValueError(f"{path} holds {sorted(tensors)}, but no tensor named {name!r}")
     written = metadata.pop(_CHECKSUM, None)
     if written is not None and written != _checksum(tensors, metadata):
         raise ValueError(
-            f"{path} is damaged or was changed after it was saved: its contents do not have its "
-            "checksum. Copy the file again, or store the teacher anew"
+            f"{path} is damaged or was changed after it was saved: its checksum does not match. "
+            "Copy the file again, or store the teacher again"
         )
     return tensors, metadata
 
@@ -77,6 +77,6 @@ def _check_safetensors() -> None:
         import safetensors  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "stored teachers are kept in safetensors files, and the package safetensors is not "
+            "stored teachers are saved as safetensors files, but the package safetensors is not "
             "installed: pip install '.[train]' in otkd's checkout"
         ) from error

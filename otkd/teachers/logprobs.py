@@ -77,17 +77,17 @@ def _checked(entry: Any, vocab_size: int, where: str) -> list[tuple[int, float]]
             f"{type(entry).__name__}"
         )
     if not entry:
-        raise ValueError(f"{where} holds no token: give None where there is no teacher")
+        raise ValueError(f"{where} has no tokens: use None for a position without a teacher")
     pairs = [(token, _logprob(token, value, where)) for token, value in entry]
     for token, _ in pairs:
         if not isinstance(token, Integral):
             raise TypeError(
-                f"{where}: tokens must be whole numbers, got {token!r}; turn texts into numbers "
-                "with the teacher's tokenizer.convert_tokens_to_ids"
+                f"{where}: tokens must be whole numbers, got {token!r}. Convert text with the "
+                "teacher's tokenizer.convert_tokens_to_ids"
             )
         if not 0 <= int(token) < vocab_size:
             raise ValueError(
-                f"{where}: token {token} is not among the {vocab_size} of the vocabulary"
+                f"{where}: token {token} is outside the vocabulary of {vocab_size} tokens"
             )
     if len({token for token, _ in pairs}) < len(pairs):
         raise ValueError(f"{where} holds a token twice")

@@ -46,8 +46,8 @@ def teacher_logits_of(teacher: Tensor | StoredTeacher, device: torch.device) -> 
     if isinstance(teacher, StoredTeacher):
         return teacher.to(device).logits().detach()
     raise TypeError(
-        "teacher_logits must be a tensor of shape (*batch, vocab) or a stored StoredTeacher, "
-        f"got {type(teacher).__name__}"
+        "teacher_logits must be a tensor of shape (*batch, vocab) or a StoredTeacher, got "
+        f"{type(teacher).__name__}"
     )
 
 

@@ -27,9 +27,9 @@ def sliced_teacher(
     heavy = padding & ~complete & (teacher.log_masses > -torch.inf)
     if (heavy if counted is None else heavy[counted]).any():
         raise ValueError(
-            f"the stored teacher has mass on tokens of the padding, from {vocab_size} on, and "
-            "stored masses cannot be renormalised without all of them: rebuild the teacher from "
-            "logits[..., :vocab_size]"
+            f"the stored teacher has mass on padding tokens (from {vocab_size} on), and its masses "
+            "cannot be renormalised because not all tokens are stored: rebuild it from logits[..., "
+            ":vocab_size]"
         )
     sliced = replace(teacher, tokens=teacher.tokens.masked_fill(padding, -1))
     if sliced.k > vocab_size:
@@ -88,9 +88,9 @@ def concatenated_teachers(teachers: Sequence[TopKTeacher]) -> TopKTeacher:
     kinds = {(t.shape[1:], t.temperature, t.self_settings) for t in teachers}
     if len(kinds) != 1:
         raise ValueError(
-            "stored teachers can only be concatenated if they differ in nothing but their number "
-            f"of examples and k, got {', '.join(map(repr, teachers)) or 'none'}; with_length() "
-            "makes lengths equal"
+            "stored teachers can only be concatenated if they differ only in their number of "
+            f"examples and k, got {', '.join(map(repr, teachers)) or 'none'}. with_length() makes "
+            "lengths equal"
         )
     k = max(t.k for t in teachers)
     teachers = [widened_teacher(t, k) for t in teachers]

@@ -175,7 +175,8 @@ class TopKTeacher:
         part = self._map(lambda tensor: tensor[index])
         if part.k != self.k:
             raise IndexError(
-                f"{index!r} takes tokens away: only the batch {self.shape[:-1]} can be"
+                f"{index!r} would remove tokens: only the batch dimensions {self.shape[:-1]} can "
+                "be indexed"
             )
         return part
 
@@ -283,9 +284,9 @@ class TopKTeacher:
         """Raise ``ValueError`` unless a loss uses the temperature of the stored masses."""
         if not math.isclose(self.temperature, temperature, rel_tol=1e-6):
             raise ValueError(
-                f"the stored teacher's masses are at temperature {self.temperature} but the loss "
-                f"takes the teacher's at {temperature}: set teacher_temperature="
-                f"{self.temperature}, or store the teacher at the temperature of the loss"
+                f"the stored teacher's masses are at temperature {self.temperature}, but the loss "
+                f"reads the teacher at {temperature}: set teacher_temperature={self.temperature}, "
+                "or store the teacher at the temperature of the loss"
             )
 
     def sliced(self, vocab_size: int, counted: Tensor | None = None) -> TopKTeacher:

@@ -50,12 +50,12 @@ class PointCost(LazyCost):
     ):
         if not isinstance(cost, EmbeddingCost):
             raise ValueError(
-                f"{type(self).__name__} is made from an EmbeddingCost, got {type(cost).__name__}"
+                f"{type(self).__name__} requires an EmbeddingCost, got {type(cost).__name__}"
             )
         if cost.learns:
             raise ValueError(
-                "a learnable embedding needs the gradient of every pair of tokens, which is never "
-                "held here: use learnable=False, or otkd.supports.TopK(64)"
+                "a learnable embedding needs the gradient of every pair of tokens, which is not "
+                "stored here: use learnable=False, or otkd.supports.TopK(64)"
             )
         device = torch.device(device)
         source = cost.coordinates(sides[0], dtype, device)

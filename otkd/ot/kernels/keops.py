@@ -103,7 +103,7 @@ def keops_works(device: torch.device) -> bool:
     """Whether KeOps can be used on this device; if not, warns why."""
     obstacle = obstacle_to_keops(device)
     if obstacle is not None:
-        warn_caller(f"{obstacle}. Torch computes in its place", UserWarning)
+        warn_caller(f"{obstacle}. Torch is used instead", UserWarning)
     return obstacle is None
 
 
@@ -133,8 +133,8 @@ def _keops_at_work():
             yield
         except ImportError as error:
             raise RuntimeError(
-                "KeOps could not compile its formula, for the reason it printed: install what it "
-                "misses, or use backend='torch'"
+                "KeOps could not compile its formula, for the reason printed above: install what "
+                "is missing, or use backend='torch'"
             ) from error
 
 

@@ -165,7 +165,7 @@ class SparseKernel(Kernel):
 
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Not for a constant cost."""
-        raise NotImplementedError("a sparse cost is a constant: it takes no gradient")
+        raise NotImplementedError("a sparse cost is constant and has no gradient")
 
     def _apply(self, weights: Tensor) -> Tensor:
         near = self.graph.sums(self.sparse, weights)
