@@ -1,4 +1,4 @@
-"""Losses inside programs that are compiled with ``torch.compile``."""
+"""Losses in programs that are compiled with ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Result = TypeVar("Result")
 
 
 def outside_graphs(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A function that a compiled program calls as it is: one break of the graph, nothing traced.
+    """Decorator: a compiled program calls the function outside its graph, with one graph break.
 
-    Losses iterate until their input is solved and select the positions that count. A tracer would
-    make a graph of every number of iterations and of positions, which takes minutes and gains
-    nothing: what takes time here are products of matrices.
+    The number of solver iterations and of counted positions depends on the data. Tracing would
+    compile a graph for each of these numbers, which takes minutes and gains nothing, because the
+    time is spent in matrix products.
     """
-    # torch.compiler.disable would import the compiler, which takes seconds, together with otkd;
-    # this form, which torch.optim uses, imports it at the first call.
+    # torch.compiler.disable would import the compiler with otkd, which takes seconds; this form,
+    # which torch.optim uses, imports it at the first call.
     return _disable_dynamo(function)

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and errors that name the file."""
+"""Atomic writes, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# The name of a file that is not whole yet. It is short, so that no path becomes too long by it.
+# The name of an unfinished file. It is short, so that paths do not become too long.
 PARTIAL_PREFIX, PARTIAL_SUFFIX = ".otkd-", ".partial"
 
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a new file beside ``path`` to write to; it takes the place of ``path`` at the end.
+    """Context with a new file beside ``path`` to write to, which replaces ``path`` at the end.
 
-    A reader sees the old file or the new one, never a part, even if the machine stops in between.
-    If the block raises, ``path`` stays as it was. Missing folders are made.
+    A reader sees either the old or the new file, even if the machine stops in between. If the block
+    raises, ``path`` is unchanged. Missing folders are created.
 
     Raises:
-        OSError: if the file cannot be written; its ``filename`` is ``path``, whatever wrote it.
+        OSError: if the file cannot be written; its ``filename`` is ``path``.
     """
     path = Path(path)
     partial = path.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
     with errors_about(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # Exclusive: it is a new file, whatever else there is, with the user's usual mode.
+            # Exclusive, so that no existing file is opened; with the user's usual mode.
             os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             yield partial
             with partial.open("rb+") as file:
@@ -42,10 +42,10 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def errors_about(path: str | os.PathLike) -> Iterator[None]:
-    """Turn the errors of failed writing into an ``OSError`` whose ``filename`` is ``path``.
+    """Turn errors of a failed write into an ``OSError`` whose ``filename`` is ``path``.
 
-    Python's own error has no name when a write fails, safetensors and ``torch.save`` raise errors
-    of their own, and the name of a temporary file would tell a user nothing.
+    Python's own error has no file name if a write fails, safetensors and ``torch.save`` raise other
+    errors, and the name of a temporary file would not help a user.
     """
     try:
         yield
@@ -68,12 +68,12 @@ def _is_path(name: object) -> bool:
 
 
 def _error_number(error: Exception, path: Path) -> int | None:
-    """The number of the system's error behind one of a library that writes files by itself."""
+    """The system's error number behind an error of a library that writes files itself."""
     text = str(error)
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
         return int(found[1])
     if isinstance(error, RuntimeError) and ("unexpected pos" in text or "StreamWriter" in text):
-        # torch.save keeps no number, so the likely causes are looked at.
+        # torch.save does not keep the number, so look for the likely causes.
         return _likely_cause(path)
     return None
 

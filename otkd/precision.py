@@ -1,4 +1,4 @@
-"""The precision that values are computed in, whatever that of the logits and of autocast."""
+"""The precision of computations, independent of the logits' dtype and of autocast."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 
 def compute_dtype(student: Tensor) -> torch.dtype:
-    """The precision everything is computed in: float64 for float64 logits, else float32."""
+    """The precision of all computations: float64 for float64 logits, else float32."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Where autocast is on for the device of ``x``, a context in which it is off."""
+    """A context in which autocast is off for the device of ``x``."""
     device = x.device.type
-    # Entering one takes as long as a product of small matrices.
+    # Entering a context takes as long as a product of small matrices, so avoid it.
     if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
 def inner_products(x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y.mT`` in the precision of the two, and so its gradient wherever backward is called.
+    """``x @ y.mT`` in the precision of the arguments, also in the backward pass.
 
-    Autograd's own backward pass of a matrix product follows autocast where it runs inside it.
+    The backward pass of a plain matrix product would follow autocast if it runs inside autocast.
     """
     return _InnerProducts.apply(x, y)  # pyright: ignore[reportReturnType]
 

@@ -1,7 +1,7 @@
-"""The mathematics of every loss as a plain function of logits; one value per position.
+"""The mathematics of every loss as functions of logits, with one value per position.
 
-Arguments are ``(student_logits, teacher_logits, *, temperature=1.0, **options)``; nothing is
-rescaled, shifted or reduced.
+Arguments are ``(student_logits, teacher_logits, *, temperature=1.0, **options)``. The functions
+neither multiply by T², nor shift, nor reduce.
 """
 
 from otkd.functional.batch_transport import batch_sinkhorn_distance

@@ -1,4 +1,4 @@
-"""Transport between the samples of a batch, with their distributions as points."""
+"""Transport between the samples of a batch; a point is the distribution of a sample."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from otkd.ot.kernels.line import LineCost
 from otkd.ot.options import Objective, SolverSettings
 from otkd.precision import inner_products, without_autocast
 
-# An accelerated step takes as long as so many plain ones of few samples, and of more samples as
-# long as so many entries of the kernel take.
+# Plain iterations per accelerated step: at most 18, and at most 2²¹ kernel entries in total. Chosen
+# by timing.
 _PLAIN_STEPS, _PLAIN_ENTRIES = 18, 2**21
-_LINE_FROM = 384  # samples: so few are faster with a matrix
+_LINE_FROM = 384  # samples: for fewer, a matrix is faster
 # Distance of (q, 1 − q) and (p, 1 − p), in |q − p|.
 _SLOPES = {"l1": 2.0, "euclidean": math.sqrt(2)}
-_NARROW = 64  # points of so few coordinates are as fast compared one by one
+_NARROW = 64  # coordinates: up to here differences are as fast as products
 BATCH_COSTS = ("l1", "euclidean", "sqeuclidean")
 
 
@@ -45,27 +45,27 @@ def batch_sinkhorn_distance(
     max_iterations: int = 1000,
     tolerance: float = 1e-4,
 ) -> Float[Tensor, "*batch"]:
-    """Entropic transport between the b student and the b teacher samples of a batch.
+    """Entropic transport between the b student samples and the b teacher samples of a batch.
 
-    Sample i is the point q_i = softmax(student_logits_i / T) with mass 1/b; the cost between two
-    points is their distance. Gradients flow through the costs.
+    Sample i is the point q_i = softmax(student_logits_i / T) with mass 1/b, and the cost between
+    two points is their distance. Gradients flow through the costs.
 
     Args:
         student_logits: ``(*batch, b, vocab)``.
         teacher_logits: ``(*batch, b, vocab)``, a constant.
-        temperature: divides both logits.
-        teacher_temperature: divides the teacher's logits instead, where given.
+        temperature: divides the logits of both sides.
+        teacher_temperature: if given, divides the teacher's logits instead.
         cost: ``"l1"``, ``"euclidean"`` or ``"sqeuclidean"`` distance of the distributions.
-        sample_cost: what it costs, on top, to move mass from one sample to another.
-        epsilon: entropic strength, in units of the cost.
-        debias: subtract half the transport of each side to itself, so that the distance is 0 where
-            the two sides agree.
+        sample_cost: added to the cost of moving mass from one sample to another.
+        epsilon: strength of the entropic regularisation, in units of the cost.
+        debias: subtract half the transport of each side to itself, so that the value is 0 if both
+            sides are equal.
         value: ``"dual"`` or ``"sharp"``; see :func:`otkd.ot.sinkhorn_divergence`.
         max_iterations: limit of the solver.
-        tolerance: L1 marginal error at which a batch is solved.
+        tolerance: L1 marginal error at which a batch counts as solved.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, parameters out of range, NaN.
+        TypeError, ValueError: for wrong shapes, parameters out of range, or NaN.
 
     Source: Cui et al. (2024), "SinKD: Sinkhorn Distance Minimization for Knowledge Distillation".
     """
@@ -99,22 +99,22 @@ def transport_between_points(
 ) -> DivergenceSolution:
     """Transport between uniform masses on the points ``x`` and ``y``, ``(*batch, b, d)``.
 
-    With ``normalize`` all distances are divided by the mean between the two sides, a constant;
-    without, the points are distributions. Then ``sample_cost`` is added wherever mass would leave
-    its sample.
+    With ``normalize``, all distances are divided by their mean between the two sides, a constant.
+    Otherwise the points must be distributions. ``sample_cost`` is added to the cost between
+    different samples.
     """
     check_choice("cost", cost, BATCH_COSTS)
     check_not_negative(sample_cost=sample_cost)
     pairs = [(x, y), (x, x), (y, y)] if objective.debias else [(x, y)]
     if not (normalize or sample_cost) and _on_a_line(x, cost, objective):
         lines = [LineCost(s[:, 0], t[:, 0], _SLOPES[cost]) for s, t in pairs]
-        costs = [cast(Tensor, line) for line in lines]  # a lazy cost stands where a matrix may
+        costs = [cast(Tensor, line) for line in lines]  # a lazy cost may replace a matrix
     else:
         with without_autocast(x):
             costs = [point_distances(s, t, cost) for s, t in pairs]
             if normalize:
                 mean = costs[0].detach().mean((-2, -1), keepdim=True)
-                # Where all points are one there is nothing to divide by, nor to transport.
+                # If all points are equal the mean is 0, and there is nothing to transport.
                 scale = torch.where(mean > 0, mean, 1.0)
                 costs = [matrix / scale for matrix in costs]
             if sample_cost:
@@ -127,7 +127,7 @@ def transport_between_points(
 
 
 def _on_a_line(x: Tensor, cost: str, objective: Objective) -> bool:
-    """Whether the points are many distributions over two classes, of which one says all."""
+    """Whether the points are many distributions over two classes, each given by one probability."""
     return (
         x.ndim == 2
         and x.shape[-1] == 2
@@ -143,11 +143,11 @@ def point_distances(x: Tensor, y: Tensor, metric: str) -> Tensor:
     if metric == "l1":
         return l1_distances(x, y)
     if metric == "euclidean":
-        # By products small distances drown in rounding, and their gradients with them.
+        # Computed from products, small distances and their gradients are lost to rounding.
         direct = x.shape[-1] <= _NARROW
         mode = "donot_use_mm_for_euclid_dist" if direct else "use_mm_for_euclid_dist_if_necessary"
         return cdist(x, y, compute_mode=mode)
-    # What all points share adds nothing to a distance, but would drown it in rounding: states of
+    # Remove the mean, which does not change distances but would cost digits: hidden states of
     # transformers have a few large entries that hardly vary.
     centre = y.detach().mean(-2, keepdim=True)
     x, y = x - centre, y - centre

@@ -1,20 +1,20 @@
 """Divergences between next-token distributions, p of the teacher and q of the student.
 
-Each is a plain function ``f(student_logits, teacher_logits, *, temperature=1.0, …)`` that returns
-one value per position, ``(*batch,)``, in nats (TVD and ULD: in probability). Common arguments:
+Each is a function ``f(student_logits, teacher_logits, *, temperature=1.0, …)`` that returns one
+value per position, ``(*batch,)``, in nats (TVD and ULD: in probability). Common arguments:
 
-    student_logits: ``(*batch, vocab)``, any floating dtype; the arithmetic is float32, or float64
+    student_logits: ``(*batch, vocab)``, any floating dtype. Computations use float32, or float64
         for float64 logits.
-    teacher_logits: ``(*batch, vocab)``; a constant: no gradient flows to it.
-    temperature: divides the logits of both before the softmax.
-    teacher_temperature: divides the teacher's logits instead, where given.
-    mask: ``(*batch,)``; where it is zero the value is 0 and the logits may hold anything.
+    teacher_logits: ``(*batch, vocab)``; no gradient flows to it.
+    temperature: divides the logits of both sides before the softmax.
+    teacher_temperature: if given, divides the teacher's logits instead.
+    mask: ``(*batch,)``; where it is zero, the value is 0 and the logits may hold any value.
 
 All raise ``TypeError`` or ``ValueError`` for logits of different shapes, for parameters out of
-range and for NaN in a counted position. Log-probabilities are floored at ``rowwise.LOG_ZERO``
-(−10⁵): a divergence that is truly infinite is large and finite, with the analytic gradient.
+range and for NaN in a counted position. Log-probabilities are clamped at ``rowwise.LOG_ZERO``
+(−10⁵), so that an infinite divergence becomes large and finite, with the analytic gradient.
 
-The formulas are in :mod:`otkd.functional.formulas`; what they share is in
+The formulas are in :mod:`otkd.functional.formulas`, and their common part is in
 :mod:`otkd.functional.rowwise`.
 """
 
@@ -186,9 +186,9 @@ def adaptive_kl_divergence(
 ) -> Float[Tensor, "*batch"]:
     """(g_h·KL(p‖q) + g_t·KL(q‖p)) / (g_h + g_t), weighted by where p and q differ.
 
-    The head holds the teacher's heaviest tokens until their cumulative mass exceeds ``head_mass``
-    (with the token that crosses it, so the first always); the tail holds the rest. g_h and g_t are
-    Σ|p − q| over head and tail, constants for the gradient; ½ each where p = q.
+    The head consists of the teacher's most probable tokens up to and including the one with which
+    their total probability exceeds ``head_mass``; the tail consists of all others. g_h and g_t are
+    Σ|p − q| over head and tail, constants for the gradient. At p = q both weights are ½.
 
     Source: Wu et al. (2025), "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for
     Large Language Models".
@@ -218,9 +218,9 @@ def alpha_beta_divergence(
 ) -> Float[Tensor, "*batch"]:
     """−1/(αβ)·Σ[p^α·q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)], and its continuous limits.
 
-    (1, 0) is KL(p‖q), (0, 1) is KL(q‖p), (½, ½) four times the squared Hellinger distance,
-    (1, 1) half the squared Euclidean distance. With a negative exponent the divergence is not
-    bounded at small probabilities and may overflow, which raises.
+    (1, 0) is KL(p‖q), (0, 1) is KL(q‖p), (½, ½) is four times the squared Hellinger distance, and
+    (1, 1) is half the squared Euclidean distance. With a negative exponent the divergence is
+    unbounded at small probabilities; if it overflows, an error is raised.
 
     Source: Cichocki, Cruces and Amari (2011), "Generalized Alpha-Beta Divergences and Their
     Application to Robust Nonnegative Matrix Factorization"; Wang et al. (2025), "ABKD".
@@ -246,10 +246,10 @@ def universal_logit_distance(
     teacher_temperature: float | None = None,
     mask: Shaped[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
-    """Σ|p₍ᵣ₎ − q₍ᵣ₎| over ranks r, each distribution sorted by itself; needs no common vocabulary.
+    """Σ|p₍ᵣ₎ − q₍ᵣ₎| over ranks r, where p and q are each sorted; works between two vocabularies.
 
-    The smaller vocabulary is padded with probability 0. It is the 1-Wasserstein distance between
-    the two *sets* of probabilities: which token has which probability does not matter.
+    The smaller vocabulary is padded with probability 0. The result is the 1-Wasserstein distance
+    between the two *sets* of probabilities; it ignores which token has which probability.
 
     Source: Boizard et al. (2024), "Towards Cross-Tokenizer Distillation: the Universal Logit
     Distillation Loss for LLMs".

@@ -1,9 +1,9 @@
 """The formulas of the divergences: value and q·∂D/∂q from q, p and their logarithms.
 
-p is the teacher's distribution and q the student's. Each formula is a frozen object with the
-parameters of its divergence, checked when it is made; its field names and defaults are those of the
-functions in :mod:`otkd.functional.divergences`, which give the mathematics and its sources. Any
-multiple of q may be added to the second result, because the softmax removes it.
+p is the teacher's distribution and q the student's. Each formula is a frozen dataclass with the
+parameters of its divergence, which are checked in the constructor. Their names and defaults are
+those of the functions in :mod:`otkd.functional.divergences`, which give the mathematics and its
+sources. Any multiple of q may be added to the second result, because the softmax removes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from otkd.functional.rowwise import LOG_ZERO, Formula, Pair
 from otkd.scalars import as_number, settle
 
-_HEAD = 64  # tokens among which to look first for half of the mass
+_HEAD = 64  # the head is first looked for among so many tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class AdaptiveKL(Formula):
         """See :class:`~otkd.functional.rowwise.Formula`."""
         p, q = pair.p, pair.q
         gap = (p - q).abs()
-        tokens = slice(p.shape[-1] - pair.tail)  # a tail is no part of the head
+        tokens = slice(p.shape[-1] - pair.tail)  # the tail atom is never in the head
         head_gap = _sum_over_head(gap[:, tokens], p[:, tokens], self.head_mass)
         total_gap = gap.sum(-1, keepdim=True)
         head_weight = torch.where(total_gap > 0, head_gap / total_gap, 0.5).clamp(max=1)
@@ -154,7 +154,7 @@ class AlphaBeta(Formula):
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """See :class:`~otkd.functional.rowwise.Formula`."""
         log_q, log_p = pair.log_q.double(), pair.log_p.double()
-        # Where neither has mass there is nothing to compare, which no power of 0 says.
+        # A token without mass on either side adds nothing, but powers of 0 may be infinite.
         absent = (log_q <= LOG_ZERO) & (log_p <= LOG_ZERO)
         log_q, log_p = log_q.masked_fill_(absent, 0), log_p.masked_fill_(absent, 0)
         return self._value(log_q, log_p), self._weighted_gradient(log_q, log_p)
@@ -193,7 +193,7 @@ class UniversalLogit(Formula):
 
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """See :class:`~otkd.functional.rowwise.Formula`."""
-        if pair.tail:  # the atoms are ranks already
+        if pair.tail:  # the atoms are sorted already
             return pair.difference.abs().sum(-1), pair.difference.sign().mul_(pair.q)
         q, order = pair.q.sort(-1, descending=True)
         p = pair.p.sort(-1, descending=True).values
@@ -204,11 +204,11 @@ class UniversalLogit(Formula):
 
 
 def _sum_over_head(values: Tensor, p: Tensor, mass: float, most: int = _HEAD) -> Tensor:
-    """Sums ``(positions, 1)`` of values over the heaviest tokens until their mass exceeds ``mass``.
+    """Sums of values over the top tokens until their mass exceeds ``mass``, ``(positions, 1)``.
 
-    Of tokens of one mass the first come first. A head is short where there is a teacher worth its
-    name, so it is looked for among the ``most`` heaviest; only where it goes on, or where it ends
-    among tokens of one mass, all are sorted.
+    Among equally probable tokens the first comes first. The head of a trained teacher is short, so
+    it is first looked for among the ``most`` most probable tokens. All tokens are sorted only if
+    the head continues beyond them, or ends among equally probable tokens.
     """
     everything = most >= p.shape[-1]
     if everything:
@@ -235,15 +235,15 @@ def _as_skew(alpha: float) -> float:
 
 
 def _vanishes(exponent: float) -> bool:
-    """Whether it is so near 0 that the general formula would lose all digits to cancellation."""
+    """Whether the exponent is so small that the general formula would lose all digits."""
     return abs(exponent) < 1e-6
 
 
 def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """w·a + (1−w)·b, above 0 so that it has a logarithm where neither has mass.
+    """w·a + (1−w)·b, clamped above 0 so that its logarithm is finite.
 
-    At w = ½ the same bits if a and b change places, which ``torch.lerp`` does not give; both give
-    a where a = b.
+    For w = ½ the result is bitwise symmetric in a and b, which ``torch.lerp`` is not. At a = b both
+    forms give a.
     """
     mixed = torch.add(a, b).div_(2) if weight == 0.5 else torch.lerp(b, a, weight)
     return mixed.clamp_(min=torch.finfo(a.dtype).tiny)

@@ -1,8 +1,9 @@
-"""L1 distances between all pairs of points, tile by tile.
+"""L1 distances between all pairs of points, in tiles.
 
-``torch.cdist(p=1)`` computes a pair at a time, which on a CPU uses a small part of the processor.
-Here the differences of a tile of pairs are one tensor that stays in the cache: with the coordinates
-of a pair side by side where there are many, and coordinate by coordinate where there are few.
+On a CPU ``torch.cdist(p=1)`` computes one pair at a time, which uses a small part of the processor.
+Here the differences of a tile of pairs form one tensor that stays in the cache. For points with
+many coordinates these are contiguous per pair; for few coordinates, tiles are computed one
+coordinate at a time.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Entries of a tile: large enough to hide the overhead of a call, and of waking up threads that may
-# sleep; small enough for a shared cache.
+# Entries of a tile: large enough to hide the overhead of a call and of waking up threads, small
+# enough for a shared cache.
 _TILE = 2**20
-# Coordinates of a tile: those of its points are read again and again, and stay near.
+# Coordinates of a tile, which are read repeatedly and should stay in the cache.
 _SPAN = 512
-# Between these widths torch does as well, as it does for so few pairs of points of few coordinates.
+# Between these widths, and for so few pairs of narrow points, torch.cdist is as fast.
 _FEW, _MANY = 6, 256
 _FEW_PAIRS = 2**16
 
@@ -29,7 +30,7 @@ _FEW_PAIRS = 2**16
 def l1_distances(x: Tensor, y: Tensor) -> Tensor:
     """``|x_i − y_j|₁``, ``(*batch, n, m)``, for points ``(*batch, n, d)`` and ``(*batch, m, d)``.
 
-    Differentiable once, in both; where two coordinates are equal their gradient is 0.
+    Differentiable once, in both arguments. The gradient is 0 where two coordinates are equal.
     """
     width = x.shape[-1]
     few = width <= _FEW and len(x) * len(y) >= _FEW_PAIRS
@@ -78,9 +79,10 @@ class _L1Distances(torch.autograd.Function):
 
 
 def _tiles(x: Tensor, y: Tensor, few: bool) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Rows, columns, coordinates and ``x_i − y_j`` of a tile, in memory that the next overwrites.
+    """Rows, columns, coordinates and ``x_i − y_j`` of each tile; the buffer is reused for the next.
 
-    Of ``few`` coordinates the differences are ``(d, rows, columns)``, else ``(rows, columns, d)``.
+    With ``few`` coordinates the differences are ``(d, rows, columns)``, otherwise
+    ``(rows, columns, d)``.
     """
     width = min(x.shape[-1], _SPAN)
     columns = max(1, min(len(y), _TILE // width))

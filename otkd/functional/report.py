@@ -1,4 +1,4 @@
-"""What computing a transport loss took, for logs."""
+"""The report of a transport loss, for logs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from otkd.ot.divergence import SolverReport
 
 @dataclass(frozen=True, kw_only=True)
 class Report(SolverReport):
-    """What the solver did, and between which atoms.
+    """What the solver did, and for which atoms.
 
     Attributes:
         support: what was transported: tokens, or the samples of a batch.
         backend: what computed the products with the kernel.
-        coverage: mean over the positions of the probability mass of the tokens that take part one
-            by one, on the side that has less of it; a scalar tensor, None where all tokens do.
-        worst_coverage: the same at the position where it is least.
+        coverage: probability mass of the tokens that are atoms of their own, on the side where it
+            is smaller, as a mean over positions; a scalar tensor, or None if all tokens are.
+        worst_coverage: the minimum of the same over positions.
     """
 
     support: str = "every point"
@@ -30,7 +30,7 @@ class Report(SolverReport):
 
     @classmethod
     def of(cls, reports: Sequence[SolverReport], **fields) -> Report:
-        """One report of several: the most iterations and the largest error."""
+        """One report for several: the largest number of iterations and the largest error."""
         return cls(
             iterations=max(report.iterations for report in reports),
             marginal_error=torch.stack([report.marginal_error for report in reports]).max(),

@@ -1,14 +1,14 @@
 """Value and logit gradient of a divergence, position by position, in one pass.
 
 Every divergence D(p, q) of this package is given as a *formula* of the two distributions of a
-position, ``pair -> (D, q·∂D/∂q)``. The chain rule through ``q = softmax(z/T)`` is the same for all
-of them,
+position, ``pair -> (D, q·∂D/∂q)``. The chain rule through ``q = softmax(z/T)`` is the same for
+all,
 
     ∂D/∂z = (h − q·Σh) / T,    h = q·∂D/∂q,
 
-so it is written here once. Value and gradient are computed together over blocks of positions:
-beside the gradient itself, which the backward pass scales in place, no temporary is larger than a
-block, whatever the batch.
+so it is implemented once, here. Value and gradient are computed together, in blocks of positions.
+Apart from the gradient, which the backward pass scales in place, no temporary is larger than a
+block.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ _BLOCK_ELEMENTS_ON_DEVICE = 2**25
 
 
 class Pair:
-    """The distributions of a block of positions, and their logarithms: each made when asked for.
+    """The distributions of a block of positions and their logarithms, computed when first used.
 
-    A softmax and the logits less their maximum cost half of a log-softmax and its exponentials.
+    Computing a softmax, and logarithms from the shifted logits, takes half the time of a
+    log-softmax and its exponential.
 
     Attributes:
-        q, log_q: of the student, ``(positions, atoms)``.
-        p, log_p: of the teacher. The logarithms are floored at ``LOG_ZERO``.
+        q, log_q: the student's, ``(positions, atoms)``.
+        p, log_p: the teacher's. Logarithms are clamped at ``LOG_ZERO``.
         difference: q − p.
-        tail: whether the last atom stands for all tokens that are not among the others. Without it
+        tail: whether the last atom stands for all tokens that have no atom of their own. If False,
             the atoms are the tokens of the vocabulary.
     """
 
@@ -81,12 +82,12 @@ class Pair:
 
     @functools.cached_property
     def difference(self) -> Tensor:
-        """What the student has more than the teacher."""
+        """The student's minus the teacher's probabilities."""
         return self.q - self.p
 
 
 def _floored_log(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """The logits less their maximum, plus log max q, which is of at least 1/V and exact."""
+    """Logits minus their maximum, plus log max q, which is accurate because max q ≥ 1/V."""
     shifted = logits - logits.amax(-1, keepdim=True)
     heaviest = probabilities.amax(-1, keepdim=True)
     return shifted.add_(heaviest.log_()).clamp_(min=LOG_ZERO)
@@ -108,16 +109,16 @@ class Formula(ABC):
 
 
 class Teacher(ABC):
-    """The teacher's side of all positions, compared with the student's a block at a time."""
+    """The teacher's side of all positions, compared with the student's block by block."""
 
     @abstractmethod
     def compare(
         self, student: Tensor, rows: slice | Tensor, formula: Formula
     ) -> tuple[Pair, Spread | None]:
-        """Both distributions over the atoms of a block, given the student's logits over T.
+        """Both distributions over the atoms of a block, given the student's logits divided by T.
 
-        And what takes the gradient in the atoms' logits to that in the tokens', written where the
-        second argument says, if it does; None where atoms are tokens.
+        Also a function that maps the gradient in the atoms' logits to the gradient in the tokens'
+        logits and writes it to its second argument, if given. None if the atoms are the tokens.
         """
 
 
@@ -125,7 +126,7 @@ Spread = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class DenseTeacher(Teacher):
-    """A teacher whose logits ``(positions, vocab)`` are known: the atoms are the tokens."""
+    """A teacher given by its logits ``(positions, vocab)``; the atoms are the tokens."""
 
     def __init__(self, logits: Tensor, temperature: float):
         self.logits, self.temperature = logits, temperature
@@ -148,7 +149,7 @@ def rowwise_divergence(
 ) -> Float[Tensor, "*batch"]:
     """The divergence that ``formula`` defines, at every position.
 
-    The other arguments, and what is raised for them, are those of every function of
+    The other arguments and exceptions are those of the functions in
     :mod:`otkd.functional.divergences`.
     """
     check_logits(student_logits, teacher_logits, same_vocabulary=formula.same_vocabulary)
@@ -185,7 +186,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _blocks(positions: int, vocab: int, mask: Tensor | None, device: str) -> Iterator:
-    """Slices of all positions, or index tensors of the counted ones, a block at a time."""
+    """Slices of all positions, or index tensors of the counted ones, in blocks."""
     elements = _BLOCK_ELEMENTS_ON_CPU if device == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
     size = max(1, elements // vocab)
     if mask is None:
@@ -208,7 +209,7 @@ class _Rowwise(torch.autograd.Function):
         values = torch.zeros(positions, dtype=dtype, device=student.device)
         gradient = student[:0]
         if with_gradient:
-            # What a scaler is to lift out of float16's underflow must not have fallen into it.
+            # Kept in float32: in float16, small entries would underflow before a gradient scaler acts.
             kept = dtype if student.dtype == torch.float16 else student.dtype
             make = torch.empty_like if mask is None else torch.zeros_like
             gradient = make(student, dtype=kept)
@@ -219,13 +220,13 @@ class _Rowwise(torch.autograd.Function):
                 logits = _scaled(student[rows], temperature, dtype)
                 pair, spread = teacher.compare(logits, rows, formula)
                 block, weighted = formula(pair)
-                # Every divergence is non-negative: what is below 0 is rounding.
+                # Every divergence is non-negative: negative values are rounding errors.
                 values[rows] = block.clamp(min=0).to(dtype)
                 if with_gradient:
                     inner = weighted.sum(-1, keepdim=True)
                     whole = isinstance(rows, slice) and gradient.dtype == dtype
                     place = gradient[rows] if whole else None
-                    # The gradient of atoms has another size than its place.
+                    # The gradient of the atoms and that of the tokens differ in size.
                     out = place if place is not None and spread is None else None
                     out = torch.empty_like(weighted) if out is None else out
                     torch.addcmul(weighted, pair.q, inner, value=-1, out=out)
@@ -245,14 +246,14 @@ class _Rowwise(torch.autograd.Function):
         if is_batched(factor):
             result = gradient * factor
         else:
-            # Scaled in place, unless the graph is kept and the gradient needed again.
+            # Scale the saved gradient in place unless the graph is retained, in which case copy it.
             result = torch.empty_like(gradient) if _graph_is_kept() else gradient
             torch.mul(gradient, factor, out=result)
         return result.to(ctx.dtype), None, None, None, None, None
 
 
 def _graph_is_kept() -> bool:
-    """Whether the backward pass under way keeps what was saved for another, if that can be told."""
+    """Whether the current backward pass retains the graph, if torch tells."""
     engine = getattr(torch._C, "_autograd", None)
     ask = getattr(engine, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else ask()

@@ -1,14 +1,15 @@
-"""Divergences from a stored teacher of which only the heaviest tokens are known.
+"""Divergences from a stored top-k teacher.
 
 Both sides are distributions over k + 1 atoms: the stored tokens, and one atom for all others (the
-tail). By the data processing inequality an f-divergence over atoms is at most the one over tokens;
-it grows with k, and is the same where all tokens are stored. It is 0 exactly where the student has
-the stored masses, and flat there.
+tail). By the data processing inequality an f-divergence over atoms is at most the divergence over
+tokens. It grows with k, and is equal if all tokens are stored. It is 0, with zero gradient, exactly
+where the student has the stored masses.
 
 The student's distribution over atoms is the softmax of the logits of the stored tokens and, for the
-tail, the log-sum-exp of all other logits. So the chain rule of :mod:`otkd.functional.rowwise` gives
-the gradient in these k + 1 numbers, and a tail token i receives the share q_i/q_tail of the tail's,
-which is the softmax over the tail and exact where the tail has hardly any mass.
+tail, the log-sum-exp of all other logits. The chain rule of :mod:`otkd.functional.rowwise` gives
+the gradient in these k + 1 numbers. A tail token i receives the share q_i/q_tail of the tail's
+gradient. This share is the softmax over the tail, which is accurate even if the tail has almost no
+mass.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from otkd.teachers.slots import Slots
 
 
 class AtomPair(Pair):
-    """The distributions over the stored tokens and, last, all others."""
+    """The distributions over the stored tokens and, last, the tail."""
 
     tail = True
 
@@ -37,9 +38,9 @@ class AtomPair(Pair):
 
     @functools.cached_property
     def difference(self) -> Tensor:
-        """Q − p, and 0 where it is no more than the rounding of what is stored.
+        """The difference q − p, and 0 where it is within the rounding error of the stored masses.
 
-        A sign of rounding errors would be a gradient where student and teacher are the same.
+        Otherwise the sign of rounding errors would give a gradient at student = teacher.
         """
         gap = self.q - self.p
         return gap.masked_fill_(gap.abs() <= rounding_of(self.p, self.log_p, self._stored_dtype), 0)
@@ -58,13 +59,13 @@ class StoredTeacher(Teacher):
         stored = self.teacher[rows]
         teacher, slots = stored.log_atoms().to(student.dtype), stored.slots
         if not formula.same_vocabulary:
-            # Ranks are compared: the heaviest tokens of each side, as many as are stored.
+            # Ranks are compared: the most probable tokens of each side, as many as are stored.
             head = teacher[:, :-1].sort(-1, descending=True).values
             teacher = torch.cat([head, teacher[:, -1:]], -1)
             k = min(stored.k, student.shape[-1])
             slots = Slots.of(student.topk(k).indices, head[:, :k] == -torch.inf)
         atoms, shares = atoms_beside(student, slots)
-        missing = teacher.shape[-1] - atoms.shape[-1]  # in a student of fewer tokens
+        missing = teacher.shape[-1] - atoms.shape[-1]  # if the student has fewer tokens
         if missing:
             head, tail = atoms.split([atoms.shape[-1] - 1, 1], -1)
             atoms = torch.cat([pad(head, (0, missing), value=-torch.inf), tail], -1)
@@ -73,7 +74,7 @@ class StoredTeacher(Teacher):
 
 
 def _spread(slots: Slots, shares: Tensor, gradient: Tensor, place: Tensor | None) -> Tensor:
-    """The gradient in the logits of all tokens, from that in those of the atoms."""
+    """The gradient in the logits of all tokens, from the gradient in the logits of the atoms."""
     gradient = gradient.to(shares.dtype)
     everywhere = torch.mul(shares, gradient[:, -1:], out=shares if place is None else place)
     return slots.write(everywhere, gradient[:, : slots.tokens.shape[-1]])
@@ -90,11 +91,11 @@ def stored_divergence(
     """The divergence that ``formula`` defines between the k + 1 atoms of both sides, ``(*batch,)``.
 
     Args:
-        formula: what is compared.
+        formula: the divergence.
         student_logits: ``(*batch, vocab)``.
         stored: the teacher at the same positions, at its own temperature.
         temperature: divides the student's logits.
-        mask: ``(*batch,)``; where it is zero the value is 0 and both sides may hold anything.
+        mask: ``(*batch,)``; where it is zero, the value is 0 and both sides may hold any value.
 
     Raises:
         TypeError, ValueError: for a mask that does not fit, and NaN in a counted position.

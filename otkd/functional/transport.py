@@ -42,27 +42,27 @@ def sinkhorn_divergence(
 
     Args:
         student_logits: ``(*batch, vocab)``; q.
-        teacher_logits: ``(*batch, vocab)``; p, a constant. Of another vocabulary where the cost
-            bridges the two.
+        teacher_logits: ``(*batch, vocab)``; p, a constant. For a cost between two vocabularies,
+            ``(*batch, teacher_vocab)``.
         cost: a cost object of :mod:`otkd.costs`, or a ``(vocab, vocab)`` tensor.
-        temperature: divides both logits.
-        teacher_temperature: divides the teacher's logits instead, where given.
-        mask: ``(*batch,)``; where it is zero the value is 0 and the logits may hold anything.
-        epsilon: entropic strength in units of the cost.
-        debias: S_ε, which is 0 at p = q; with False, OT_ε.
+        temperature: divides the logits of both sides.
+        teacher_temperature: if given, divides the teacher's logits instead.
+        mask: ``(*batch,)``; where it is zero, the value is 0 and the logits may hold any value.
+        epsilon: strength of the entropic regularisation, in units of the cost.
+        debias: compute S_ε, which is 0 at p = q; with False, OT_ε.
         value: ``"dual"`` or ``"sharp"`` (⟨P, C⟩); see :func:`otkd.ot.sinkhorn_divergence`.
-        unbalanced: ρ, or a pair (ρ_student, ρ_teacher); where given the marginals are penalised by
-            ρ·KL in place of being held. ``math.inf`` holds one.
+        unbalanced: marginal relaxation ρ, or a pair (ρ_student, ρ_teacher): the marginals may
+            differ from q and p at the price of ρ·KL. ``math.inf`` holds a side.
         support: which tokens take part: ``"auto"`` or an object of :mod:`otkd.supports`.
         max_iterations: limit of the solver.
-        tolerance: L1 marginal error at which a position is solved.
+        tolerance: L1 marginal error at which a position counts as solved.
 
     Returns:
         One value per position, in units of the cost.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, parameters out of range, NaN in a
-            counted position.
+        TypeError, ValueError: for wrong shapes, parameters out of range, or NaN in a counted
+            position.
     """
     values, _ = sinkhorn_with_report(
         student_logits,
@@ -92,12 +92,12 @@ def sinkhorn_with_report(
     backend: str = "auto",
     stored: TopKTeacher | None = None,
 ) -> tuple[Tensor, Report | None]:
-    """:func:`sinkhorn_divergence` and what its solver did (None without a counted position).
+    """:func:`sinkhorn_divergence` with the solver's report (None without a counted position).
 
-    The whole way in one place: logits → positions that count → the atoms that the support selects,
+    This function shows the whole path: logits → counted positions → atoms that the support selects,
     with their masses and costs → solver → one value per position.
 
-    Arguments as :func:`counted_positions_of` takes them.
+    For the arguments see :func:`counted_positions_of`.
     """
     positions, support = counted_positions_of(
         student_logits,
@@ -125,7 +125,7 @@ def sinkhorn_with_report(
 def solve_selection(
     selection: Selection, objective: Objective, solver: SolverSettings
 ) -> tuple[Tensor, Report]:
-    """The value of every position of a selection, block by block, and one report of all."""
+    """The value of every position of a selection, solved block by block, and one report."""
     values, reports, places = [], [], []
     for block in selection.blocks:
         value, report = block.solve(objective, solver)
@@ -159,11 +159,11 @@ def counted_positions_of(
     mask: Tensor | None,
     stored: TopKTeacher | None = None,
 ) -> tuple[Positions, Support]:
-    """The positions of :func:`sinkhorn_divergence` and the support that selects atoms, checked.
+    """The checked positions of :func:`sinkhorn_divergence`, and the support to use.
 
-    Where there is a ``stored`` teacher, already validated, ``teacher_logits`` have its shape alone.
-    Supports that do not read it get dense logits, whose tokens that are not stored share their mass
-    as the student's do.
+    If ``stored`` is given, it is already validated, and ``teacher_logits`` only provide its shape.
+    For supports that do not read a stored teacher it is expanded to dense logits; the tokens that
+    are not stored share the tail's mass as in the student.
     """
     check_logits(student_logits, teacher_logits, same_vocabulary=False)
     teacher_temperature = check_temperatures(temperature, teacher_temperature)
@@ -205,23 +205,23 @@ def wasserstein_distance(
     teacher_temperature: float | None = None,
     mask: Shaped[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, "*batch"]:
-    """Exact transport min_P ⟨P, C^p⟩ between q and p over the tokens (no root 1/p is taken).
+    """Exact transport min_P ⟨P, C^p⟩ between q and p over the tokens; no root 1/p is taken.
 
-    Closed forms serve two tokens, the 0/1 cost (total variation) and |i − j|^r with r·p ≥ 1; any
-    other cost a linear program per position, in float64 on the CPU.
+    Closed forms are used for two tokens, for the 0/1 cost (total variation) and for |i − j|^r with
+    r·p ≥ 1. For other costs a linear program is solved per position, in float64 on the CPU.
 
     Args:
         student_logits: ``(*batch, vocab)``; q.
         teacher_logits: ``(*batch, vocab)``; p, a constant.
         cost: a cost object of :mod:`otkd.costs`, or a ``(vocab, vocab)`` tensor.
         p: power of the cost.
-        temperature: divides both logits.
-        teacher_temperature: divides the teacher's logits instead, where given.
-        mask: ``(*batch,)``; where it is zero the value is 0 and the logits may hold anything.
+        temperature: divides the logits of both sides.
+        teacher_temperature: if given, divides the teacher's logits instead.
+        mask: ``(*batch,)``; where it is zero, the value is 0 and the logits may hold any value.
 
     Raises:
-        TypeError, ValueError: for input that does not fit, NaN in a counted position, or a
-            vocabulary above ``otkd.ot.exact.LARGEST_PROGRAM`` tokens without a closed form.
+        TypeError, ValueError: for wrong shapes, NaN in a counted position, or a vocabulary above
+            ``otkd.ot.exact.LARGEST_PROGRAM`` tokens without a closed form.
     """
     return at_counted_positions(
         lambda q, teacher: exact_transport(q, teacher, cost, p=p),
@@ -242,7 +242,7 @@ def at_counted_positions(
     teacher_temperature: float | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """``transport(q, p)`` of the distributions ``(positions, vocab)`` that count; 0 elsewhere."""
+    """``transport(q, p)`` for the distributions ``(positions, vocab)`` that count; 0 elsewhere."""
     check_logits(student_logits, teacher_logits, same_vocabulary=False)
     batch_shape = student_logits.shape[:-1]
     check_mask(mask, batch_shape)
@@ -255,7 +255,7 @@ def at_counted_positions(
     q, p = distributions(
         student, teacher, temperature=temperature, teacher_temperature=teacher_temperature
     )
-    # Without any position there is nothing to solve; the sum keeps the graph for a zero gradient.
+    # Without a counted position there is nothing to solve; the sum gives a zero gradient.
     values = transport(q, p) if len(q) else q.sum(-1)
     if counted is not None:
         values = values.new_zeros(batch_shape.numel()).index_copy(0, counted, values)

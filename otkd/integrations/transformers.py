@@ -1,4 +1,4 @@
-"""Distillation with ``transformers.Trainer``: its subclass that takes a teacher and a loss."""
+"""Distillation with ``transformers.Trainer``: a subclass with a teacher and a loss."""
 
 from __future__ import annotations
 
@@ -52,56 +52,60 @@ LOSS_STATE_NAME = "loss.pt"
 
 
 class DistillationTrainer(Trainer):
-    """A ``transformers.Trainer`` whose objective is an otkd loss against a teacher.
+    """A ``transformers.Trainer`` that minimises an otkd loss against a teacher.
 
-    The loss is called with the student's and the teacher's logits. Models that it cannot train, or
-    be taught by, are refused by name: see the table of model kinds in ``docs/training.md``.
-    The models do not see the labels, except encoder-decoders that derive the input of their decoder
-    from them. For causal language models position t is paired with label t + 1. Positions with
-    label −100 do not count; without labels, token-level models count where the attention mask is
-    1. The first token of a document that is packed behind another one does not count.
-    The auxiliary loss of a mixture of experts (``output_router_logits=True``) is added in training.
+    The loss is called with the logits of student and teacher. Models that cannot be trained, or
+    cannot be the teacher, are refused: see the table of model kinds in ``docs/training.md``. Models
+    do not get the labels, except encoder-decoders that derive the input of their decoder from them.
+    For causal language models the logits of position t are paired with label t + 1. Positions with
+    label −100 do not count. Without labels, positions of token-level models count where the
+    attention mask is 1. The first token of a packed document does not count. The auxiliary loss of
+    a mixture of experts (``output_router_logits=True``) is added in training.
 
-    The batch of a step is that of all its microbatches and processes: for losses that are sums over
-    positions or sequences the gradient is that of one process with the whole batch at once, also if
-    a part of it counts nothing. Losses between the samples of a batch see the samples of all
-    processes, but of one microbatch. Accelerate repeats the first rows where the last batch does
-    not go round the processes evenly. With ``average_tokens_across_devices=False`` the means of the
-    processes that count something are averaged.
+    The batch of a step consists of all its microbatches in all processes: for losses that are sums
+    over positions or sequences, the gradient is that of a single process with the whole batch, also
+    if a microbatch or process has no counted position. Losses between the samples of a batch see
+    the samples of all processes, but of one microbatch. If the last batch cannot be divided evenly
+    among the processes, Accelerate repeats its first rows. With
+    ``average_tokens_across_devices=False``, the means of the processes that count something are
+    averaged.
 
-    Evaluation reports ``eval_loss``, the loss where there is a teacher (a model, ``eval_teacher``,
-    or a ``teacher_logits`` column), and ``eval_cross_entropy`` of the hard labels where there are
-    any, which is ``eval_loss`` too where there is no teacher; both are means over everything that
-    counts in the set. Predictions are the logits. Training logs hold each term of the loss
-    (``loss/<name>``) and the worst of its solvers since the last log (``solver/iterations``,
-    ``solver/marginal_error``, and of a ``TopK`` support the mean ``solver/coverage``); see
-    ``docs/training.md``.
-    Parameters of the loss are trained without weight decay and gradient clipping, and saved in
-    checkpoints as ``loss.pt``; nothing of the teacher is saved.
+    Evaluation reports ``eval_loss`` if there is a teacher (a model, ``eval_teacher``, or a
+    ``teacher_logits`` column), and ``eval_cross_entropy`` of the hard labels if there are labels.
+    Without a teacher the latter is also ``eval_loss``. Both are means over everything that counts
+    in the evaluation set. Predictions are the logits. Training logs contain each term of the loss
+    (``loss/<name>``) and the worst solver report since the last log (``solver/iterations``,
+    ``solver/marginal_error``, and for a ``TopK`` support the mean ``solver/coverage``).
+
+    Parameters of the loss are trained without weight decay and gradient clipping, and are saved in
+    checkpoints as ``loss.pt``. The teacher is not saved.
 
     Args:
-        *args: of ``transformers.Trainer``, as are all other keyword arguments.
-        loss: an otkd loss, moved to the training device.
-        teacher: a model that takes the student's inputs and gives ``logits``; or stored logits, one
-            entry per example of ``train_dataset`` in its order, as a tensor or a
-            :class:`~otkd.teachers.StoredTeacher`, token-level ones from the first token on; or None
-            if the examples have a ``teacher_logits`` entry or the loss needs no teacher. Logits
-            that come with the examples are used before those of a model. Where the loss compares
-            features: a model, or ``DenseTeacher(logits, features)`` with what the student is read
-            for, the last hidden states (of a classifier of sequences, the first token's).
-        eval_teacher: stored logits of ``eval_dataset``; a dictionary of them if that is one.
-        shift: whether logits are paired with the next label; by default, if the student is a causal
-            language model of transformers. To be given for other modules.
+        *args: of ``transformers.Trainer``, like all other keyword arguments.
+        loss: an otkd loss; it is moved to the training device.
+        teacher: one of
+
+            - a model that takes the student's inputs and returns ``logits``,
+            - stored logits, as a tensor or a :class:`~otkd.teachers.StoredTeacher`, with one entry
+              per example of ``train_dataset`` in its order; at token level from the first token on,
+            - None, if the examples have a ``teacher_logits`` entry or the loss needs no teacher.
+
+            Logits in the examples are used in preference to a model. If the loss compares features,
+            pass a model, or ``DenseTeacher(logits, features)`` with the last hidden states (for a
+            sequence classifier, those of the first token).
+        eval_teacher: stored logits of ``eval_dataset``, or a dictionary of them if that is one.
+        shift: whether logits are paired with the next label. The default is True for causal
+            language models of transformers. Pass it for other modules.
 
     Raises:
-        TypeError: if ``loss`` or a teacher is of another kind than these.
-        ValueError: if the loss needs a teacher, or a teacher's features, that is not there; if the
-            number of stored entries is not that of the examples; if the teacher shares trainable
-            parameters with the student or the loss; for label smoothing, ``compute_loss_func``,
-            ``reduction="none"`` and several GPUs in one process; for a loss with parameters in
-            several processes; for a model without logits of classes; for a teacher that reads
-            another vocabulary than the student, names its classes in another order, or predicts
-            another token at each position.
+        TypeError: if ``loss`` or a teacher has an unsupported type.
+        ValueError: if the loss needs a teacher, or a teacher's features, and there is none; if the
+            number of stored entries differs from that of the examples; if the teacher shares
+            trainable parameters with the student or the loss; for label smoothing,
+            ``compute_loss_func``, ``reduction="none"`` and several GPUs in one process; for a loss
+            with parameters in several processes; for a model without logits of classes; for a
+            teacher that reads another vocabulary than the student, orders its classes differently,
+            or predicts another token at each position.
     """
 
     def __init__(
@@ -149,7 +153,7 @@ class DistillationTrainer(Trainer):
         self.shift = self._student.shifts if shift is None else shift
         self._label_names = label_names_of(self.label_names, self.args.label_names)
         self._labels_seen = False
-        # Makes Trainer take the loss for one divided by the items of all microbatches.
+        # Tells Trainer that the loss is already divided by the items of all microbatches.
         self.model_accepts_loss_kwargs = True
         self._learnable = [p for p in self.loss.parameters() if p.requires_grad]
         if self._learnable:
@@ -160,15 +164,15 @@ class DistillationTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            # What the teacher alone reads, such as segments, must reach it too, and labels say
-            # which positions count, also where no model reads them.
+            # Keep the columns that only the teacher reads, such as segments, and the labels, which
+            # decide which positions count even if no model reads them.
             columns = {*cast("list[str]", self._signature_columns), *self._student.arguments}
             columns |= {TEACHER_KEY, "labels", "shift_labels", *self._label_names}
             columns |= self._teacher.arguments if self._teacher is not None else set()
             self._signature_columns = sorted(columns)
 
     def _targets(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Labels, or the attention mask without them, aligned with the logits the loss sees."""
+        """Labels, or without them the attention mask, aligned with the loss's logits."""
         return find_targets(
             inputs,
             shift=self.shift,
@@ -193,9 +197,9 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: StepItems | ItemCounts | Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch; None if evaluation lacks the teacher and labels it would take.
+        """The loss of a batch; None if an evaluation lacks both teacher and labels.
 
-        With ``return_outputs``, a pair of it and ``{"logits": student_logits}``.
+        With ``return_outputs``, a pair of the loss and ``{"logits": student_logits}``.
 
         Raises:
             ValueError: in training, if the loss needs a teacher and the batch has none.
@@ -203,8 +207,10 @@ class DistillationTrainer(Trainer):
         labels, mask = self._targets(inputs)
         shift = self.shift and inputs.get("shift_labels") is None
         if model.training and self._student.decodes:
-            self._check_labels(labels, self._student.targets)  # before they become its input
-        # The teacher first: its activations are gone before the student's are kept.
+            self._check_labels(
+                labels, self._student.targets
+            )  # before the decoder's input is made from them
+        # The teacher runs first, so that its activations are freed before the student's are stored.
         teacher = self._teacher_outputs(inputs)
         student, auxiliary = self._outputs(model, inputs, "student")
         predictions = student["logits"]
@@ -219,7 +225,7 @@ class DistillationTrainer(Trainer):
         self._check_labels(labels, predictions.shape[-1])
         self._labels_seen = True
 
-        # A mask over tokens says nothing about the one row of logits of a classifier.
+        # A mask over tokens does not apply to the single row of logits of a classifier.
         mask = mask if predictions.ndim > 2 else None
         if self._evaluation is not None:
             rows = slice(self._evaluation.own_rows(len(predictions)))
@@ -240,7 +246,7 @@ class DistillationTrainer(Trainer):
                 if auxiliary is not None:
                     loss = loss + self._auxiliary(auxiliary, items)
         else:
-            # Without the teacher it would take, an evaluation has the hard labels alone.
+            # Without its teacher, an evaluation reports only the hard-label cross-entropy.
             hard = teacher is None and labels is not None
             loss = cross_entropy(student["logits"], cast("Tensor", labels)) if hard else None
         return (loss, {"logits": predictions}) if return_outputs else loss
@@ -248,7 +254,7 @@ class DistillationTrainer(Trainer):
     def _has_objective(
         self, teacher: Mapping[str, Any] | None, labels: Tensor | None, *, training: bool
     ) -> bool:
-        """Whether a batch has what the loss is called with; always in training, or it raises."""
+        """Whether a batch has everything that the loss needs; in training, raise if it does not."""
         lacks_teacher = teacher is None and self._loss.needs_teacher
         if training and lacks_teacher:
             raise ValueError(
@@ -267,7 +273,7 @@ class DistillationTrainer(Trainer):
         items: ItemCounts | Tensor | float | None,
     ) -> Tensor:
         if isinstance(items, ItemCounts) and "sequence_mean" not in self._loss.reductions:
-            items = items.positions  # all that losses of other libraries know
+            items = items.positions  # losses of other libraries accept only this number
         options: dict[str, Any] = {"labels": labels, "mask": mask, "num_items_in_batch": items}
         if teacher is not None and "features" in teacher:
             options["student_features"] = student["features"]
@@ -319,11 +325,11 @@ class DistillationTrainer(Trainer):
 
     def _check_labels(self, labels: Tensor | None, classes: int | None) -> None:
         if labels is not None and classes is not None:
-            # A device is waited for in the first batch only.
+            # Synchronise the device in the first batch only.
             check_labels_of(self._student, labels if self._labels_seen else labels.cpu(), classes)
 
     def _auxiliary(self, value: Tensor, items: object) -> Tensor:
-        """The share of a microbatch in the auxiliary loss: their mean, as they have no items."""
+        """A microbatch's share of the auxiliary loss, which is averaged over microbatches."""
         steps = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         self._records.add_term("auxiliary", value, share=steps, steps=steps)
         return value if items is None else value * steps
@@ -335,7 +341,7 @@ class DistillationTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss, logits and labels of one batch of evaluation, each None if not there or asked."""
+        """Loss, logits and labels of an evaluation batch; None if unavailable or not requested."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -346,12 +352,12 @@ class DistillationTrainer(Trainer):
             if not prediction_loss_only:
                 labels = self._evaluation.labels_of_all(labels, logits)
         if loss is None and self.accelerator.num_processes > 1:
-            # Trainer gathers the losses of all processes or of none.
+            # Trainer gathers a loss from all processes or from none.
             loss = logits.new_full((), float("nan"), dtype=torch.float32)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Trainer's loop, whose metrics get the exact means of :class:`Evaluation`."""
+        """Trainer's loop, with the exact means of :class:`Evaluation` as metrics."""
         self._evaluation = Evaluation(self._loss, self.accelerator)
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -373,10 +379,10 @@ class DistillationTrainer(Trainer):
         return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's optimiser, with the trainable parameters of the loss as one more group.
+        """Trainer's optimiser, with the trainable parameters of the loss as an additional group.
 
         Raises:
-            ValueError: if an optimiser was passed to Trainer that does not hold them.
+            ValueError: if an optimiser was passed to Trainer that does not contain them.
         """
         given = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -406,8 +412,8 @@ class DistillationTrainer(Trainer):
     def _record(
         self, logits: Tensor, labels: Tensor | None, mask: Tensor | None, items: object
     ) -> float:
-        """Note the last call of the loss for the next log; gives the factor of its value."""
-        # The items are those of all processes, whose gradients are averaged, not added.
+        """Record the last call of the loss for the next log; returns the factor of its value."""
+        # The items are those of all processes, and DDP averages gradients instead of adding them.
         scale = 1 if items is None else self.accelerator.num_processes // self.get_tp_size()
         steps = 1 / getattr(self, "current_gradient_accumulation_steps", 1)
         self._records.add(
@@ -419,14 +425,14 @@ class DistillationTrainer(Trainer):
         return scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log, to which training logs add the terms of the loss and solver reports."""
-        if "loss" in logs and "learning_rate" in logs:  # as Trainer's own, which all processes make
+        """Trainer's log; the terms of the loss and solver reports are added to training logs."""
+        if "loss" in logs and "learning_rate" in logs:  # a training log, which all processes write
             logs.update(self._records.take())
         super().log(logs, start_time)
 
 
 class _ZeroGradients(TrainerCallback):
-    """Trainer clears the gradients of its model alone."""
+    """Clears the gradients of the loss's parameters; Trainer clears only those of its model."""
 
     def __init__(self, loss: nn.Module) -> None:
         self.loss = loss
