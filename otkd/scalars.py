@@ -1,4 +1,4 @@
-"""Settings as plain numbers and flags, and the errors for values that are neither."""
+"""Checks of settings: plain numbers and flags."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 def as_number(name: str, value: Any) -> int | float:
-    """A setting as a plain number, from a number of Python or a scalar of numpy or torch.
+    """A setting as a plain number, from a Python number or a scalar of numpy or torch.
 
     Raises:
-        TypeError: for anything else: True and False, text, a tensor of several entries, or one that
-            requires a gradient, which a setting could not pass on.
+        TypeError: for anything else: a bool, text, a tensor with several entries, or one that
+            requires a gradient, which a setting cannot propagate.
     """
     if type(value) in (int, float):
         return value
@@ -47,7 +47,7 @@ def as_whole(name: str, value: Any, *, least: int = 1) -> int:
     """A setting as a plain whole number of at least ``least``.
 
     Raises:
-        TypeError: for what is no number, as :func:`as_number`, and for fractions.
+        TypeError: if it is not a number, or a fraction.
         ValueError: if it is less.
     """
     number = as_number(name, value)
@@ -59,7 +59,7 @@ def as_whole(name: str, value: Any, *, least: int = 1) -> int:
 
 
 def as_flag(name: str, value: Any) -> bool:
-    """A setting as True or False; ``TypeError`` for anything else, 0 and 1 included."""
+    """A setting as True or False; ``TypeError`` for anything else, including 0 and 1."""
     scalar = value.item() if getattr(value, "shape", None) == () else value
     if not isinstance(scalar, bool):
         raise TypeError(f"{name} must be True or False, got {_described(value)}")

@@ -1,4 +1,4 @@
-"""Which tensors can be computed with: their precision, their device, what transforms them."""
+"""Which tensors are supported: dtype, device and transforms."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_floating(name: str, tensor: Any, shape: str = "") -> None:
-    """Raise unless ``tensor`` holds floating-point numbers that can be computed with.
+    """Raise unless ``tensor`` is a supported floating-point tensor.
 
     Args:
         name: of the argument, for the message.
-        tensor: what was given.
-        shape: what its shape should be, for the message, such as ``"(*batch, vocab)"``.
+        tensor: the argument.
+        shape: the expected shape, for the message, such as ``"(*batch, vocab)"``.
 
     Raises:
-        TypeError: if it is no floating-point tensor, or one of a precision below 16 bits.
-        ValueError: if it holds no numbers, as tensors on the device "meta" do.
+        TypeError: if it is not a floating-point tensor, or has a precision below 16 bits.
+        ValueError: if it has no data, as on the device "meta".
         RuntimeError: inside a transform of torch.func or forward-mode differentiation.
     """
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -53,7 +53,7 @@ def check_precision(name: str, tensor: Tensor) -> None:
 
 
 def _is_transformed(tensor: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # which traces through none of this
+    if torch.compiler.is_compiling():  # the tracer does not support these checks
         return False
     functorch = getattr(torch._C, "_functorch", None)
     wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
@@ -63,14 +63,14 @@ def _is_transformed(tensor: Tensor) -> bool:
 
 
 def is_batched(gradient: Tensor) -> bool:
-    """Whether it stands for many gradients at once, as it does while a Jacobian is vectorised."""
+    """Whether the gradient stands for a batch of gradients, as in a vectorised Jacobian."""
     functorch = getattr(torch._C, "_functorch", None)
     kinds = ("is_batchedtensor", "is_legacy_batchedtensor")
     return any(ask(gradient) for kind in kinds if (ask := getattr(functorch, kind, None)))
 
 
 def refuse_batched(what: str, gradient: Tensor) -> None:
-    """Raise ``RuntimeError`` in a backward pass that can only follow one gradient at a time."""
+    """Raise ``RuntimeError`` in a backward pass that supports only one gradient at a time."""
     if is_batched(gradient):
         raise RuntimeError(
             f"{what} supports one gradient at a time: compute the Jacobian with vectorize=False, "

@@ -6,14 +6,14 @@ import sys
 import warnings
 from collections.abc import Callable
 
-_INNER = ("otkd", "torch")  # the frames of a module's call lie between a loss and its caller
+_INNER = ("otkd", "torch")  # torch's frames of a module call lie between a loss and its caller
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """Warn as :func:`warnings.warn` does, from the nearest frame outside otkd and torch.
+    """Issue a warning from the nearest stack frame outside otkd and torch.
 
-    Python's filters know a warning by its place, text and category, and show it by default once.
-    So the text should name the problem, not what it happened to hold.
+    Python's filters recognise a warning by its place, text and category, and by default show it
+    once. So the text should name the problem, but not its data.
     """
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and _package(frame) in _INNER:

@@ -100,7 +100,7 @@ class Cost(nn.Module, ABC):
         return self
 
     def __getstate__(self) -> dict:
-        # Copies and pickles make anew what was kept: it may be larger than the cost by far.
+        # Copies and pickles compute cached results again: these may be far larger than the cost.
         return {**self.__dict__, "tail_constants": {}}
 
     @property
@@ -125,7 +125,7 @@ class Cost(nn.Module, ABC):
         """The cost matrix between source and target in float32, on the cost's device."""
         device = next(iter([*self.buffers(), *self.parameters()]), torch.empty(0)).device
         matrix = self.matrices(n, m, dtype=torch.float32, device=device, self_terms=False).cross
-        return matrix if self.learns else matrix.clone()  # the caller's, whatever is done to it
+        return matrix if self.learns else matrix.clone()  # a copy, which the caller may change
 
     def largest(self, n: int, m: int) -> float:
         """An upper bound of the costs between n source and m target tokens."""

@@ -104,7 +104,7 @@ class EmbeddingCost(Cost):
                 "nn.Parameter(weight.detach().clone())",
                 stacklevel=2,
             )
-        # The direction of a row has no unit; other distances have none once they are normalised.
+        # Directions have no unit, and neither have normalised distances.
         scale_free = normalize == "mean" or metric == "cosine"
         sized = brought_to_size(given, metric, rescale=scale_free and not learnable)
         hold(self, "source", sized[0], learnable, copy=sized[0] is source)
@@ -222,7 +222,7 @@ class EmbeddingCost(Cost):
         def moments() -> tuple[Tensor, Tensor]:
             rows = y.to(dtype)
             if self.metric == "cosine":
-                # A product in place of normalised copies: as large as the embedding, with autograd.
+                # A product instead of normalised copies, which would be as large as the embedding.
                 mean = (1 / rows.norm(dim=-1)) @ rows / len(rows)
                 return mean, 1 - mean.square().sum()
             variance, mean = torch.var_mean(rows, 0, correction=0)

@@ -209,7 +209,7 @@ class _Rowwise(torch.autograd.Function):
         values = torch.zeros(positions, dtype=dtype, device=student.device)
         gradient = student[:0]
         if with_gradient:
-            # Kept in float32: in float16, small entries would underflow before a gradient scaler acts.
+            # float32, because small entries would underflow in float16 before they are scaled.
             kept = dtype if student.dtype == torch.float16 else student.dtype
             make = torch.empty_like if mask is None else torch.zeros_like
             gradient = make(student, dtype=kept)
@@ -246,7 +246,7 @@ class _Rowwise(torch.autograd.Function):
         if is_batched(factor):
             result = gradient * factor
         else:
-            # Scale the saved gradient in place unless the graph is retained, in which case copy it.
+            # Scale the saved gradient in place unless the graph is retained: then copy it.
             result = torch.empty_like(gradient) if _graph_is_kept() else gradient
             torch.mul(gradient, factor, out=result)
         return result.to(ctx.dtype), None, None, None, None, None

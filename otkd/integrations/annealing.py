@@ -15,15 +15,14 @@ _ROUNDING = 1e-6
 
 
 class TemperatureAnnealing(TrainerCallback):
-    """Lowers the temperature of a loss linearly from epoch to epoch, ending at ``end``.
+    """Lowers the temperature of a loss linearly from epoch to epoch, down to ``end``.
 
-    In epoch e of E: τ = T + (end − T)·e/(E − 1), T being the temperature that the loss has when
-    this is made; τ = T where E = 1. The temperature of the teacher follows where it is not set
-    apart. A training that is resumed, at the end of an epoch or within one, continues with the
-    temperature of that epoch.
+    In epoch e of E: τ = T + (end − T)·e/(E − 1), where T is the temperature of the loss when the
+    callback is created; τ = T if E = 1. The teacher's temperature is the same unless it is set
+    separately. A resumed training continues with the temperature of its epoch.
 
     Args:
-        loss: an otkd loss with a temperature; of a weighted sum the term that is meant:
+        loss: an otkd loss with a temperature. For a weighted loss pass the term:
             ``TemperatureAnnealing(loss.terms["kl"])``.
         end: the temperature in the last epoch.
 
@@ -58,19 +57,19 @@ class TemperatureAnnealing(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """Set the temperature of the epoch that begins, or is resumed.
+        """Set the temperature of the epoch that begins or is resumed.
 
         Raises:
-            ValueError: if the number of epochs is not known.
+            ValueError: if the number of epochs is unknown.
         """
         epochs = state.num_train_epochs
-        if epochs == sys.maxsize:  # what Trainer sets for a data set without a length
+        if epochs == sys.maxsize:  # set by Trainer for a data set without a length
             raise ValueError(
                 "TemperatureAnnealing needs the number of epochs, which is not known for a data "
                 "set without a length: set loss.temperature in a callback of your own"
             )
-        # A training resumed within an epoch is part of the way through it. The margin is for the
-        # rounding of a sum of steps.
+        # A training resumed within an epoch has a fractional epoch. The margin is for the rounding
+        # of a sum of steps.
         epoch = math.floor((state.epoch or 0) + _ROUNDING)
         share = epoch / (epochs - 1) if epochs > 1 else 0.0
         self.loss.temperature = self.start + (self.end - self.start) * share

@@ -1,4 +1,4 @@
-"""What a batch says of the positions that count: labels, masks, and where documents begin."""
+"""Which positions of a batch count: labels, masks, and the starts of documents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from otkd.reductions import IGNORE_INDEX
 
 
 def label_names_of(names: Iterable[str], given: Iterable[str] | None) -> tuple[str, ...]:
-    """The entries of a batch that may hold its labels beside ``labels``.
+    """The entries of a batch that may hold its labels besides ``labels``.
 
     Args:
         names: those that Trainer found in the signature of the model.
@@ -26,7 +26,7 @@ def label_names_of(names: Iterable[str], given: Iterable[str] | None) -> tuple[s
 
 
 def without_labels(inputs: Mapping[str, Any], label_names: Iterable[str] = ()) -> dict[str, Any]:
-    """What models read of a batch: no labels, of which they compute a loss, and no teacher."""
+    """The entries of a batch that models read: without labels and the teacher's entry."""
     taken = {"labels", "shift_labels", TEACHER_KEY, *label_names}
     return {name: value for name, value in inputs.items() if name not in taken}
 
@@ -51,24 +51,24 @@ def label_key(inputs: Mapping[str, Any], label_names: Iterable[str] = ()) -> str
 def find_targets(
     inputs: Mapping[str, Any], *, shift: bool, mask_name: str, label_names: Iterable[str] = ()
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The labels of a batch, or its mask without them, aligned with the logits the loss sees.
+    """The labels of a batch, or without them its mask, aligned with the logits of the loss.
 
-    The first token of a document that was packed behind another one does not count where it would
-    be predicted from it.
+    The first token of a packed document does not count where the preceding document would predict
+    it.
 
     Args:
         inputs: the batch.
-        shift: whether the logits of a position are for the label of the next one.
-        mask_name: the entry that masks the tokens which the logits are for.
+        shift: whether logits are paired with the label of the next position.
+        mask_name: the entry that masks the tokens that the logits belong to.
         label_names: see :func:`label_key`.
 
     Returns:
-        Int64 labels ``(*batch,)`` or None; without labels, a mask ``(*batch,)``, or None where
-        every position counts.
+        Int64 labels ``(*batch,)`` or None; without labels, a mask ``(*batch,)``, or None if every
+        position counts.
 
     Raises:
-        TypeError: if labels are no integers.
-        ValueError: if a mask over pairs of tokens is all that tells which tokens count.
+        TypeError: if labels are not integers.
+        ValueError: if there are no labels and only a mask over pairs of tokens.
     """
     if inputs.get("shift_labels") is not None:
         labels = as_class_labels(inputs["shift_labels"])
@@ -94,7 +94,7 @@ def find_targets(
     if not shift:
         return None, mask
     if mask is not None:
-        # Both ends: after padding on the left, the first token is predicted from nothing.
+        # Both ends: after padding on the left, no token precedes the first one.
         mask = (mask[..., 1:] != 0) & (mask[..., :-1] != 0)
     shape = _tokens_shape(inputs)
     starts = None if shape is None else document_starts(inputs, shape[1])
@@ -105,14 +105,14 @@ def find_targets(
 
 
 def document_starts(inputs: Mapping[str, Any], length: int) -> Tensor | None:
-    """Where tokens 1, 2, … begin another document than the token before belongs to.
+    """Whether tokens 1, 2, … belong to another document than the preceding token.
 
-    Read from ``position_ids`` that begin anew, and from ``seq_idx``, ``cu_seq_lens_q`` or an
-    ``attention_mask`` that numbers the documents.
+    Read from ``position_ids`` that start again, or from ``seq_idx``, ``cu_seq_lens_q`` or an
+    ``attention_mask`` with document numbers.
 
     Returns:
-        Boolean ``(*batch, length − 1)``, or with a batch of 1 for all rows; None if the batch has
-        none of these.
+        Boolean ``(*batch, length − 1)``, or with a batch size of 1 for all rows; None if the batch
+        has none of these.
     """
     found = []
     positions = _of_tokens(inputs.get("position_ids"), length)
@@ -137,7 +137,7 @@ def document_starts(inputs: Mapping[str, Any], length: int) -> Tensor | None:
 
 
 def _of_tokens(values: Any, length: int) -> Tensor | None:
-    # Positions of images and videos have a third dimension, and do not tell documents.
+    # Positions of images and videos have a third dimension and do not mark documents.
     if isinstance(values, Tensor) and values.ndim == 2 and values.shape[-1] == length:
         return values
     return None

@@ -1,4 +1,4 @@
-"""How many positions and sequences an optimiser's step counts, in all of its processes."""
+"""Counted positions and sequences of an optimiser step, in all processes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from otkd.reductions import IGNORE_INDEX, ItemCounts, count_items
 
 @dataclass(frozen=True)
 class StepItems:
-    """What the microbatches of a step count, before any model has seen them.
+    """The counted items of a step, before a model has seen its microbatches.
 
-    Without labels it depends on the logits what counts: the tokens of the mask, or the examples
-    where an example has one row of logits.
+    Without labels the items depend on the logits: they are the tokens of the mask, or the examples
+    if each example has one row of logits.
 
     Attributes:
-        token_level: what counts where each token has logits.
-        example_level: what counts where each example has one row of logits.
-        tokens_unknown: whether the inputs do not say how many tokens an example has; all have as
-            many then as those of the logits at hand.
+        token_level: the items if each token has logits.
+        example_level: the items if each example has one row of logits.
+        tokens_unknown: whether the inputs do not show how many tokens an example has; all examples
+            are then taken to have as many as the logits.
     """
 
     token_level: ItemCounts
@@ -33,7 +33,7 @@ class StepItems:
     tokens_unknown: bool = False
 
     def of(self, logits: Tensor) -> ItemCounts:
-        """What counts in a step; ``logits`` are those that the loss sees."""
+        """The items of a step, given the logits that the loss gets."""
         if logits.ndim <= 2:
             return self.example_level
         if not self.tokens_unknown:
@@ -51,15 +51,15 @@ def step_items(
     average_tokens: bool,
     replicas: int,
 ) -> StepItems:
-    """The items of a step; every process has to call this, whatever it sees.
+    """The items of a step; every process must call this.
 
     Args:
-        microbatches: the inputs of each, and its labels and mask as the loss gets them.
+        microbatches: the inputs of each, with its labels and mask as the loss gets them.
         shift: whether the logits are paired with the next token.
         device: of the counts.
         accelerator: of the trainer.
-        average_tokens: whether every item of all processes weighs the same. If not, every process
-            that counts something does, and its own items by their number.
+        average_tokens: whether the items of all processes have the same weight. If not, all
+            processes that count something have the same weight.
         replicas: how many processes see the same batch.
     """
     counts = [_items(inputs, labels, mask, shift) for inputs, labels, mask in microbatches]
@@ -81,7 +81,7 @@ def step_items(
 def _items(
     inputs: Mapping[str, Any], labels: Tensor | None, mask: Tensor | None, shift: bool
 ) -> Tensor:
-    """Positions and sequences of a microbatch as tokens, then as examples, ``(4,)``."""
+    """Positions and sequences of a microbatch at token level, then at example level, ``(4,)``."""
     if labels is not None:
         return count_items(labels != IGNORE_INDEX).repeat(2)
     counted = mask if mask is not None else _everywhere(inputs, shift)
@@ -91,7 +91,7 @@ def _items(
 
 
 def _everywhere(inputs: Mapping[str, Any], shift: bool) -> Tensor | None:
-    """Ones where a token has logits, if the inputs say so."""
+    """Ones at every token that has logits, if the inputs show it."""
     for side in ("decoder_", ""):
         ids, embedded = inputs.get(f"{side}input_ids"), inputs.get(f"{side}inputs_embeds")
         tokens = embedded[..., 0] if ids is None and isinstance(embedded, Tensor) else ids
@@ -101,7 +101,7 @@ def _everywhere(inputs: Mapping[str, Any], shift: bool) -> Tensor | None:
 
 
 def counted_items(logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Positions and sequences that count in a batch, ``(2,)``, after a model has seen it."""
+    """Counted positions and sequences of a batch, ``(2,)``, after a model has seen it."""
     if labels is not None:
         return count_items(labels != IGNORE_INDEX)
     if mask is not None:

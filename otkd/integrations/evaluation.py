@@ -1,4 +1,4 @@
-"""What one pass over an evaluation set reports, averaged over what counts in all processes."""
+"""The values of an evaluation, averaged over all counted items in all processes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from otkd.reductions import IGNORE_INDEX
 class Evaluation:
     """The loss and the hard-label cross-entropy of an evaluation set.
 
-    Means are over counted positions, whatever the batches and processes they came in: a loss that
-    is a sum over positions has the value that it would have on the whole set as one batch. Means
-    over sequences weigh batches by their counted sequences, and sums are added up.
+    Means are over counted positions, independent of batches and processes: a loss that is a sum
+    over positions has the value of the whole set as one batch. For means over sequences, batches
+    are weighted by their counted sequences. Sums are added.
 
     Args:
-        loss: says how it is reduced.
-        accelerator: of the trainer; knows which rows were repeated to even out the processes.
+        loss: its reduction decides how values are combined.
+        accelerator: of the trainer; it knows which rows were repeated.
     """
 
     def __init__(self, loss: Loss, accelerator: Accelerator) -> None:
@@ -37,8 +37,8 @@ class Evaluation:
     def own_rows(self, rows: int) -> int:
         """How many rows at the start of this batch, which has ``rows``, are not repetitions.
 
-        Where the last batch does not go round the processes evenly, Accelerate fills it with rows
-        from the beginning, after the last one of the last process that still has some.
+        If the last batch cannot be divided evenly, Accelerate fills it with the first rows of the
+        set. These come after the rows of the last process that still has some of its own.
         """
         state = self._accelerator.gradient_state
         one = self._accelerator.num_processes == 1
@@ -49,7 +49,7 @@ class Evaluation:
     def see(
         self, logits: Tensor, labels: Tensor | None, mask: Tensor | None, *, has_objective: bool
     ) -> None:
-        """Note what counts in a batch, and its cross-entropy if there are labels of classes.
+        """Record what counts in a batch, and its cross-entropy if there are class labels.
 
         Args:
             logits: of the student.
@@ -66,12 +66,12 @@ class Evaluation:
         self._tally.add_mean("cross_entropy", cross_entropy(logits, labels, "sum"), positions)
 
     def add(self, loss: Tensor | None) -> None:
-        """Add the value of the batch that was last seen."""
+        """Add the value of the most recent batch."""
         weight, self._weight = self._weight, None
         if loss is None or weight is None:
             return
         self._tally.add("batches", 1.0)
-        # A batch without anything counted says nothing, not even NaN.
+        # A batch without counted items has no value, not even NaN.
         value = torch.where(weight > 0, loss.detach(), 0.0)
         if self._reductions == {"sum"}:
             self._tally.add("loss", value)
@@ -79,10 +79,10 @@ class Evaluation:
             self._tally.add_mean("loss", value * weight, weight)
 
     def metrics(self) -> dict[str, float]:
-        """``loss``, and ``cross_entropy`` where there are labels; every process has to call this.
+        """``loss``, and ``cross_entropy`` if there are labels; every process must call this.
 
-        The loss is the cross-entropy where no batch had the teacher that the trainer's loss needs.
-        Both are NaN where nothing counts.
+        The loss is the cross-entropy if no batch had the teacher that the trainer's loss needs.
+        Both are NaN if nothing counts.
         """
         found, nan = self._tally.take(), float("nan")
         metrics = {}
@@ -93,13 +93,13 @@ class Evaluation:
         return metrics
 
     def labels_of_all(self, labels: Tensor | None, logits: Tensor) -> Tensor | None:
-        """The labels of a batch, so that all processes and batches have some or none has.
+        """The labels of a batch, so that either all processes and batches have labels or none has.
 
-        Where only other processes or earlier batches have labels, −100 in the place of each.
+        If only other processes or earlier batches have labels, the result is −100 everywhere.
 
         Raises:
-            ValueError: for labels after batches without any, in which case predictions and labels
-                would not belong together.
+            ValueError: for labels after batches without labels: predictions and labels could not be
+                matched.
         """
         mine = torch.tensor([labels is not None], device=logits.device)
         anywhere = bool(cast("Tensor", self._accelerator.gather(mine)).any())
@@ -117,7 +117,7 @@ class Evaluation:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """Hard-label cross-entropy over the labels that are not −100, in float32 at least."""
+    """Hard-label cross-entropy over the labels that are not −100, in at least float32."""
     return nn.functional.cross_entropy(
         logits.flatten(0, -2).to(compute_dtype(logits)),
         labels.flatten().long(),

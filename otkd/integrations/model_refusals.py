@@ -1,4 +1,4 @@
-"""Models that a loss over logits cannot train, and batches that do not fit one: each by name."""
+"""Models that a loss over logits cannot train, and batches that do not fit a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from otkd.losses.base import DistillationLoss
 def refuse_model(model: ModelDescription, role: str) -> None:
     """Raise ``ValueError`` for a model whose class, outputs or configuration do not fit a loss.
 
-    What the class does not tell, the first batch does.
+    What the class does not show is checked with the first batch.
     """
     who = f"the {role} {model.name}"
     if model.task is not None and model.task.refusal is not None:
@@ -60,12 +60,11 @@ def refuse_pair(
     *,
     shift: bool | None = None,
 ) -> None:
-    """Raise ``ValueError`` where a teacher would read or say something else than the student.
+    """Raise ``ValueError`` if the teacher reads or predicts something else than the student.
 
-    Both read the same ``input_ids``, so that their tokens must be the same; a loss with
-    ``vocab_size=`` says that they are, and that the rest is padding. Whether two vocabularies of
-    one size are the same is not known to the models. Nor is what the positions of a model are for
-    where ``shift`` says it.
+    Both read the same ``input_ids``, so their tokens must be the same. A loss with ``vocab_size=``
+    states that they are, and that the rest is padding. Whether two vocabularies of the same size
+    are the same cannot be known from the models, nor what the positions mean if ``shift`` is given.
     """
     if shift is None:
         _refuse_other_positions(student, teacher)
@@ -94,7 +93,7 @@ def _predicted_at_a_position(model: ModelDescription) -> str:
 
 
 def fewer_tokens(student: ModelDescription, teacher: ModelDescription) -> int | None:
-    """The smaller of two sizes of vocabulary that read the same ``input_ids``; None if equal."""
+    """The smaller of the two vocabulary sizes that read the same ``input_ids``; None if equal."""
     reads = "input_ids" in student.arguments and "input_ids" in teacher.arguments
     if not reads or student.tokens is None or teacher.tokens in (None, student.tokens):
         return None
@@ -102,7 +101,7 @@ def fewer_tokens(student: ModelDescription, teacher: ModelDescription) -> int | 
 
 
 def check_tokens(student: ModelDescription, teacher: ModelDescription, input_ids: Tensor) -> None:
-    """Raise ``ValueError`` for a token that only the larger of two vocabularies has."""
+    """Raise ``ValueError`` for a token that only the larger of the two vocabularies has."""
     fewer = fewer_tokens(student, teacher)
     if fewer is not None and input_ids.numel() and int(input_ids.max()) >= fewer:
         _refuse_vocabularies(student, teacher)
@@ -121,7 +120,7 @@ def _refuse_vocabularies(student: ModelDescription, teacher: ModelDescription) -
 
 
 def _judges_vocabularies(student: ModelDescription, loss: nn.Module) -> bool:
-    """Whether the loss compares tokens and refuses two vocabularies, or is told their size."""
+    """Whether the loss compares tokens and checks vocabularies, or is given their size."""
     if student.task is not None and not (
         student.task.generates or student.task.title.startswith("masked")
     ):
@@ -157,13 +156,13 @@ def _distinct(names: tuple[str, ...]) -> dict[str, int]:
 def check_positions_of(
     model: ModelDescription, logits: Tensor, labels: Tensor | None, mask: Tensor | None
 ) -> None:
-    """Raise ``ValueError`` unless labels, or the mask without them, have an entry per position.
+    """Raise ``ValueError`` unless labels (or without them the mask) have one entry per position.
 
     Args:
-        model: whose logits they are.
-        logits: as the loss sees them, without the last position where they were shifted.
+        model: of the logits.
+        logits: as the loss gets them, without the last position if they were shifted.
         labels: aligned with them.
-        mask: the same, where there are no labels.
+        mask: aligned with them, if there are no labels.
     """
     expected, name = tuple(logits.shape[:-1]), model.name
     if labels is None:
@@ -204,7 +203,7 @@ def check_positions_of(
 def check_labels_of(model: ModelDescription, labels: Tensor, classes: int) -> None:
     """Raise ``ValueError`` for a label that is neither −100 nor one of the ``classes``.
 
-    Labels on another device than the CPU are not read, for which the device would have to wait.
+    Only labels on the CPU are read, because reading them from a device would synchronise.
     """
     check_class_labels(labels, classes, of=f" of the student {model.name}")
 

@@ -1,4 +1,4 @@
-"""What a trainer has to know of a model, found once in its class, signature and configuration."""
+"""What the trainer needs to know of a model, from its class, signature and configuration."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch import Tensor, nn
 
 from otkd.integrations.tasks import Task, task_of
 
-# In a mapping of causal language models, but their own loss does not shift: they see both sides.
+# They are in the mapping of causal language models, but see both sides of a position: no shift.
 _SEE_BOTH_SIDES = {"XLNetLMHeadModel", "XLMWithLMHeadModel"}
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model as a trainer sees it; made by :func:`describe`.
+    """Properties of a model for the trainer; see :func:`describe`.
 
     Attributes:
         name: its class.
         task: what it is for; None for modules that transformers does not know.
         arguments: the arguments that its forward pass names.
-        required: those of them that have no default.
-        fields: the names of its outputs, as far as its signature tells; else None.
-        shifts: whether the logits of a position are for the label of the next one.
+        required: those without a default.
+        fields: the names of its outputs, if its signature tells; otherwise None.
+        shifts: whether its logits are for the label of the next position.
         decodes: whether it has a decoder whose input is derived from the labels.
-        mask_name: the input that masks the tokens which its logits are for.
+        mask_name: the input that masks the tokens that its logits belong to.
         tokens: number of rows of its input embedding, if it has one.
         targets: number of tokens that it predicts, if it has an output embedding.
         problem_type: of its configuration, for classifiers.
         num_labels: of its configuration, for classifiers.
-        label_names: the names of its classes where the configuration has any but the default.
-        virtual_tokens: number of positions that a prompt-learning adapter puts before the text.
-        auxiliary: coefficient of each auxiliary output that its own loss adds, e.g. ``aux_loss``.
+        label_names: the names of its classes, unless they are the defaults.
+        virtual_tokens: number of positions that a prompt-learning adapter adds before the text.
+        auxiliary: coefficient of each auxiliary output in its own loss, e.g. ``aux_loss``.
         logit_penalty: coefficient of the mean square of log Σ exp(logits) in its own loss.
     """
 
@@ -59,7 +59,7 @@ class ModelDescription:
 
 
 def describe(model: nn.Module) -> ModelDescription:
-    """Look at a model, through wrappers."""
+    """Describe a model, which may be wrapped."""
     base = unwrapped(model)
     config = getattr(base, "config", None)
     task = task_of(base)
@@ -91,9 +91,9 @@ def describe(model: nn.Module) -> ModelDescription:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside wrappers that change neither its inputs nor its outputs, in any order.
+    """The model inside wrappers that change neither its inputs nor its outputs.
 
-    These are ``torch.compile``, adapters of PEFT, and modules whose only part is ``module``: DDP,
+    These are ``torch.compile``, PEFT adapters, and modules whose only child is ``module``: DDP,
     FSDP, averaged and accelerated models.
     """
     while True:
@@ -118,18 +118,18 @@ def own_inputs(
     other: Collection[str],
     labels: Tensor | None,
 ) -> dict[str, Any]:
-    """The share of a batch that ``model`` reads, with which it predicts the labels.
+    """The part of a batch that ``model`` reads to predict the labels.
 
-    Its share is what its signature names, and what neither signature names.
+    It consists of the arguments that its signature names, and of those that neither model names.
 
     Args:
         model: the model, which may be wrapped.
-        description: of it.
+        description: of the model.
         inputs: the batch without its labels.
         other: the arguments of the other model.
-        labels: those of the batch, from which the input of a decoder is derived as the model does
-            it itself. A model that cannot say it gets the labels, and computes a loss that is not
-            used; so does one that takes no batch without them.
+        labels: of the batch. The input of a decoder is derived from them by the model's own method.
+            A model without such a method, or one that requires labels, gets the labels and computes
+            a loss that is not used.
     """
     named = description.arguments
     share = {k: v for k, v in inputs.items() if k in named or k not in other or not named}
@@ -138,12 +138,12 @@ def own_inputs(
     base = unwrapped(model)
     derive: Any = getattr(base, "prepare_decoder_input_ids_from_labels", None)
     if description.decodes and derive is None:
-        # Also beside decoder_input_ids: NLLB-MoE balances its experts only with labels.
+        # Also with decoder_input_ids, because NLLB-MoE balances its experts only if it has labels.
         return share | ({"labels": labels} if "labels" in description.arguments else {})
     if description.decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & share.keys():
         share["decoder_input_ids"] = derived = derive(labels)
         if description.name == "EncoderDecoderModel" and "decoder_attention_mask" not in share:
-            # Unlike the others it hides what stands for −100 from its decoder, too.
+            # Unlike other models, it also masks the replacements of −100 in its decoder.
             share["decoder_attention_mask"] = (derived != base.config.pad_token_id).to(labels.dtype)
     return share | ({"labels": labels} if "labels" in description.required else {})
 
@@ -188,12 +188,12 @@ def _virtual_tokens(model: Any) -> int:
     if adapter is None or not getattr(adapter, "is_prompt_learning", False):
         return 0
     if "PREFIX_TUNING" in str(getattr(adapter, "peft_type", "")):
-        return 0  # in the cache of keys and values, not among the positions
+        return 0  # the prefix is in the key-value cache, not among the positions
     return int(getattr(adapter, "num_virtual_tokens", 0) or 0)
 
 
 def _auxiliary_coefficients(base: Any, config: Any) -> dict[str, float]:
-    """As the losses of mixtures of experts in transformers have them."""
+    """The coefficients in the losses of mixtures of experts in transformers."""
     found = {}
     for ending, names in (
         ("aux_loss", ("router_aux_loss_coef", "aux_loss_coef")),

@@ -1,4 +1,4 @@
-"""What a loss reads of a model's outputs, and which outputs it cannot read."""
+"""What a loss reads of a model's outputs, and which outputs are refused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from otkd.integrations.models import ModelDescription
 
-# Beside logits, these are no heads of their own: they route tokens to experts, look further ahead
-# with the same head (ProphetNet), or are averaged into the logits.
+# These fields are not separate heads: they route tokens to experts, look further ahead with the
+# same head (ProphetNet), or are averaged into the logits.
 _NO_HEADS = {
     "router_logits",
     "encoder_router_logits",
@@ -22,7 +22,7 @@ _NO_HEADS = {
 
 
 def other_heads(names: Any) -> list[str]:
-    """Those of the output fields that are scores of other heads than ``logits``."""
+    """The output fields that are scores of other heads than ``logits``."""
     return sorted(
         name
         for name in names
@@ -35,10 +35,10 @@ def other_heads(names: Any) -> list[str]:
 def read_outputs(
     outputs: Any, description: ModelDescription, role: str, *, features: bool = False
 ) -> dict[str, Tensor]:
-    """``logits``, and with ``features`` the last hidden states too, of a model's outputs.
+    """``logits`` of a model's outputs, and with ``features`` also the last hidden states.
 
-    Features are ``(batch, positions, width)`` where the logits have positions, else the first
-    token's ``(batch, width)``.
+    Features are ``(batch, positions, width)`` if the logits have positions, otherwise those of the
+    first token, ``(batch, width)``.
 
     Args:
         outputs: with a field or key ``logits``, or the logits themselves.
@@ -47,9 +47,8 @@ def read_outputs(
         features: whether hidden states are needed.
 
     Raises:
-        ValueError: if there are no logits among the outputs, or they are no scores of classes; if
-            other heads of a student have scores beside them; if there are no hidden states to be
-            features.
+        ValueError: if the outputs have no logits, or the logits are not scores of classes; if a
+            student has other heads; if there are no hidden states for the features.
     """
     who = f"the {role} {description.name}"
     logits = outputs if isinstance(outputs, Tensor) else _field(outputs, "logits")
@@ -88,10 +87,10 @@ def read_outputs(
 
 
 def auxiliary_loss(outputs: Any, description: ModelDescription) -> Tensor | None:
-    """What the model's own loss adds beside the term of its labels, weighted as it does it.
+    """What the model's own loss adds to the term of its labels, with its own weights.
 
-    The balance of the experts of a mixture (``aux_loss``) and the size of their logits
-    (``z_loss``), where the model gives them, and the size of its own logits (Bamba); else None.
+    These are the load balance of a mixture of experts (``aux_loss``), the size of the router logits
+    (``z_loss``), and the size of the model's own logits (Bamba); None if there are none.
     """
     total = None
     if description.logit_penalty:
@@ -99,7 +98,7 @@ def auxiliary_loss(outputs: Any, description: ModelDescription) -> Tensor | None
         total = description.logit_penalty * sizes.square().mean()
     for name, coefficient in description.auxiliary.items():
         value = _field(outputs, name)
-        if isinstance(value, Tensor):  # a number for a half of the model without experts
+        if isinstance(value, Tensor):  # it is a plain number if half of the model has no experts
             total = coefficient * value if total is None else total + coefficient * value
     return total
 

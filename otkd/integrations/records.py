@@ -1,4 +1,4 @@
-"""What a loss says of its calls between two logs, the same for all processes."""
+"""What a loss reports between two logs, the same in all processes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from otkd.losses.protocol import Loss
 
 
 class LossRecord:
-    """Terms and solver reports of a loss; read from the device once a log.
+    """Terms and solver reports of a loss; read from the device once per log.
 
-    A term is what it contributes to an optimiser's step, all microbatches and processes together,
-    on average over the steps, so that the weighted terms add up to the logged loss. A step in which
-    the loss did not have the term counts as 0.
+    The value of a term is its contribution to an optimiser step, over all microbatches and
+    processes, as a mean over the steps, so that the weighted terms add up to the logged loss. A
+    step without the term counts as 0.
 
-    Of solvers the worst since the last log is kept: the most iterations, the largest marginal error
-    and the least coverage of any call in any process. The mean coverage is that over positions.
-    Both are named by their term where there are terms, ``solver/<term>/iterations``, and
-    ``solver/iterations`` is of all solvers.
+    Of the solver reports, the worst since the last log is kept: most iterations, largest marginal
+    error and least coverage of any call in any process. The mean coverage is a mean over positions.
+    With several terms the names are ``solver/<term>/iterations`` and so on, and
+    ``solver/iterations`` covers all solvers.
 
     Args:
-        skip_non_finite: whether terms that are NaN or infinite are left out of their means, as
-            Trainer leaves such losses out with ``logging_nan_inf_filter``.
+        skip_non_finite: whether terms that are NaN or infinite are excluded from their means, as
+            Trainer does for the loss with ``logging_nan_inf_filter``.
     """
 
     def __init__(self, *, skip_non_finite: bool = False) -> None:
@@ -37,10 +37,10 @@ class LossRecord:
         """Add the last call of ``loss``.
 
         Args:
-            loss: read for ``last_terms`` and ``last_reports``.
-            share: factor of the terms; 1 where those of the calls of one step add up.
-            steps: how much of an optimiser's step the call was.
-            positions: counts the positions of the call, if that is needed.
+            loss: its ``last_terms`` and ``last_reports`` are read.
+            share: factor of the terms; 1 if the calls of one step add up.
+            steps: the fraction of an optimiser step that the call was.
+            positions: returns the number of positions of the call, if it is needed.
         """
         self._tally.add("steps", steps)
         for name, value in loss.last_terms.items():
@@ -56,7 +56,7 @@ class LossRecord:
                     self._tally.least(f"{prefix}/worst_coverage", report.worst_coverage)
 
     def add_term(self, name: str, value: Tensor, *, share: float, steps: float) -> None:
-        """Add a term, of the loss or of the trainer; arguments as :meth:`add`."""
+        """Add a term of the loss or of the trainer; for the arguments see :meth:`add`."""
         value = value.detach()
         if self._skip:
             self._tally.add(f"skipped/{name}", ~value.isfinite() * steps)
@@ -64,7 +64,7 @@ class LossRecord:
         self._tally.add(f"loss/{name}", value * share)
 
     def take(self) -> dict[str, float]:
-        """Terms and reports of all processes since the last call; each process has to call this."""
+        """Terms and reports of all processes since the last call; every process must call this."""
         found = self._tally.take()
         steps = found.pop("steps", 0.0)
         skipped = {name: found.pop(name) for name in list(found) if name.startswith("skipped/")}

@@ -1,4 +1,4 @@
-"""What a distillation trainer says no to before it starts."""
+"""Settings that the trainer refuses before it starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CALL = ("labels", "mask", "num_items_in_batch")
 
 
 def check_loss(loss: Any) -> None:
-    """Raise ``TypeError`` unless ``loss`` is a module that is called as otkd's losses are."""
+    """Raise ``TypeError`` unless ``loss`` is a module that can be called like a loss of otkd."""
     if not isinstance(loss, nn.Module):
         raise TypeError(f"loss must be an otkd loss module, got {type(loss).__name__}")
     parameters = inspect.signature(loss.forward).parameters
@@ -43,16 +43,16 @@ def refuse_training(
     eval_dataset: Any,
     has_other_objective: bool,
 ) -> None:
-    """Raise for settings that would train on something else than what was asked for.
+    """Raise for settings with which something else would be trained than was asked for.
 
     Args:
         args: the ``TrainingArguments``.
-        student: the model to be trained.
-        teacher: the teacher if it is a model.
+        student: the model to train.
+        teacher: the teacher, if it is a model.
         loss: the objective.
         train_dataset: with the stored teacher, if there is one.
-        eval_dataset: the same, or a dictionary of such.
-        has_other_objective: whether a ``compute_loss_func`` was passed as well.
+        eval_dataset: likewise, or a dictionary of data sets.
+        has_other_objective: whether a ``compute_loss_func`` was also passed.
 
     Raises:
         ValueError: see :class:`~otkd.integrations.transformers.DistillationTrainer`.
@@ -107,7 +107,7 @@ def refuse_training(
 
 
 def _refuse_uneven(args: Any, *, stored: bool) -> None:
-    """Raise ``ValueError`` for ways to share batches that leave a process without its part."""
+    """Raise ``ValueError`` for batch settings that leave a process without its part."""
     config = args.accelerator_config
     if not config.even_batches and not args.dataloader_drop_last:
         raise ValueError(

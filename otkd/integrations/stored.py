@@ -1,4 +1,4 @@
-"""A stored teacher beside a data set: each example carries its row, each batch its rows."""
+"""A stored teacher with a data set: each example carries its row, each batch its rows."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ TEACHER_KEY = "teacher_logits"
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """One example of a stored teacher, looked up with its whole batch and not before."""
+    """One example of a stored teacher; it is read together with its whole batch."""
 
     teacher: StoredTeacher
     index: int
 
 
 class WithTeacher(Dataset):
-    """A map-style data set of dictionaries, each with its stored teacher as ``teacher_logits``.
+    """A map-style data set of dictionaries with a stored teacher as ``teacher_logits``.
 
     Args:
-        dataset: the examples, in the order in which the teacher saw them.
+        dataset: the examples, in the order of the stored teacher.
         teacher: one entry per example.
-        name: what to call the data set in an error.
+        name: name of the data set in error messages.
 
     Raises:
         ValueError: if the data set has no length, or another length than the stored teacher.
@@ -58,26 +58,26 @@ class WithTeacher(Dataset):
 
 
 class TeacherCollator:
-    """Collates with ``inner``, past which it carries the ``teacher_logits`` of the examples.
+    """Collates with ``inner``, and carries the ``teacher_logits`` of the examples past it.
 
-    Rows of a stored teacher become the stored teacher of the batch; tensors, arrays and lists of
-    logits become one tensor, padded along the sequence with NaN, which a loss refuses where a
-    position counts.
+    Rows of a stored teacher become the stored teacher of the batch. Tensors, arrays and lists of
+    logits become one tensor, padded along the sequence with NaN, which a loss refuses at counted
+    positions.
 
     Args:
-        inner: collates the rest of each example.
+        inner: collates the other entries.
 
     Raises:
-        ValueError: on call, if token-level logits do not line up with a batch padded on the left.
+        ValueError: in a call, if token-level logits do not match a batch padded on the left.
     """
 
     def __init__(self, inner: Callable[[list], Any]) -> None:
         self.inner = inner
-        # Trainer saves the tokenizer it finds on its collator.
+        # Trainer saves the tokenizer of its collator.
         self.tokenizer = getattr(inner, "tokenizer", None)
 
     def __call__(self, features: list) -> Any:
-        """The batch of ``inner``, with the teacher's part of it as ``teacher_logits``."""
+        """The batch of ``inner``, with its part of the teacher as ``teacher_logits``."""
         if not isinstance(features[0], Mapping) or TEACHER_KEY not in features[0]:
             return self.inner(features)
         features = [dict(feature) for feature in features]
@@ -99,7 +99,7 @@ def _refuse_left_padding(attention_mask: Any, rows: Sequence[Any]) -> None:
     if attention_mask[:, 0].all():
         return
     if isinstance(rows[0], TeacherRow):
-        # All entries have the same length. Only one is expanded, since that may be costly.
+        # All entries have the same length. Only one is expanded, because expanding is costly.
         row = rows[0].teacher[rows[0].index]
         rows = [row.without_logits() if isinstance(row, TopKTeacher) else row.logits()]
     length = attention_mask.shape[1]
@@ -117,8 +117,8 @@ def fit_length(
 ) -> Tensor | TopKTeacher:
     """Crop token-level teacher logits to the student's length, or pad them with NaN.
 
-    Stored logits have the length of the longest example or of the teacher's own padding, a batch
-    that of its longest example.
+    Stored logits are padded to the longest example or by the teacher's own padding, and a batch to
+    its longest example.
     """
     if len(teacher_logits.shape) != 3 or student_logits.ndim != 3:
         return teacher_logits
@@ -132,19 +132,19 @@ def fit_length(
 
 
 def may_carry_teacher(dataset: Any) -> bool:
-    """Whether examples have a ``teacher_logits`` entry, as far as can be seen beforehand."""
+    """Whether examples have a ``teacher_logits`` entry, or may have one."""
     if dataset is None:
         return False
     columns = getattr(dataset, "column_names", None)
     if columns is not None:
         return TEACHER_KEY in columns
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
-        return True  # a stream: the first batch will tell
+        return True  # a stream: unknown before the first batch
     return TEACHER_KEY in dataset[0]
 
 
 def has_features(dataset: Any) -> bool:
-    """Whether a data set has a stored teacher beside it, and that has features."""
+    """Whether a data set has a stored teacher with features."""
     return (
         isinstance(dataset, WithTeacher) and getattr(dataset.teacher, "features", None) is not None
     )
@@ -167,7 +167,7 @@ def as_stored_teacher(teacher: Any) -> StoredTeacher:
 
 
 def with_eval_teacher(dataset: Any, teacher: Any) -> Any:
-    """A data set, or a dictionary of them, with its stored teacher or theirs.
+    """A data set, or a dictionary of data sets, with its stored teacher or teachers.
 
     Raises:
         ValueError: if a stored teacher has no data set, or one of another length.

@@ -1,4 +1,4 @@
-"""Numbers that every process adds to by itself, and that all of them read together."""
+"""Numbers that every process collects, and that are combined over all processes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Number = Tensor | float
 
 
 class Tally:
-    """Named sums and extremes, kept where they were computed until :meth:`take`.
+    """Named sums and extremes, kept on their device until :meth:`take`.
 
-    Names may differ between processes and come in any order: :meth:`take` exchanges them with the
-    numbers. A name that a process lacks adds nothing to a sum and does not decide an extreme.
+    Processes may use different names in any order: :meth:`take` exchanges the names with the
+    numbers. A process without a name adds nothing to its sum and does not affect its extreme.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Tally:
         self._update("sum", name, value)
 
     def add_mean(self, name: str, total: Number, weight: Number) -> None:
-        """Add to the sum and the weight whose quotient is the mean ``name``."""
+        """Add to the sum and to the weight whose quotient is the mean ``name``."""
         self._update("total", name, total)
         self._update("weight", name, weight)
 
@@ -49,10 +49,10 @@ class Tally:
         self._kept[key] = _COMBINED[kind](self._kept[key], value) if key in self._kept else value
 
     def take(self) -> dict[str, float]:
-        """All numbers of all processes since the last call; every process has to call this.
+        """All numbers of all processes since the last call; every process must call this.
 
-        The one place where a device is read, once, and where processes wait for each other. The
-        means come after the sums and extremes; one without any weight is left out.
+        Only here is the device read, once, and do processes wait for each other. Means come after
+        the sums and extremes; a mean without weight is left out.
         """
         own, self._kept = _as_floats(self._kept), {}
         kept: dict[tuple[str, str], float] = {}
@@ -74,7 +74,7 @@ def _extreme(
             return of_tensors(a, torch.as_tensor(b, dtype=a.dtype, device=a.device))
         if isinstance(b, Tensor):
             return combine(b, a)
-        # As torch does it; Python's own may forget a NaN.
+        # torch's functions, because Python's min and max may drop a NaN.
         return math.nan if math.isnan(a) or math.isnan(b) else of_floats(a, b)
 
     return combine

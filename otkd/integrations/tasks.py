@@ -1,4 +1,4 @@
-"""What the classes of transformers are for, and which of them a loss over logits can train."""
+"""The tasks of transformers' model classes, and which of them a loss over logits can train."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Task:
     """What a model is for.
 
     Attributes:
-        title: what a user calls it.
-        generates: whether it predicts text, one token after the other.
+        title: its usual name.
+        generates: whether the model predicts text, one token after the other.
         classifies: whether ``num_labels``, ``problem_type`` and ``id2label`` of the configuration
             describe its logits.
         refusal: why a loss over logits cannot train it, and what to do instead; None if it can.
@@ -57,7 +57,7 @@ _CONTRAST = _refused(
 )
 _NUMBERS = "its outputs are numbers instead of logits of classes"
 
-# Names of the mappings of transformers' auto classes. The first group that has a class decides.
+# Names of the mappings of transformers' auto classes. The first group with a class decides.
 _TASKS: tuple[tuple[str, Task], ...] = (
     (
         "CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ IMAGE_TEXT_TO_TEXT VISION_2_SEQ "
@@ -109,7 +109,7 @@ _TASKS: tuple[tuple[str, Task], ...] = (
     ("PRETRAINING", _refused("pretraining", "its head serves pretraining objectives")),
 )
 
-# By the name of the loss of transformers, for classes that no mapping has.
+# By the name of the loss in transformers, for classes that are in no mapping.
 _BY_LOSS = {
     "ForCausalLM": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_TO_SEQ_CAUSAL_LM",
@@ -130,10 +130,10 @@ _BY_LOSS = {
 
 
 def task_of(model: Any) -> Task | None:
-    """What a model of transformers is for, by its class, a parent of it, or its loss.
+    """The task of a transformers model, from its class, a parent class, or its loss.
 
     Returns:
-        None for other modules, and for classes of transformers that are in no mapping.
+        None for other modules, and for classes that are in no mapping.
     """
     for parent in type(model).__mro__:
         found = _by_class().get(parent.__name__)

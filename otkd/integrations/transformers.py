@@ -207,9 +207,8 @@ class DistillationTrainer(Trainer):
         labels, mask = self._targets(inputs)
         shift = self.shift and inputs.get("shift_labels") is None
         if model.training and self._student.decodes:
-            self._check_labels(
-                labels, self._student.targets
-            )  # before the decoder's input is made from them
+            # Before the decoder's input is made from them.
+            self._check_labels(labels, self._student.targets)
         # The teacher runs first, so that its activations are freed before the student's are stored.
         teacher = self._teacher_outputs(inputs)
         student, auxiliary = self._outputs(model, inputs, "student")

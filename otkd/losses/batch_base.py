@@ -58,8 +58,8 @@ class BatchLoss(DistillationLoss):
             return value  # the mean of the shares
         counts = isinstance(num_items_in_batch, ItemCounts)
         if self.reduction == "sequence_mean" and not len(shares) and not counts:
-            # Without a sample of its own a process still has the value, and its part in the
-            # average of the gradients.
+            # A process without samples still returns the value, and takes part in averaging
+            # the gradients.
             return value
         return reduce_positions(
             _at_positions(_centred(value, shares), batch),
@@ -77,7 +77,7 @@ class BatchLoss(DistillationLoss):
             gathered = GatheredBatch.of(student, teacher)
             student, teacher = gathered.gather(student), gathered.gather(teacher)
             own, everywhere = gathered.own, sum(gathered.sizes)
-        # Without any sample there is nothing to transport; the sum keeps the graph.
+        # Without a sample there is nothing to transport; the sum keeps the graph.
         value, shares = (
             self.transport(student, teacher) if everywhere else (student.sum(), student.sum(-1))
         )

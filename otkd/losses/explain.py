@@ -105,7 +105,7 @@ def explain_position(
             cost=cost,
             support=support,
             objective=objective,
-            backend="auto",  # others may not hold the costs
+            backend="auto",  # other backends may not store the costs
             temperature=temperature,
             teacher_temperature=teacher_temperature,
             mask=mask.reshape(shape),
@@ -205,7 +205,7 @@ def _names(tokens: Tensor, tokenizer: Any, *, several: bool) -> list[str | int]:
     distinct = sorted({index for index in ids if index >= 0})
     names: dict[int, str | int] = {index: index for index in distinct}
     if tokenizer is not None:
-        # Of a padded vocabulary the last tokens have no name.
+        # The padding tokens of a vocabulary have no name.
         named = zip(distinct, tokenizer.convert_ids_to_tokens(distinct), strict=True)
         names |= {index: name for index, name in named if name is not None}
     return [names[index] if index >= 0 else _name_of_others(index, several) for index in ids]

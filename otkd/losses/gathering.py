@@ -80,7 +80,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, samples: Tensor, batch: GatheredBatch) -> Tensor:
         ctx.batch = batch
-        # Collectives want one size from every process.
+        # Collectives require the same size in every process.
         padded = samples.new_zeros(max(batch.sizes), *samples.shape[1:])
         padded[: len(samples)] = samples
         parts = [torch.empty_like(padded) for _ in batch.sizes]

@@ -186,7 +186,7 @@ def _as_term(name: str, term: tuple[float, nn.Module | str]) -> tuple[float, nn.
 
 
 def _check_one_reduction(terms: nn.ModuleDict) -> None:
-    # What a module without the protocol of losses returns is seen when it is called.
+    # The values of a module without the protocol are checked when it is called.
     of_terms = {
         name: "/".join(sorted(loss.reductions))
         for name, loss in terms.items()

@@ -1,4 +1,4 @@
-"""The k + 1 masses of a position of a stored teacher: of its tokens, and of all others as one."""
+"""The k + 1 masses of a position of a stored teacher: its tokens, and the tail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from otkd.teachers.slots import complete_positions
 if TYPE_CHECKING:
     from otkd.teachers.topk import TopKTeacher
 
-_ROUNDING = 32  # in units of the last place: what a few operations on a probability leave
+_ROUNDING = 32  # in units in the last place: the error of a few operations on a probability
 _STEEPEST = 1e5  # a mass of 0 has no rounding error, though its logarithm is −inf
 
 
@@ -21,7 +21,7 @@ def atom_masses(teacher: TopKTeacher, dtype: torch.dtype | None = None) -> Tenso
     """See :meth:`otkd.teachers.TopKTeacher.masses`."""
     stored, _, total, complete = _stored_masses(teacher, dtype)
     head = stored / torch.where(complete, total, total.clamp(min=1))
-    # NaN, where there is no teacher, stays NaN.
+    # Positions without a teacher stay NaN.
     return torch.cat([head, (1 - total).clamp(min=0).masked_fill(complete, 0)], -1)
 
 
@@ -46,9 +46,9 @@ def _stored_masses(
 
 
 def rounding_of(p: Tensor, log_p: Tensor, stored_dtype: torch.dtype) -> Tensor:
-    """How far masses of atoms may be from the teacher's by rounding alone, ``(*batch, k + 1)``.
+    """A bound of the rounding error of the atoms' masses, ``(*batch, k + 1)``.
 
-    Of a logarithm that is stored, of the sum that the tail is left from, and of the arithmetic.
+    It includes the stored logarithms, the sum from which the tail is computed, and the arithmetic.
     """
     of_logarithm = torch.finfo(stored_dtype).eps * log_p.abs().clamp(min=1, max=_STEEPEST)
     relative = of_logarithm + _ROUNDING * torch.finfo(p.dtype).eps
@@ -60,8 +60,9 @@ def rounding_of(p: Tensor, log_p: Tensor, stored_dtype: torch.dtype) -> Tensor:
 def same_up_to_rounding(q: Tensor, p: Tensor, log_p: Tensor, stored_dtype: torch.dtype) -> Tensor:
     """Where the student has the stored masses, ``(*batch, 1)``.
 
-    Its own masses are taken for the teacher's there. Absolute values, exact transport and transport
-    at costs far above ε have gradients that depend on the sign of a difference, even of rounding.
+    There, the student's own masses replace the teacher's. The gradient of absolute values, of exact
+    transport and of transport at costs far above ε depends on the sign of a difference, even if it
+    is only rounding.
     """
     rounding = rounding_of(p, log_p, stored_dtype)
     return ((q - p).abs() <= rounding).all(-1, keepdim=True)

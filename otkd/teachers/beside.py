@@ -1,4 +1,4 @@
-"""A stored teacher beside dense logits: the student's on its atoms, and its own for all tokens."""
+"""A stored teacher with dense student logits: common atoms, or dense teacher logits."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def atoms_beside(logits: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-    """Logits of the k + 1 atoms ``(*batch, k + 1)``, from those of all tokens.
+    """Logits of the k + 1 atoms, ``(*batch, k + 1)``, from those of all tokens.
 
-    That of the tail is the log-sum-exp of the logits of all other tokens. Also the softmax over
-    these, ``(*batch, vocab)``, which has no meaning at the tokens of the slots, nor where no others
+    The tail's logit is the log-sum-exp of the logits of all other tokens. Also returns the softmax
+    over these, ``(*batch, vocab)``, which is undefined at the stored tokens, and where no others
     have mass.
     """
     head = logits.gather(-1, slots.tokens).masked_fill(slots.empty, -torch.inf)
-    lowest = torch.finfo(logits.dtype).min  # −inf alone in a row would have no softmax
+    lowest = torch.finfo(logits.dtype).min  # a row of only −inf would have no softmax
     others = slots.write(logits.clone(), lowest)
     largest = others.amax(-1, keepdim=True)
     shares = others.softmax(-1)
@@ -57,15 +57,15 @@ def logits_shaped_by(teacher: TopKTeacher, student_logits: Tensor, temperature: 
 
 
 def certainly_heavier(log_q: Tensor, teacher: TopKTeacher) -> Tensor:
-    """Where tokens that are not stored are heavier in the student than they can be in the teacher.
+    """Tokens that are not stored and certainly more probable in the student than in the teacher.
 
-    A token that is not stored has at most the mass of the tail, and at most that of the lightest
-    stored token. Inference servers may add a token of any mass to the heaviest ones, the one that
-    was sampled; so the lightest but one is taken.
+    In the teacher such a token has at most the mass of the tail, and at most that of the least
+    probable stored token. Inference servers may add the sampled token to the most probable ones,
+    with any probability; therefore the second least probable stored token is used.
 
     Args:
         log_q: log-probabilities of the student's tokens, ``(positions, any)``.
-        teacher: of these positions.
+        teacher: at the same positions.
     """
     masses = teacher.masses(log_q.dtype)
     rounding = rounding_of(masses, masses.log(), teacher.log_masses.dtype)[..., -1:]
@@ -76,6 +76,6 @@ def certainly_heavier(log_q: Tensor, teacher: TopKTeacher) -> Tensor:
 
 
 def _log_even_share(teacher: TopKTeacher, log_atoms: Tensor, slots: Slots) -> Tensor:
-    """What each of the other tokens has if they share their mass evenly, ``(*batch, 1)``."""
+    """Log-probability of each other token if they share the tail evenly, ``(*batch, 1)``."""
     stored = (~slots.empty).sum(-1, keepdim=True)
     return log_atoms[..., -1:] - (teacher.vocab_size - stored).clamp(min=1).log()

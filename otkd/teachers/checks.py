@@ -1,4 +1,4 @@
-"""What a stored teacher of the heaviest tokens must be."""
+"""Checks of a stored top-k teacher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BLOCK_ELEMENTS = 2**24
 
 
 def check_shapes(teacher: TopKTeacher) -> None:
-    """Raise ``ValueError`` unless shapes, dtypes and settings are those of a teacher."""
+    """Raise ``ValueError`` for invalid shapes, dtypes or settings of a stored teacher."""
     tokens, masses = teacher.tokens, teacher.log_masses
     if tokens.dtype not in (torch.int32, torch.int64) or not masses.is_floating_point():
         raise ValueError(
@@ -59,7 +59,7 @@ def check_distributions(teacher: TopKTeacher) -> None:
 
 
 def check_self_term(teacher: TopKTeacher) -> None:
-    """Raise ``ValueError`` unless the self-term is finite wherever there is a teacher."""
+    """Raise ``ValueError`` unless the self-term is finite at every position with a teacher."""
     if teacher.self_potential is None:
         return
     there = ~teacher.log_masses.isnan().any(-1, keepdim=True)
@@ -71,8 +71,8 @@ def check_self_term(teacher: TopKTeacher) -> None:
 
 
 def _check_block(block: TopKTeacher) -> None:
-    # The tokens of empty slots, and where there is no teacher, may be anything: distinct numbers
-    # below 0 stand for them.
+    # Tokens of empty slots, and at positions without a teacher, may have any value. They are
+    # replaced by distinct negative numbers.
     nothing = block.slots.empty.all(-1)
     empty = block.slots.empty | block.log_masses.isnan().any(-1, keepdim=True)
     places = torch.arange(-block.k, 0, device=empty.device)
@@ -83,7 +83,7 @@ def _check_block(block: TopKTeacher) -> None:
     log_masses = block.log_masses.to(compute_dtype(block.log_masses))
     total = log_masses.masked_fill(empty, -torch.inf).exp().sum(-1)
     heavy = total > 1 + MASS_SLACK
-    if not (outside.any() | repeated.any() | heavy.any() | nothing.any()):  # a device waits once
+    if not (outside.any() | repeated.any() | heavy.any() | nothing.any()):  # synchronise once
         return
     if outside.any():
         known = tokens[~empty]

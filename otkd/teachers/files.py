@@ -1,4 +1,4 @@
-"""Signals as safetensors files: written whole or not at all, refused in the same words."""
+"""Stored teachers as safetensors files with a checksum."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CHECKSUM = "checksum"
 def save_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors to a safetensors file, whole or not at all; its folder is made.
+    """Write tensors to a safetensors file, atomically; missing folders are created.
 
     Raises:
-        ImportError: without the package safetensors.
+        ImportError: if safetensors is not installed.
     """
     _check_safetensors()
     from safetensors.torch import save_file
@@ -34,11 +34,11 @@ def save_tensors(
 def load_tensors(path: str | os.PathLike, *names: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file.
 
-    Files of versions that wrote no checksum are read without comparing it.
+    Files of earlier versions have no checksum and are read without verification.
 
     Raises:
-        ImportError: without the package safetensors.
-        ValueError: if it is no safetensors file, holds something else than was written, or holds no
+        ImportError: if safetensors is not installed.
+        ValueError: if it is not a safetensors file, was changed after it was written, or lacks a
             tensor of one of the ``names``.
     """
     _check_safetensors()
@@ -63,7 +63,7 @@ def load_tensors(path: str | os.PathLike, *names: str) -> tuple[dict[str, Tensor
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Of all tensors, their names, types and shapes, and of the metadata."""
+    """A hash of all tensors with their names, dtypes and shapes, and of the metadata."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):

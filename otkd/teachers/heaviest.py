@@ -1,4 +1,4 @@
-"""The heaviest tokens of dense teacher logits."""
+"""The most probable tokens of dense teacher logits."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def tensors_of_logprobs(
     most = max((len(pairs) for pairs in chain.from_iterable(rows) if pairs is not None), default=1)
     width = max(1, most if k is None else min(k, most))
     tokens = torch.full((len(rows), longest, width), -1, dtype=torch.int32)
-    # Where an example has no position there is no teacher.
+    # A position that an example lacks has no teacher.
     log_masses = torch.full(tokens.shape, torch.nan, dtype=torch.float64)
     for i, row in enumerate(rows):
         for j, pairs in enumerate(row):
@@ -55,7 +55,7 @@ def tensors_of_logprobs(
 
 
 def _is_entry(entry: Any) -> bool:
-    """Whether this says what is known of one position, and is no list of positions."""
+    """Whether this is the entry of one position, as opposed to a list of positions."""
     if entry is None or isinstance(entry, Mapping):
         return True
     return isinstance(entry, Sequence) and len(entry) > 0 and all(map(_is_pair, entry))
@@ -66,7 +66,7 @@ def _is_pair(pair: Any) -> bool:
 
 
 def _checked(entry: Any, vocab_size: int, where: str) -> list[tuple[int, float]] | None:
-    """The tokens of a position with their log-probabilities, the heaviest first."""
+    """The tokens of a position with their log-probabilities, in decreasing order."""
     if entry is None:
         return None
     if isinstance(entry, Mapping):
@@ -101,7 +101,7 @@ def _checked(entry: Any, vocab_size: int, where: str) -> list[tuple[int, float]]
 
 
 def _logprob(token: Any, value: Any, where: str) -> float:
-    value = getattr(value, "logprob", value)  # vLLM's objects
+    value = getattr(value, "logprob", value)  # an object of vLLM
     try:
         value = float(value)
     except (TypeError, ValueError):

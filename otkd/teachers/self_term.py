@@ -1,4 +1,4 @@
-"""What a stored self-term of a teacher was made for."""
+"""The settings for which a stored self-term was computed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ _COST_TOLERANCE = 1e-3
 
 
 class SelfTermSettings(NamedTuple):
-    """What a stored self-term was made for.
+    """The settings for which a stored self-term was computed.
 
     Attributes:
-        epsilon: entropic strength.
-        costs: costs of a few pairs of tokens and of the tail, which tell one cost from another.
+        epsilon: strength of the entropic regularisation.
+        costs: costs of a few pairs of tokens and of the tail, which identify the cost.
     """
 
     epsilon: float
     costs: tuple[float, ...]
 
     def fits(self, other: SelfTermSettings) -> bool:
-        """Whether it is the same problem, up to what devices differ in rounding."""
+        """Whether both describe the same problem, up to rounding differences of devices."""
         mine, theirs = (self.epsilon, *self.costs), (other.epsilon, *other.costs)
         return len(mine) == len(theirs) and all(
             math.isclose(x, y, rel_tol=_COST_TOLERANCE, abs_tol=1e-6)

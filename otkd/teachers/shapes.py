@@ -1,4 +1,4 @@
-"""Stored teachers of another size: fewer tokens, more slots, more positions, more examples."""
+"""Changes of a stored teacher's size: fewer tokens, more slots, positions or examples."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sliced_teacher(
 
 
 def widened_teacher(teacher: TopKTeacher, k: int) -> TopKTeacher:
-    """The teacher with empty slots up to ``k``."""
+    """The teacher, with empty slots added up to ``k``."""
     missing = k - teacher.k
     if not missing:
         return teacher

@@ -1,4 +1,4 @@
-"""Which of the k slots of a position hold a token: not all of them do in a ragged top-k."""
+"""Which of the k slots of a position hold a token; a ragged top-k has empty slots."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Slots(NamedTuple):
     """The tokens of N positions, some of which may have fewer than k.
 
     Attributes:
-        tokens: ``(*batch, k)``, int64; an empty slot repeats the position's first token, 0 if it
-            has none, so that every slot can be gathered.
+        tokens: ``(*batch, k)``, int64. An empty slot repeats the position's first token (0 if there
+            is none), so that every slot can be gathered.
         empty: ``(*batch, k)``, boolean.
         source: ``(*batch, k)``: the slot whose token it is.
     """
@@ -24,7 +24,7 @@ class Slots(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Tensor, empty: Tensor) -> Slots:
-        """Slots from their tokens, which may be anything where a slot is empty."""
+        """Slots from their tokens; the tokens of empty slots may have any value."""
         places = torch.arange(tokens.shape[-1], device=tokens.device)
         first = (~empty).to(torch.uint8).argmax(-1, keepdim=True)
         source = torch.where(empty, first, places)
@@ -42,17 +42,17 @@ class Slots(NamedTuple):
 
 
 def empty_slots(tokens: Tensor, log_masses: Tensor, vocab_size: int) -> Tensor:
-    """Where a slot holds no token: its token is −1, or its mass is 0; ``(*batch, k)``.
+    """Whether a slot holds no token: its token is −1, or its mass is 0; ``(*batch, k)``.
 
-    Where all tokens of the vocabulary are stored, those without mass are known to have none. A NaN
-    mass stays, so that a position without a teacher cannot pass for one that is known to be empty.
+    If all tokens of the vocabulary are stored, slots with mass 0 are not empty. A slot with NaN
+    mass is not empty either, so that a position without a teacher is not mistaken for an empty one.
     """
     empty = ((tokens == -1) | (log_masses == -torch.inf)) & ~log_masses.isnan()
     return empty & ~complete_positions(tokens, vocab_size).unsqueeze(-1)
 
 
 def complete_positions(tokens: Tensor, vocab_size: int) -> Tensor:
-    """Where every token of the vocabulary is stored, so that no others are left; ``(*batch,)``."""
+    """Whether every token of the vocabulary is stored, so that there is no tail; ``(*batch,)``."""
     if tokens.shape[-1] < vocab_size:
         return tokens.new_zeros(tokens.shape[:-1], dtype=torch.bool)
     return (tokens.sort(-1).values == torch.arange(vocab_size, device=tokens.device)).all(-1)
