@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 OUTPUT ?= results
 
-.PHONY: demo test test-all bench bench-quick lint types check clean
+.PHONY: demo test test-fast test-wheel test-all bench bench-quick lint types check clean
 
 demo: $(VENV)/.demo  ## a real teacher and its students, every loss, in about five minutes
 	$(BIN)/otkd compare rotten-tomatoes --losses ce,kl,jsd,tvd,sinkd,sinkhorn --seeds 2 \
@@ -14,6 +14,16 @@ demo: $(VENV)/.demo  ## a real teacher and its students, every loss, in about fi
 
 test: $(VENV)/.dev  ## the test suite
 	$(BIN)/pytest -n auto
+
+test-fast: $(VENV)/.dev  ## the core alone, in about three minutes
+	$(BIN)/pytest -n auto tests/unit
+
+test-wheel: $(VENV)/.torch  ## the bare package, without any extra: every public module is imported
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install --quiet -c $(CONSTRAINTS) torch
+	$(VENV)-wheel/bin/pip install --quiet -c $(CONSTRAINTS) dist/otkd-*.whl
+	cd / && $(abspath $(VENV))-wheel/bin/python -W error::DeprecationWarning $(CURDIR)/tests/import_public_modules.py
 
 test-all: $(VENV)/.dev  ## with the tests that take minutes
 	$(BIN)/pytest -n auto -m ''
@@ -50,4 +60,4 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) $(VENV)-wheel .pytest_cache .ruff_cache .hypothesis dist
