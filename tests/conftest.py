@@ -6,6 +6,11 @@ from hypothesis import HealthCheck, settings
 
 import otkd.ot.solver
 
+# Workers run side by side: more threads than processors only wait for each other.
+torch.set_num_threads(1)
+# Memory from torch.empty is filled with NaN, so that a result that reads it is seen to.
+torch.use_deterministic_algorithms(True)
+
 settings.register_profile(
     "otkd",
     derandomize=True,

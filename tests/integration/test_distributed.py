@@ -23,7 +23,7 @@ def start(processes, script, *arguments):
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command = [str(part) for part in (*command, script, *arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parents[1])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -156,7 +156,7 @@ def test_batches_that_leave_a_process_without_its_part_are_refused(runs):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_means_of_processes_are_of_those_that_count(runs, processes):
-    from tests.distributed_runs import CAUSAL, STEP, pad, tiny_gpt2
+    from tests.integration.distributed_runs import CAUSAL, STEP, pad, tiny_gpt2
 
     batch = pad(CAUSAL[:STEP])
     labels = batch.pop("labels")[:, 1:]

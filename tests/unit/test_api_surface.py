@@ -1,6 +1,6 @@
 """The public API is frozen in ``api_surface.json``: a change of it is made on purpose.
 
-After a wanted change write the file anew: ``python tests/test_api_surface.py``.
+After a wanted change write the file anew: ``python tests/unit/test_api_surface.py``.
 """
 
 import inspect
@@ -55,7 +55,7 @@ def surface():
 
 def test_the_public_api_is_the_one_on_file():
     assert surface() == json.loads(FILE.read_text("utf-8")), (
-        "the public API has changed. If that is intended, run `python tests/test_api_surface.py` "
+        "the public API has changed. If that is intended, run `python tests/unit/test_api_surface.py` "
         "and say so in CHANGELOG.md"
     )
 

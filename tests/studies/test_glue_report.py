@@ -34,7 +34,7 @@ from otkd.study.results import read_result, write_result
 from otkd.study.settings import Settings
 from otkd.tasks import get_task
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "glue"
 PAGE = (ROOT / "docs" / "glue.md").read_text(encoding="utf-8")
 TASKS = ("cola", "sst2", "mrpc", "rte")

@@ -11,9 +11,9 @@ import torch
 import otkd
 from otkd.losses.registry import LOSSES
 from otkd.supports import Dense, TopK
-from tests import test_divergences as divergence_laws
-from tests import test_every_loss as loss_laws
-from tests import test_stored_laws as stored_laws
+from tests.unit import test_divergences as divergence_laws
+from tests.unit import test_every_loss as loss_laws
+from tests.unit import test_stored_laws as stored_laws
 from tests.problems import logits
 
 pytestmark = pytest.mark.usefixtures("seeded")
@@ -23,7 +23,7 @@ close = torch.testing.assert_close
 @pytest.fixture(scope="module")
 def shown():
     """What the code of CONTRIBUTING.md defines. Other tests do not see the loss it registers."""
-    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
     names = {"__name__": "contributing"}
     before = dict(LOSSES)
     exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)

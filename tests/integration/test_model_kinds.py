@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 import otkd
 from otkd.integrations.transformers import DistillationTrainer
-from tests.kind_models import (
+from tests.integration.kind_models import (
     BERT,
     ENCODER_DECODERS,
     MIXTURES,

@@ -484,7 +484,7 @@ def test_refused_embeddings():
 
 
 def test_the_example_runs():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", root / "examples" / "two_vocabularies.py"],

@@ -11,7 +11,7 @@ from otkd.functional import batch_transport
 from otkd.ot.kernels.base import ProductKernel
 from otkd.ot.kernels.line import LineCost, LineKernel
 from tests.problems import generator, logits, masses, seeds
-from tests.test_batch_transport import COSTS, EXACT, distances, unrolled, with_gradient
+from tests.unit.test_batch_transport import COSTS, EXACT, distances, unrolled, with_gradient
 
 pytestmark = pytest.mark.usefixtures("seeded")
 close = torch.testing.assert_close

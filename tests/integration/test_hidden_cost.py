@@ -9,7 +9,7 @@ from torch import nn
 import otkd
 from tests import naive
 from tests.problems import logits
-from tests.test_trainer import (  # noqa: F401
+from tests.integration.test_trainer import (  # noqa: F401
     arguments,
     pad,
     sentences,

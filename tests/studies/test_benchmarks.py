@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from otkd.losses.divergences import DivergenceLoss
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 VOCABULARY = ("dense", "topk", "accuracy", "sizes")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
