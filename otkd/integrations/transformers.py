@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 
 from otkd.checks import as_class_labels
 from otkd.integrations.batches import find_targets, label_key, label_names_of, without_labels
@@ -39,14 +40,6 @@ from otkd.losses.protocol import as_loss, teacher_for
 from otkd.reductions import ItemCounts
 from otkd.teachers import StoredTeacher, TopKTeacher, teacher_logits_of
 from otkd.teachers.protocol import teacher_features_of
-
-try:
-    from transformers import Trainer, TrainerCallback
-except ImportError as error:
-    raise ImportError(
-        "otkd.integrations.transformers needs transformers and accelerate: "
-        f"pip install '.[train]' in otkd's checkout ({error})"
-    ) from error
 
 LOSS_STATE_NAME = "loss.pt"
 

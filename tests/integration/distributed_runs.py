@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainingArguments
 import otkd
 from otkd.integrations.transformers import DistillationTrainer
 from otkd.supports import TopK
-from tests.models import VOCAB, tiny_bert, tiny_gpt2, tiny_masked_lm
 from tests.integration.test_trainer import pad, sentences, weights
+from tests.models import VOCAB, tiny_bert, tiny_gpt2, tiny_masked_lm
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 STEP, STEPS = 6, 2  # rows of a step, of all processes; and steps

@@ -8,7 +8,6 @@ from torch import nn
 
 import otkd
 from tests import naive
-from tests.problems import logits
 from tests.integration.test_trainer import (  # noqa: F401
     arguments,
     pad,
@@ -17,6 +16,7 @@ from tests.integration.test_trainer import (  # noqa: F401
     texts,
     weights,
 )
+from tests.problems import logits
 
 pytest.importorskip("transformers")
 

@@ -55,8 +55,8 @@ def surface():
 
 def test_the_public_api_is_the_one_on_file():
     assert surface() == json.loads(FILE.read_text("utf-8")), (
-        "the public API has changed. If that is intended, run `python tests/unit/test_api_surface.py` "
-        "and say so in CHANGELOG.md"
+        "the public API has changed. If that is intended, run "
+        "`python tests/unit/test_api_surface.py` and say so in CHANGELOG.md"
     )
 
 

@@ -11,10 +11,10 @@ import torch
 import otkd
 from otkd.losses.registry import LOSSES
 from otkd.supports import Dense, TopK
+from tests.problems import logits
 from tests.unit import test_divergences as divergence_laws
 from tests.unit import test_every_loss as loss_laws
 from tests.unit import test_stored_laws as stored_laws
-from tests.problems import logits
 
 pytestmark = pytest.mark.usefixtures("seeded")
 close = torch.testing.assert_close
