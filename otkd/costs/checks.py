@@ -1,4 +1,4 @@
-"""What debiasing asks of a cost matrix."""
+"""Requirements of debiasing on a cost matrix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_symmetric(cost: Tensor, advice: str = "") -> None:
 
 
 def has_positive_kernel(cost: Tensor, epsilon: float) -> bool:
-    """Whether exp(−C/ε) of a symmetric matrix is shown to be positive semidefinite."""
+    """Whether exp(−C/ε) of a symmetric matrix is verified to be positive semidefinite."""
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or len(cost) > _CHECKED_SIZE:
         return False
     kernel = torch.exp(cost.detach().double() / -epsilon)

@@ -1,9 +1,10 @@
-"""The tokens outside a head as several atoms: clusters of the embedding.
+"""The tail as several atoms: clusters of the embedding.
 
-Where the embedding has clusters, mass between the tokens of one moves for little and between two
-for much; one atom for all of them knows neither. With w_c uniform over cluster c, a token is as far
-from it as on average, E_{w_c}[C(token, ·)], and two clusters, or one from itself, are the soft mean
-−ε·log E_{w_c, w_d}[exp(−C/ε)] apart, as one atom for all is in :mod:`otkd.costs.tails`.
+If the embedding has clusters, moving mass within a cluster is cheap and moving it between clusters
+is expensive, which a single tail atom cannot represent. With w_c uniform over cluster c, the cost
+between a token and cluster c is the mean E_{w_c}[C(token, ·)], and the cost between clusters c and
+d is the soft mean −ε·log E_{w_c, w_d}[exp(−C/ε)], as for the single tail in
+:mod:`otkd.costs.tails`.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from otkd.precision import without_autocast
 
 _FITTED_TOKENS = 2**14
 _ITERATIONS = 10
-_SMALLEST_MEAN = 1e-300  # of exp(−C/ε) in float64: a cost of 690ε, out of any reach
+_SMALLEST_MEAN = 1e-300  # of exp(−C/ε) in float64, a cost of 690ε
 
 
 class Clusters:
-    """k-means clusters of the tokens of one side, found once.
+    """k-means clusters of the tokens of one side, computed once.
 
     Args:
-        cost: whose coordinates are clustered; of a learnable one as they are now.
+        cost: its coordinates are clustered; for a learnable cost the current ones.
         side: whose tokens.
-        number: of clusters asked for; empty ones are dropped.
+        number: requested number of clusters; empty ones are dropped.
 
     Attributes:
         assignment: the cluster of every token, ``(V,)``.
-        sizes: tokens of every cluster, ``(clusters,)``.
+        sizes: number of tokens in every cluster, ``(clusters,)``.
     """
 
     def __init__(self, cost: EmbeddingCost, side: Side, number: int, device: torch.device):
@@ -52,7 +53,7 @@ class Clusters:
         return torch.nn.functional.one_hot(self.assignment, len(self)).to(dtype)
 
     def sample(self) -> Tensor:
-        """About 1024 tokens, the same number of each cluster where it has so many, ``(S,)``."""
+        """About 1024 tokens, equally many of each cluster that has enough, ``(S,)``."""
         each = math.ceil(SAMPLED_TOKENS / len(self))
         order = torch.randperm(len(self.assignment), generator=torch.Generator().manual_seed(0))
         order = order.to(self.assignment.device)
@@ -63,7 +64,7 @@ class Clusters:
 
 
 def clusters_of(cost: EmbeddingCost, side: Side, number: int, device: torch.device) -> Clusters:
-    """The clusters of one side of a cost, kept with it."""
+    """The clusters of one side of a cost, cached with the cost."""
     key = ("clusters", "source" if cost.one_vocabulary else side, number, device)
     if key not in cost.tail_constants:
         cost.tail_constants[key] = Clusters(cost, side, number, device)
@@ -75,8 +76,8 @@ def mean_cost_to_clusters(
 ) -> Tensor:
     """E_{w_c}[C(token, ·)] for every cluster c of the second side, ``(batch, k, clusters)``.
 
-    In closed form, |x − m_c|² + E|y − m_c|² or 1 − ⟨x̂, E[ŷ]⟩; for ``"euclidean"`` over a sample.
-    For a constant cost it is computed once for all tokens.
+    Computed in closed form, |x − m_c|² + E|y − m_c|² or 1 − ⟨x̂, E[ŷ]⟩; for ``"euclidean"`` from a
+    sample. For a constant cost it is computed once for all tokens.
     """
     key = ("cluster means", sides, len(clusters), dtype, tokens.device)
     with without_autocast(tokens):
@@ -94,10 +95,10 @@ def soft_mean_cost_of_clusters(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """−ε·log E_{w_c, w_d}[exp(−C/ε)] for clusters c and d of either side, ``(clusters, clusters)``.
+    """−ε·log E_{w_c, w_d}[exp(−C/ε)] for all clusters c and d, ``(clusters, clusters)``.
 
-    Over a sample of about 1024 tokens of each side; within one cluster, pairs of a token with
-    itself have the weight they have among all its tokens.
+    Computed from a sample of about 1024 tokens of each side. Within one cluster, pairs of a token
+    with itself have the weight that they have among all its pairs.
     """
     key = ("cluster soft means", sides, len(clusters[0]), len(clusters[1]), epsilon, dtype, device)
     with without_autocast(clusters[0].assignment):
@@ -113,7 +114,7 @@ def _assign(points: np.ndarray, number: int) -> np.ndarray:
         sample = points[generator.choice(len(points), _FITTED_TOKENS, replace=False)]
     starts = sample[generator.choice(len(sample), min(number, len(sample)), replace=False)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of an empty cluster: it is dropped
+        warnings.simplefilter("ignore", UserWarning)  # about empty clusters, which are dropped
         centres, _ = kmeans2(sample, starts, iter=_ITERATIONS, minit="matrix")
     return vq(points, centres)[0].astype(np.int64)
 
@@ -152,6 +153,6 @@ def _soft_means(cost, sides, clusters, epsilon, device) -> Tensor:
     kernel = kernel.masked_fill(torch.eye(len(x), dtype=torch.bool, device=device), 0.0)
     pairs = torch.outer(*counts) - counts[0].diag()
     means = groups[0].mT @ kernel @ groups[1] / pairs.clamp(min=1)
-    share = 1 / clusters[0].sizes.to(dtype)  # of a token with itself, where the cost is 0
+    share = 1 / clusters[0].sizes.to(dtype)  # of pairs of a token with itself, whose cost is 0
     means = means * (1 - share.diag()) + share.diag()
     return -epsilon * means.clamp(min=_SMALLEST_MEAN).log()

@@ -1,4 +1,4 @@
-"""Every form in which a transport function takes its cost."""
+"""The forms in which transport functions accept a cost."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def as_cost_matrices(
     *,
     self_terms: bool = False,
 ) -> CostMatrices:
-    """The matrices of any form in which a cost may be given.
+    """The cost matrices, from any form in which a cost can be given.
 
     Raises:
-        TypeError: if ``cost`` is none of the forms.
-        ValueError: if it does not fit the sizes, or ``self_terms`` are asked of a single tensor
-            that is no self-cost, or one within a side is not symmetric.
+        TypeError: if ``cost`` has another form.
+        ValueError: if it does not fit the sizes, if ``self_terms`` are requested of a single tensor
+            that is not a self-cost, or if a self-cost is not symmetric.
     """
     n, m = a.shape[-1], b.shape[-1]
     if isinstance(cost, Cost):

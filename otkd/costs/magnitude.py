@@ -1,9 +1,9 @@
-"""The size of an embedding's vectors: what is refused, what is rescaled, and the mean cost.
+"""The magnitude of embeddings: what is refused, what is rescaled, and the mean cost.
 
-Costs are computed in float32, whose squares overflow above 10¹⁹ and vanish below 10⁻²³. A cost that
-is divided by its mean does not depend on the unit of the embedding, so its constant vectors are
-brought to a safe size by a power of two, which changes no digit. All other embeddings of such a
-size are refused: a cost of 0 or infinity teaches nothing, and says nothing.
+Costs are computed in float32, in which squares overflow above 10¹⁹ and underflow below 10⁻²³. A
+cost that is divided by its mean does not depend on the unit of the embedding, so its constant
+vectors are multiplied by a power of two, which changes no digit. Other embeddings of such a
+magnitude are refused, because every cost would be 0 or infinite.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from otkd.tensors import check_floating
 
-_SMALLEST, _LARGEST = 1e-12, 1e12  # of the entries about their centre; beyond, they are rescaled
-_ROUNDING = 1e-14  # of float64: entries that differ by less, relative to their size, are equal
-_SAME_DIRECTION = 1e-6  # mean of 1 − cos that is nothing but rounding in float32
+_SMALLEST, _LARGEST = 1e-12, 1e12  # of centred entries; outside this range they are rescaled
+_ROUNDING = 1e-14  # relative difference below which float64 entries count as equal
+_SAME_DIRECTION = 1e-6  # mean of 1 − cos that may be only rounding error in float32
 _SAMPLED_PAIRS = 2**20
 _BLOCK = 2**14
 _FAR = 10.0
@@ -26,11 +26,11 @@ Embeddings = tuple[Tensor, Tensor | None]
 
 
 def check_embedding(name: str, embedding: Tensor, metric: str) -> None:
-    """Raise unless ``embedding`` is a matrix of finite numbers, with directions for ``"cosine"``.
+    """Raise unless ``embedding`` is a matrix of finite numbers, without zero rows for ``"cosine"``.
 
     Raises:
-        TypeError: if it is no tensor.
-        ValueError: if it is no such matrix.
+        TypeError: if it is not a tensor.
+        ValueError: if it is not such a matrix.
     """
     if not isinstance(embedding, Tensor):
         raise TypeError(
@@ -55,13 +55,14 @@ def check_embedding(name: str, embedding: Tensor, metric: str) -> None:
 
 @torch.no_grad()
 def brought_to_size(embeddings: Embeddings, metric: str, *, rescale: bool) -> Embeddings:
-    """The embeddings multiplied by a power of two where their squares would leave float32.
+    """The embeddings, multiplied by a power of two if their squares exceed the range of float32.
 
-    With ``"cosine"`` each row by its own; with the others both sides by one, and only with
-    ``rescale``.
+    With ``"cosine"`` each row has its own factor. With other metrics both sides have the same
+    factor, which requires ``rescale``.
 
     Raises:
-        ValueError: if all tokens coincide, or their size is not safe and may not be changed.
+        ValueError: if all tokens are equal, or the embeddings would have to be rescaled and may
+            not.
     """
     source, target = embeddings
     if metric == "cosine":
@@ -92,7 +93,7 @@ def _row_by_row(rows: Tensor, rescale: bool) -> Tensor:
 
 
 def _times(rows: Tensor, factor: Tensor | float) -> Tensor:
-    return (rows.double() * factor).to(rows.dtype)  # the factor may be beyond float32
+    return (rows.double() * factor).to(rows.dtype)  # the factor may exceed the range of float32
 
 
 def _unsafe(size: float) -> str:
@@ -109,7 +110,7 @@ def _second(embeddings: Embeddings) -> Tensor:
 
 
 def _spread(embeddings: Embeddings) -> float:
-    """The largest entry of both sides about the centre of the source; no squares are taken."""
+    """The largest absolute entry of both sides after subtracting the mean of the source."""
     centre = _centre(embeddings[0])
     return max(
         (block.double() - centre).abs().max().item()
@@ -120,16 +121,16 @@ def _spread(embeddings: Embeddings) -> float:
 
 
 def _centre(rows: Tensor) -> Tensor:
-    """The mean row in float64, without a copy of them all."""
+    """The mean row in float64, computed without a float64 copy of all rows."""
     return sum((x.double().sum(0) for x in rows.split(_BLOCK)), rows.new_zeros(())) / len(rows)
 
 
 @torch.no_grad()
 def mean_cost(embeddings: Embeddings, metric: str) -> float:
-    """The uniform mean of the cost over all pairs of source and target, in float64.
+    """The mean of the cost over all pairs of source and target, in float64.
 
-    Closed form for sqeuclidean and cosine; for euclidean a seeded sample of 2²⁰ pairs, or all
-    where there are no more. It is 1 for a single pair of tokens that coincide.
+    Computed in closed form for sqeuclidean and cosine, and for euclidean from a seeded sample of
+    2²⁰ pairs, or all pairs if there are fewer. It is 1 for a single pair of equal tokens.
 
     Raises:
         ValueError: if it is 0.
@@ -186,7 +187,10 @@ _MEANS = {
 
 @torch.no_grad()
 def needed_centre(rows: Tensor) -> Tensor | None:
-    """Squared distances do not see the centre, but where it is far off their rounding does."""
+    """The mean row if it is large compared with the spread of the rows, else None.
+
+    Squared distances do not depend on it, but their rounding errors do.
+    """
     centre = _centre(rows)
     spread = sum((x.double() - centre).square().sum().item() for x in rows.split(_BLOCK))
     far = centre.square().sum().item() > _FAR * spread / len(rows)

@@ -1,8 +1,8 @@
-"""The costs of an atom that stands for the whole vocabulary: all tokens outside a head.
+"""The costs of the tail, an atom that stands for all tokens outside the head.
 
-Let w be uniform over the vocabulary. From a token to the atom it costs the mean E_w[C(token, ·)]
-(not the cost to the mean embedding, which is smaller by the spread of the vocabulary), and from the
-atom to itself the soft mean −ε·log E_w,w[exp(−C/ε)]: what its tokens have among themselves.
+Let w be uniform over the vocabulary. The cost between a token and the tail is the mean
+E_w[C(token, ·)]. (The cost to the mean embedding would be smaller, by the variance of the
+vocabulary.) The cost between two tails is the soft mean −ε·log E_w,w[exp(−C/ε)].
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def mean_cost_to_all(
 ) -> Tensor:
     """E_w[C(token, ·)] with w uniform over the second side, ``(batch, k) -> (batch, k)``.
 
-    In closed form where the cost has one; else over a seeded sample of 1024 tokens, or all of them
-    up to 2048. For a constant cost it is computed once for all tokens.
+    Computed in closed form if the cost has one; otherwise from a seeded sample of 1024 tokens, or
+    all tokens up to 2048. For a constant cost it is computed once for all tokens.
     """
     if cost.learns:
         every, places = tokens.unique(return_inverse=True)  # positions share most of their tokens
@@ -50,8 +50,8 @@ def soft_mean_cost(
 ) -> Tensor:
     """−ε·log E_w,w[exp(−C/ε)] with w uniform over each side, a scalar.
 
-    Over a seeded sample of 1024 tokens of each side, or all of them up to 2048; of a vocabulary
-    with itself, pairs of a token with itself have the weight they have in the whole, 1/V.
+    Computed from a seeded sample of 1024 tokens of each side, or all tokens up to 2048. Within one
+    vocabulary, pairs of a token with itself have the weight that they have among all pairs, 1/V.
     """
     key = ("soft", sides, sizes, epsilon, dtype, device)
     return cost.kept(key, lambda: _soft_mean(cost, sides, sizes, epsilon, dtype, device))

@@ -1,1 +1,1 @@
-"""Fast paths that keep on chip, or never form, what the plain path writes to memory."""
+"""Kernels that keep intermediate results on the chip instead of writing them to memory."""

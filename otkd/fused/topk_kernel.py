@@ -1,13 +1,13 @@
 """Debiased transport between the heads of N positions, in one Triton kernel.
 
-One program solves one position. It gathers the embeddings of the K tokens, forms their costs as a
-tile that stays in registers, iterates on the potentials of OT(a, b), OT(a, a) and OT(b, b) and
-writes value and gradient: no cost is ever in memory. The tail atom is kept beside the tile, as a
-vector of costs and a corner, so that K may fill the tile. The tile is symmetric: both sides stand
-on the same tokens.
+One program solves one position. It gathers the embeddings of the K tokens, computes their costs as
+a tile in registers, iterates on the potentials of OT(a, b), OT(a, a) and OT(b, b), and writes value
+and gradient, so that no cost is written to memory. The tail is stored separately from the tile, as
+a vector of costs and one number, so that K may fill the tile. The tile is symmetric, because both
+sides have the same tokens.
 
-What is solved, and when it counts as solved, is that of :mod:`otkd.ot.solver`; the acceleration is
-that of :mod:`otkd.ot.acceleration` at depth 1, a secant along the last step, with its safeguard.
+The problem and the stopping criterion are those of :mod:`otkd.ot.solver`. The acceleration is that
+of :mod:`otkd.ot.acceleration` with depth 1, a secant along the last step, with its safeguard.
 Potentials and costs are in units of ε, and soft minima are log-sum-exps.
 """
 

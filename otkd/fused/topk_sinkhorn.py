@@ -1,7 +1,7 @@
-"""The Triton backend of :class:`otkd.supports.TopK`: one program a position, all on chip.
+"""The Triton backend of :class:`otkd.supports.TopK`: one program per position.
 
-The kernel is in :mod:`otkd.fused.topk_kernel`, which is imported when it is first needed. Its plain
-reference is the torch path: the costs of :mod:`otkd.supports.topk`, solved by
+The kernel is in :mod:`otkd.fused.topk_kernel`, which is imported on first use. Its reference is the
+torch implementation: the costs of :mod:`otkd.supports.topk`, solved by
 :func:`otkd.ot.divergence.solve_divergence`.
 """
 

@@ -1,12 +1,13 @@
-"""Anderson's acceleration of a fixed-point iteration, for many problems at once.
+"""Anderson acceleration of a fixed-point iteration, for many problems at once.
 
-The next point is the combination of the last images that would make the residual smallest if the
-map were linear (Anderson, 1965; Walker and Ni, 2011, "Anderson Acceleration for Fixed-Point
-Iterations"). Near the optimum Sinkhorn's map is linear, and self-adjoint in L²(a): the residual is
-measured there. A few slow modes, as between clusters of tokens, cost a few iterations in place of
-hundreds. Far from it a combination may lead astray, but the L1 marginal error of the plain
-iteration never grows: a problem whose error does goes back to the image of its best point, forgets
-its history, and waits, after every such failure twice as long, before it combines again.
+The next point is the combination of the last images that would minimise the residual if the map
+were linear (Anderson, 1965; Walker and Ni, 2011, "Anderson Acceleration for Fixed-Point
+Iterations"). Near the optimum Sinkhorn's map is linear, and self-adjoint in L²(a), so the residual
+is measured in that norm. A few slow modes, for example between clusters of tokens, then take a few
+iterations instead of hundreds. Far from the optimum a combination can be worse than the plain
+iteration, whose L1 marginal error never grows. If the error of a problem grows, it returns to the
+image of its best point, drops its history, and waits before it combines again; the waiting time
+doubles with every failure.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Anderson:
     Args:
         weights: ``(B, n)``, of the squared residual.
         start: the first points, ``(B, n)``.
-        unit: what points are measured in, so that squares of residuals are representable.
+        unit: the unit of the points, chosen so that squares of residuals are representable.
     """
 
     def __init__(self, weights: Tensor, start: Tensor, unit: float = 1.0):
@@ -49,10 +50,10 @@ class Anderson:
         return self._best_image
 
     def next_point(self, point: Tensor, image: Tensor, error: Tensor) -> Tensor:
-        """Where to go from ``point``, given its ``image (B, n)`` and ``error (B,)``."""
-        # The error may stay the same for long while the point moves: later is better.
+        """The next point after ``point``, given its ``image (B, n)`` and ``error (B,)``."""
+        # The error may stay constant while the point improves, so a later point is better.
         better = error <= _AS_GOOD * self._best_error
-        # No error is above 2: near that, whatever is no clear fall has failed. So has NaN.
+        # Errors are at most 2: near 2, and for NaN, anything but a clear decrease is a failure.
         best = self._best_error
         failed = ~(error <= torch.minimum(_GROWTH * best, (1 + best) / 2))
         self._best_error = torch.fmin(self._best_error, error)
@@ -72,7 +73,7 @@ class Anderson:
         return torch.where(failed.unsqueeze(-1), self._best_image, following)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the problems ``rows`` alone."""
+        """Continue with only the problems ``rows``."""
         for name in ("_root", "_images", "_residuals", "_best_error", "_best_image"):
             setattr(self, name, getattr(self, name)[rows])
         self._wait, self._failures = self._wait[rows], self._failures[rows]
@@ -87,7 +88,7 @@ class Anderson:
             torch.sub(image, last_image, out=self._images[:, slot])
             torch.sub(residual, last_residual, out=self._residuals[:, slot])
             restarted = failed | last_failed
-            if restarted.any():  # the way to a failure and back from it says nothing
+            if restarted.any():  # differences across a failure carry no information
                 self._images[:, slot].masked_fill_(restarted.unsqueeze(-1), 0)
                 self._residuals[:, slot].masked_fill_(restarted.unsqueeze(-1), 0)
                 self._images.masked_fill_(failed.reshape(-1, 1, 1), 0)

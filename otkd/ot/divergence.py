@@ -117,7 +117,7 @@ def solve_divergence(
     """
     a, b, cross_cost, batch = flatten_problem(a, b, cost.cross)
     within: list[Transport] = []
-    # One vocabulary: the three costs are one, and so is what they are made into.
+    # Within one vocabulary the three costs are one object, and so is their normal form.
     grounds: dict[int, Ground] = {}
     start = None
     with without_autocast(a):
@@ -136,7 +136,7 @@ def solve_divergence(
                 )
                 grounds[id(self_cost)] = transport.form.ground
                 within.append(transport)
-                # Near a = b, where a good student is, the potentials of (b, b) are those of (a, b).
+                # Near a = b, where a good student is, (a, b) has the potentials of (b, b).
                 start = transport.potentials.f if masses is b else None
         problem = Problem(a, b, cross_cost, objective.epsilon, penalties=objective.penalties)
         transport = solve_transport(
@@ -170,7 +170,7 @@ def with_offsets(value: Tensor, a: Tensor, b: Tensor, parts: Sequence[Transport]
     for masses, offset in ((a, source), (b, target)):
         if isinstance(offset, Tensor) or offset != 0:
             total = masses.sum(-1)
-            # The value is that of a total of 1, and the gradient that for each unit of mass.
+            # The value is that of total mass 1, and the gradient is per unit of mass.
             value = value + offset * (1 + total - total.detach())
     return value
 

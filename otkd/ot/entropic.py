@@ -33,19 +33,19 @@ def sinkhorn(
         b: target masses; each vector adds up to 1.
         cost: a tensor ``(n, m)`` shared by the batch, one per problem ``(*batch, n, m)``, or a
             cost object of :mod:`otkd.costs`.
-        epsilon: strength of the entropic term, in units of the cost.
-        tolerance: L1 marginal error at which a problem is solved.
-        max_iterations: limit of updates of both potentials. At the limit the result carries
-            ``converged=False``, and a :class:`~otkd.ConvergenceWarning` is given.
+        epsilon: strength of the entropic regularisation, in units of the cost.
+        tolerance: L1 marginal error at which a problem counts as solved.
+        max_iterations: limit of updates of both potentials. If it is reached, the result has
+            ``converged=False``, and a :class:`~otkd.ConvergenceWarning` is issued.
 
     Returns:
         A :class:`Solution`. ``value`` is differentiable in ``a``, ``b`` and ``cost`` by the
-        envelope theorem; memory does not grow with the iterations.
+        envelope theorem; memory does not grow with the number of iterations.
 
     Raises:
         TypeError: if an argument is not a floating-point tensor.
-        ValueError: for shapes that do not fit, masses that are no distribution, ε or tolerance
-            not above 0.
+        ValueError: for shapes that do not fit, masses that are not a distribution, or ε or
+            tolerance not above 0.
 
     Source: Cuturi (2013), "Sinkhorn Distances: Lightspeed Computation of Optimal Transport" (with
     λ = 1/ε); Feydy et al. (2019) for the objective with KL(P‖a⊗b).

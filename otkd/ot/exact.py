@@ -113,11 +113,11 @@ def _monotone_transport(a: Tensor, b: Tensor, p: float) -> Tensor:
 
 
 def _two_points(a: Tensor, b: Tensor, cost: Tensor) -> Tensor:
-    """Between two points and two points one number is free: the mass that stays at the first."""
+    """Transport between two and two points, determined by the mass that stays at the first."""
     c00, c01, c10, c11 = (cost[..., i, j] for i in (0, 1) for j in (0, 1))
     most = torch.minimum(a[:, 0], b[:, 0])
     least = (a[:, 0] - b[:, 1]).clamp(min=0)
-    # Differences first: what all four have in common would take the digits of the sums.
+    # Differences first: a common constant would cost digits of the sums.
     stay = torch.where(c00 - c01 <= c10 - c11, most, least)
     return (
         stay * c00
@@ -141,7 +141,7 @@ class _LinearProgram(torch.autograd.Function):
             matrix = costs if costs.ndim == 2 else costs[index]
             rows, columns = source.nonzero()[0], target.nonzero()[0]
             block = matrix[rows[:, None], columns[None, :]]
-            # The simplex compares with constants: its costs are from 0 to 1.
+            # The simplex compares with absolute constants, so scale its costs to 0 … 1.
             least, span = block.min(), np.ptp(block)
             span = span if span > 0 else 1.0
             plan, log = ot.emd(

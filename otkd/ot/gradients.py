@@ -1,21 +1,21 @@
-"""Gradients of transport: by the envelope theorem, or implicitly. The only autograd of the core.
+"""Gradients of transport by the envelope theorem or implicit differentiation.
 
-At the optimum the derivative of the dual value is that of the Lagrangian with the potentials held
-fixed: ∂OT/∂a = f, ∂OT/∂b = g, ∂OT/∂C = P. No iteration is recorded and none is repeated.
+At the optimum, the derivative of the dual value is that of the Lagrangian with fixed potentials:
+∂OT/∂a = f, ∂OT/∂b = g, ∂OT/∂C = P. No iteration is recorded or repeated.
 
 The sharp value V = ⟨P, C⟩ has no such theorem. Differentiating the optimality conditions
 
     Σ_j b_j·E_ij = 1,   Σ_i a_i·E_ij = 1,   E = exp((f + g − C)/ε)
 
-and eliminating df, dg by the adjoint (x, y) that solves
+and eliminating df, dg with the adjoint (x, y) that solves
 
     x_i = Σ_j b_j·E_ij·(C_ij − y_j),   y_j = Σ_i a_i·E_ij·(C_ij − x_i)
 
-gives ∂V/∂a = x, ∂V/∂b = y and ∂V/∂C = P∘(1 + (x⊕y − C)/ε). The system is Sinkhorn's iteration
-linearised: it is solved by the same alternation at the same rate, in the same memory. Where the
-solver stopped early the sums of b_j·E_ij are not 1, and the linearised conditions have them as
-factors of x_i and y_j: divided by them the alternation averages, and cannot diverge. It is
-accelerated as the solver's is.
+gives ∂V/∂a = x, ∂V/∂b = y and ∂V/∂C = P∘(1 + (x⊕y − C)/ε). This system is the linearised Sinkhorn
+iteration, and is solved by the same alternation, at the same rate and in the same memory. If the
+solver stopped early, the sums of b_j·E_ij are not 1, and appear as factors of x_i and y_j in the
+linearised conditions. The updates are divided by them, so that the alternation computes averages
+and cannot diverge. It is accelerated like the solver's.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from otkd.precision import without_autocast
 PullBack = Callable[[Tensor, Sequence[bool]], tuple[Tensor | None, ...]]
 """From the gradient of the value to those of what the cost is made of, those that are needed."""
 
-_ROUNDING = 4.0  # of the largest cost, in its last bits
+_ROUNDING = 4.0  # times the rounding error of the largest cost
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value that was computed without autograd, with the gradients that belong to it."""
+    """A value that was computed without autograd, with its gradients."""
 
     @staticmethod
     def forward(ctx, value, grad_a, grad_b, pull_back, a, b, *cost_inputs):
         ctx.save_for_backward(grad_a, grad_b)
-        # Where none is wanted the kernel is let go.
+        # If no gradient is needed, release the kernel.
         ctx.pull_back = pull_back if any(ctx.needs_input_grad[6:]) else None
         return value.clone()
 
@@ -73,7 +73,7 @@ class _WithGradient(torch.autograd.Function):
 def dual_value(problem: Problem, form: NormalForm, potentials: Potentials) -> Tensor:
     """OT_ε of every problem, ``(B,)``, with its envelope gradients in a, b and the cost.
 
-    Of balanced problems it is that of the normal form.
+    For balanced problems it is the value of the normal form.
     """
     normal, kernel = form.problem, form.ground.kernel
     f, g, excess = potentials.f, potentials.g, potentials.row_excess
@@ -88,7 +88,7 @@ def dual_value(problem: Problem, form: NormalForm, potentials: Potentials) -> Te
     def pull_back(weights, needed):
         left, right, source, target = weights * normal.a, normal.b, f, g
         if isinstance(form.log_mass, Tensor):
-            # Half to either side, of potentials that are as large: neither is out of range.
+            # Half on either side, so that neither potential exceeds the range of the dtype.
             factor = (form.log_mass / 2).exp()
             middle = (f.amax(-1, keepdim=True) - g.amax(-1, keepdim=True)) / 2
             left, right, source, target = left * factor, right * factor, f - middle, g + middle
@@ -109,7 +109,7 @@ def _attached(
 def _relaxed(
     problem: Problem, form: NormalForm, potentials: Potentials
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The value of problems with a penalised side, and its gradients in a and b."""
+    """The value of problems with a relaxed marginal, and its gradients in a and b."""
     a, b, epsilon = problem.a.to(potentials.f), problem.b.to(potentials.f), problem.epsilon
     total_a, total_b = (x.sum(-1, keepdim=True) for x in (a, b))
     target_excess = form.problem.target.optimal_excess(potentials.g)
@@ -117,7 +117,7 @@ def _relaxed(
         target_excess = potentials.row_excess
     grad_a = problem.source.worth(potentials.f + form.source_shift)
     grad_b = problem.target.worth(potentials.g + form.target_shift)
-    # The sums of the plan over the masses: the masses of the plan and of a⊗b depend on a and b.
+    # Row sums of the plan over the masses: the masses of the plan and of a⊗b depend on a and b.
     rows = (1 + potentials.row_excess) * torch.exp(form.log_mass - total_a.log())
     columns = (1 + target_excess) * torch.exp(form.log_mass - total_b.log())
     value = torch.linalg.vecdot(a, grad_a - epsilon * (rows - total_b))
@@ -133,9 +133,9 @@ def sharp_value(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, bool]:
-    """⟨P, C⟩ of the normal form of every problem, ``(B,)``, with gradients; and whether they are.
+    """⟨P, C⟩ of the normal form of every problem, ``(B,)``, and whether its gradients were found.
 
-    They are by implicit differentiation, of balanced problems.
+    The gradients of balanced problems are computed by implicit differentiation.
     """
     normal, kernel = form.problem, form.ground.kernel
     a, b, cost, epsilon = normal.a, normal.b, normal.cost, normal.epsilon
@@ -148,7 +148,7 @@ def sharp_value(
     x, y, solved = _solve_adjoint(normal, kernel, potentials, row_cost, tolerance, max_iterations)
 
     def pull_back(weights, needed):
-        assert isinstance(cost, Tensor)  # a lazy cost is a constant where the value is sharp
+        assert isinstance(cost, Tensor)  # with the sharp value, a lazy cost is a constant
         left = weights * a
         plan = kernel.coupling(f, g, left, b)
         moved = kernel.coupling(f, g, left * x, b) + kernel.coupling(f, g, left, b * y)
@@ -166,9 +166,9 @@ def _solve_adjoint(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, bool]:
-    """The pair (x, y) of the module's docstring, with ⟨a, x⟩ = ⟨b, y⟩, and whether it is found."""
+    """The pair (x, y) of the module's docstring, with ⟨a, x⟩ = ⟨b, y⟩, and whether it converged."""
     a, b, f, g = problem.a, problem.b, potentials.f, potentials.g
-    # In the gradient an error of x is divided by ε; what rounding leaves of it no step removes.
+    # In the gradient an error of x is divided by ε. No step removes its rounding error.
     largest = problem.largest_cost or 1.0
     rounding = _ROUNDING * torch.finfo(a.dtype).eps * largest
     limit = max(tolerance * problem.epsilon * kernel.reach, rounding)
@@ -193,7 +193,7 @@ def _solve_adjoint(
     for _ in range(max_iterations):
         y = column_cost - backward.mean(g, f, a, x)
         next_x = (row_cost - kernel.mean(f, g, b, y)) / row_sums
-        next_x = next_x - (a * next_x).sum(-1, keepdim=True)  # x + c, y − c is as good
+        next_x = next_x - (a * next_x).sum(-1, keepdim=True)  # x + c, y − c also solves it
         change = (a * (x - next_x).abs()).sum(-1)
         solved = bool((change <= limit).all())
         if solved:

@@ -1,23 +1,24 @@
-"""Potentials of problems with few targets, by Newton's method.
+"""Newton's method for problems with few targets.
 
-With the best f for a given g put in, the dual is a concave function of g alone, the *semi-dual*.
-With Π the rows of the plan over their masses r, r = a and β = b where the marginals are held,
-r = a·exp(−softmin(g)/(ρ_a + ε)) and β = b·exp(−g/ρ_b) where they are penalised, and c = Πᵀ·r,
+With the best f for a given g, the dual is a concave function of g alone, the *semi-dual*. Let Π be
+the rows of the plan divided by their masses r. If the marginals are held, r = a and β = b. If they
+are relaxed, r = a·exp(−softmin(g)/(ρ_a + ε)) and β = b·exp(−g/ρ_b). With c = Πᵀ·r,
 
     gradient β − c,    −ε·Hessian diag(c + ε·β/ρ_b) − ρ_a/(ρ_a + ε)·Πᵀ·diag(r)·Π.
 
-It is made of exponentials: with θ = max(3/(1 + ρ_a/ε), ε/ρ_b) and d the range of δ/ε and θ times
-its largest entry, a Newton step δ cut to ln(1 + d)/d of it always rises (Sun and Tran-Dinh, 2019,
-"Generalized self-concordant functions", theorem 2), and near the optimum all of it is taken.
-Sinkhorn's own update of g, which rises, too, goes between: it sets right at once the targets of
-little mass that would shorten the step for all. So a handful of steps do where iterations need
-hundreds or thousands, as between a few well-separated classes, or where ρ is large. It is done in
-float64: the Hessian has eigenvalues down to exp(−C/ε).
+Let θ = max(3/(1 + ρ_a/ε), ε/ρ_b), and let d be the larger of the range of δ/ε and θ times its
+largest entry. Then a Newton step δ multiplied by ln(1 + d)/d always increases the semi-dual (Sun
+and Tran-Dinh, 2019, "Generalized self-concordant functions", theorem 2), and near the optimum the
+full step is taken. Between Newton steps, Sinkhorn's update of g is applied, which also increases
+the semi-dual: it immediately corrects targets of little mass that would otherwise shorten the step.
+A handful of steps replaces hundreds or thousands of iterations, for example between a few
+well-separated classes, or for large ρ. All is computed in float64, because the Hessian has
+eigenvalues down to exp(−C/ε).
 
-At an ε far below the range of the costs a step that is cut is short beside the way there. Then the
-problem is first solved at a larger ε, and from there at ever smaller ones (Schmitzer, 2019,
-"Stabilized Sparse Scaling Algorithms for Entropy Regularized Transport Problems"): a few steps
-each, so that the number of steps grows as the logarithm of 1/ε.
+If ε is far below the range of the costs, a shortened step is small compared with the distance to
+the optimum. The problem is then solved for a larger ε first, and from there for decreasing ε
+(Schmitzer, 2019, "Stabilized Sparse Scaling Algorithms for Entropy Regularized Transport
+Problems"), with a few steps each, so that the number of steps grows with the logarithm of 1/ε.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from torch import Tensor
 from otkd.ot.problem import HELD, Marginal
 
 _BLOCK_ELEMENTS = 2**17
-_MARGIN = 1e-3  # of the tolerance: one more step, and rounding to float32 is what is left
+_MARGIN = 1e-3  # times the tolerance: after one more step only float32 rounding is left
 _LEAST_EIGENVALUE = 1e-13
 _LEAST_MASS = 1e-200
-_DIRECT = 100.0  # of the range over ε: up to there without larger ε
-_RATIO = 4.0  # of one ε to the next
-_COARSE = 1e-3  # the error at which the next is begun
+_DIRECT = 100.0  # range of the costs over ε up to which no larger ε is solved first
+_RATIO = 4.0  # ratio of successive ε
+_COARSE = 1e-3  # error at which the next ε begins
 
 
 def newton_potentials(
@@ -49,9 +50,9 @@ def newton_potentials(
     max_steps: int,
     penalties: tuple[float, float] = HELD,
 ) -> tuple[Tensor, int]:
-    """Potentials g ``(B, m)``, from ``start``, and the most steps that any problem took.
+    """Potentials g ``(B, m)``, from ``start``, and the largest number of steps of any problem.
 
-    ``a (B, n)``, ``b (B, m)`` and ``cost (n, m)`` or ``(B, n, m)``. In time O(B·n·m²), and the
+    ``a (B, n)``, ``b (B, m)`` and ``cost (n, m)`` or ``(B, n, m)``. Takes time O(B·n·m²), and the
     memory of a block of problems.
     """
     found, most = torch.empty_like(start), 0
@@ -80,9 +81,9 @@ def _descend(
     limit: float,
     max_steps: int,
 ) -> tuple[Tensor, int]:
-    """The potentials g of a block, by way of larger ε where they are far, and the steps it took.
+    """The potentials g of a block, by way of larger ε if they are far, and the number of steps.
 
-    The potentials, the cost and the penalties are in units of ε.
+    Potentials, cost and penalties are in units of ε.
     """
     reach = (cost.max() - cost.min()).item()
     levels = math.ceil(math.log(reach / _DIRECT, _RATIO)) if _DIRECT < reach < math.inf else 0
@@ -105,10 +106,10 @@ def _ascend(
     limit: float,
     max_steps: int,
 ) -> tuple[Tensor, int]:
-    """The potentials g of a block, and the steps it took; all in units of ε."""
+    """The potentials g of a block, and the number of steps; all in units of ε."""
     source, target = sides
     damping = source.damping(1.0)
-    # How fast masses change with the potentials; they do not where they are held.
+    # Derivative of the masses in the potentials; 0 for a side that is held.
     slope, target_slope = 1 / (1 + source.penalty), 1 / target.penalty
     found, steps = g, 0
     unsolved = torch.arange(len(b), device=b.device)
@@ -124,7 +125,7 @@ def _ascend(
         columns = (row_masses.unsqueeze(-2) @ rows).squeeze(-2)
         missing = wanted - columns
         found[unsolved] = g
-        # With penalised marginals, of the mass of the plan where that is less than theirs.
+        # With relaxed marginals, relative to the mass of the plan if that is smaller.
         error = missing.abs().sum(-1) / wanted.sum(-1).clamp(_LEAST_MASS, 1)
         go_on = (error > limit).nonzero().squeeze(-1)
         if len(go_on) < len(unsolved):

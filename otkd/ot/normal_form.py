@@ -1,20 +1,21 @@
-"""The form in which every problem is solved: costs from 0 up, masses that add up to 1.
+"""The normal form of a problem: costs from 0 up, and masses that add up to 1.
 
-A constant added to the cost changes nothing of the plan of balanced transport, and of a penalised
-one its mass alone; so does a factor of all masses of a side. Either is known beforehand. Let c be
-the least cost of a problem, α and β the masses of its sides, C' = C − c, a' = a/α, b' = b/β, and
+Adding a constant to the cost does not change the plan of balanced transport, and only scales the
+plan of relaxed transport. Multiplying the masses of a side has a similar effect. Both effects are
+known in closed form. Let c be the least cost of a problem, α and β the total masses of its sides,
+C' = C − c, a' = a/α, b' = b/β, and
 
     S = ε + ρ_a + ρ_b,   w_a = ρ_a/S,   w_b = ρ_b/S,   h = ρ_a·ρ_b/S
 
-(with the limits of these where a side is held, ρ = ∞). Then
+(or the limits of these if a side is held, ρ = ∞). Then
 
     f = f' + w_a·(c − ε·log β) + h·log(α/β),    g = g' + w_b·(c − ε·log α) − h·log(α/β),
-    log P = log P' + log(α·β) − w_a·log β − w_b·log α − c/S,
+    log P = log P' + log(α·β) − w_a·log β − w_b·log α − c/S.
 
-which put into the updates f ← ρ_a/(ρ_a + ε)·softmin(g) and g ← ρ_b/(ρ_b + ε)·softmin(f) gives them
-for f' and g'. So the kernels and the solver see no constants, no units of mass and no sign of the
-cost: all that counts is the range of the cost over ε. Where float32 has too few digits for that, a
-normal form is in float64.
+Substituting these into the updates f ← ρ_a/(ρ_a + ε)·softmin(g) and g ← ρ_b/(ρ_b + ε)·softmin(f)
+gives the updates of f' and g'. So kernels and solver do not depend on constants and signs of the
+cost or on units of mass, but only on the range of the cost divided by ε. If float32 has too few
+digits for that range, the normal form is in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from otkd.ot.kernels.choice import dense_kernel
 from otkd.ot.kernels.lazy import LazyCost
 from otkd.ot.problem import Problem
 
-_ROUNDINGS = 2  # of C/ε, which are to be within the tolerance of the marginals
+_ROUNDINGS = 2  # rounding errors of C/ε that must be within the tolerance of the marginals
 SMALLEST_EPSILON = 1e-11
 """Of the range of the cost: balanced problems with a smaller ε are solved with this one.
 
@@ -41,11 +42,11 @@ plan any more.
 
 @dataclass(frozen=True)
 class Ground:
-    """A cost less the least one of each problem, and its kernel.
+    """A cost minus the least cost of each problem, and its kernel.
 
     Attributes:
         cost: C', as the cost of a :class:`~otkd.ot.problem.Problem`; at least 0.
-        least: c; ``(B, 1)`` where every problem has its own.
+        least: c; ``(B, 1)`` if every problem has its own.
         kernel: exp(−C'/ε).
     """
 
@@ -55,12 +56,12 @@ class Ground:
 
     @classmethod
     def of(cls, problem: Problem, tolerance: float) -> Ground:
-        """That of a problem without autograd history, which is to be solved to this tolerance.
+        """The ground of a problem without autograd history, to be solved to this tolerance.
 
-        It is in float64 where the rounding of C/ε in float32 alone is beyond the tolerance.
+        It is in float64 if the rounding error of C/ε in float32 exceeds the tolerance.
         """
         cost, epsilon = problem.cost, problem.epsilon
-        if isinstance(cost, LazyCost) or not cost.numel():  # lazy ones are distances
+        if isinstance(cost, LazyCost) or not cost.numel():  # lazy costs are distances, from 0 up
             return cls(cost, 0.0, problem.kernel())
         span, least = _span_and_least(cost)
         if problem.balanced:
@@ -76,7 +77,7 @@ class Ground:
 
 
 def _span_and_least(cost: Tensor) -> tuple[float, Tensor | float]:
-    """The largest range of a problem's costs, and the least of each; 0 where it is for all."""
+    """The largest range of a problem's costs, and the least cost of each; 0 if it is 0 for all."""
     if cost.ndim == 2:
         least, greatest = torch.stack(torch.aminmax(cost)).tolist()
         return greatest - least, least
@@ -87,16 +88,16 @@ def _span_and_least(cost: Tensor) -> tuple[float, Tensor | float]:
 
 @dataclass(frozen=True)
 class NormalForm:
-    """A problem in normal form, and the way back.
+    """A problem in normal form, and the conversion back.
 
     Attributes:
         problem: with the masses a', b' and the cost C'; without autograd history.
-        ground: that of the cost.
+        ground: of the cost.
         source_shift: f − f', ``(B, 1)``, or 0.
         target_shift: g − g'.
         log_mass: log P − log P' for both masses multiplied out, ``(B, 1)``, or 0.
-        least_mass: mass of P' at which P has as much as the smaller side, ``(B,)``; None where the
-            marginals are held.
+        least_mass: the mass of P' at which P has the mass of the smaller side, ``(B,)``; None if
+            the marginals are held.
     """
 
     problem: Problem
@@ -110,7 +111,7 @@ class NormalForm:
     def of(
         cls, problem: Problem, ground: Ground | None = None, *, tolerance: float = 1e-4
     ) -> NormalForm:
-        """That of a problem, whose ground may be known, to be solved to this tolerance."""
+        """The normal form of a problem that is to be solved to this tolerance."""
         problem = problem.detached()
         if ground is None:
             ground = Ground.of(problem, tolerance)
@@ -134,7 +135,7 @@ class NormalForm:
         )
 
     def plan(self, f: Tensor, g: Tensor) -> Tensor:
-        """P between potentials of the normal form, ``(B, n, m)``; not of a lazy cost."""
+        """P from potentials of the normal form, ``(B, n, m)``; not available for a lazy cost."""
         a, b, cost = self.problem.a, self.problem.b, self.problem.cost
         if isinstance(cost, LazyCost):
             raise TypeError(
@@ -145,13 +146,13 @@ class NormalForm:
 
 
 def _normalised(masses: Tensor) -> tuple[Tensor, Tensor]:
-    """The total of each row, ``(B, 1)``, and the row over it."""
+    """The total of each row, ``(B, 1)``, and the row divided by it."""
     total = masses.sum(-1, keepdim=True)
     return total, masses / total
 
 
 def _weights(problem: Problem) -> tuple[float, float, float, float]:
-    """The weights w_a, w_b, h and 1/S of a problem that is not balanced."""
+    """The weights w_a, w_b, h and 1/S of a relaxed problem."""
     source, target = problem.penalties
     if math.isinf(source):
         return 1.0, 0.0, target, 0.0

@@ -22,7 +22,7 @@ HELD = (math.inf, math.inf)
 
 @dataclass(frozen=True)
 class Marginal:
-    """How one side of the plan is tied to its masses: held (ρ = ∞), or by ρ·KL.
+    """How a marginal of the plan is constrained: held (ρ = ∞), or relaxed by ρ·KL.
 
     Attributes:
         penalty: ρ, in units of the cost.
@@ -32,36 +32,36 @@ class Marginal:
 
     @property
     def held(self) -> bool:
-        """Whether the plan has exactly these masses."""
+        """Whether the marginal of the plan equals the masses."""
         return math.isinf(self.penalty)
 
     def damping(self, epsilon: float) -> float:
-        """What the soft minimum is multiplied by to give a potential, ρ/(ρ + ε)."""
+        """The factor by which the soft minimum is multiplied, ρ/(ρ + ε)."""
         return 1.0 if self.held else self.penalty / (self.penalty + epsilon)
 
     def worth(self, potential: Tensor) -> Tensor:
-        """What a unit of mass with this potential adds to the dual, −ρ·(exp(−f/ρ) − 1) or f."""
+        """The contribution to the dual of a unit of mass, −ρ·(exp(−f/ρ) − 1), or f if held."""
         return potential if self.held else -self.penalty * torch.expm1(potential / -self.penalty)
 
     def optimal_excess(self, potential: Tensor) -> Tensor | float:
-        """The plan's sum over the mass, less 1, at the optimum: exp(−f/ρ) − 1, 0 where held."""
+        """The plan's marginal divided by the mass, minus 1, at the optimum: exp(−f/ρ) − 1, or 0."""
         return 0.0 if self.held else torch.expm1(potential / -self.penalty)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """min over P ≥ 0 with marginals a, b of ⟨P, C⟩ + ε·KL(P‖a⊗b), for B problems at once.
+    """B problems: min over P ≥ 0 with marginals a, b of ⟨P, C⟩ + ε·KL(P‖a⊗b).
 
-    A side with a finite penalty ρ is free, and ρ·KL(P1‖a) (or ρ·KL(Pᵀ1‖b)) is added.
+    For a relaxed side (finite ρ), the constraint is replaced by ρ·KL(P1‖a) or ρ·KL(Pᵀ1‖b).
 
     Attributes:
         a: source masses, ``(B, n)``.
         b: target masses, ``(B, m)``.
-        cost: ``(n, m)``, shared by the problems, or ``(B, n, m)``; or a lazy one, shared.
-        epsilon: strength of the entropic term, in units of the cost.
+        cost: ``(n, m)``, shared by the problems, or ``(B, n, m)``; or a shared lazy cost.
+        epsilon: strength of the entropic regularisation, in units of the cost.
         symmetric: a = b and the cost is symmetric, so that f = g.
-        penalties: ρ of the source and of the target, in units of the cost; infinite where a side
-            is held.
+        penalties: ρ of the source and of the target, in units of the cost; infinite for a side
+            that is held.
     """
 
     a: Tensor
@@ -72,7 +72,7 @@ class Problem:
     penalties: tuple[float, float] = HELD
 
     def kernel(self) -> Kernel:
-        """How exp(−C/ε) is applied to the costs as they are."""
+        """The kernel exp(−C/ε) of the costs."""
         return kernel_of(self.cost, self.epsilon, problems=len(self.a))
 
     @property
@@ -84,17 +84,17 @@ class Problem:
 
     @property
     def cost_inputs(self) -> tuple[Tensor, ...]:
-        """What the gradient of the cost goes to: itself, or what a lazy one is made of."""
+        """The tensors that the cost's gradient flows to: the cost, or the inputs of a lazy cost."""
         return self.cost.inputs if isinstance(self.cost, LazyCost) else (self.cost,)
 
     @property
     def source(self) -> Marginal:
-        """How the rows of the plan are tied to a."""
+        """The constraint on the marginal a."""
         return Marginal(self.penalties[0])
 
     @property
     def target(self) -> Marginal:
-        """How the columns of the plan are tied to b."""
+        """The constraint on the marginal b."""
         return Marginal(self.penalties[1])
 
     @property
@@ -108,7 +108,7 @@ class Problem:
 
 
 def check_masses(a: Tensor, b: Tensor) -> None:
-    """Check the masses a caller gives, ``a (*batch, n)`` and ``b (*batch, m)``.
+    """Check the masses of a caller, ``a (*batch, n)`` and ``b (*batch, m)``.
 
     Raises:
         TypeError: if either is not a floating-point tensor.
@@ -127,16 +127,16 @@ def check_costs(n: int, m: int, costs: CostMatrices) -> None:
 
     Raises:
         TypeError: if any is not a floating-point tensor.
-        ValueError: if any is of another size or holds a number that is not finite.
+        ValueError: if any has another size or holds a number that is not finite.
     """
     seen: list[Tensor] = []
     for cost, size in zip(costs, ((n, m), (n, n), (m, m)), strict=True):
         if cost is None or isinstance(cost, LazyCost) or any(cost is other for other in seen):
-            continue  # one vocabulary: the three are one matrix
+            continue  # within one vocabulary all three are the same matrix
         seen.append(cost)
         check_floating("cost", cost)
         check_cost_shape(cost, *size)
-        if cost.numel() and not _range(cost.detach()).isfinite():  # nor is it with a NaN
+        if cost.numel() and not _range(cost.detach()).isfinite():  # also false for NaN
             raise ValueError(
                 "cost must hold only finite numbers whose differences are also finite in "
                 f"{str(cost.dtype).removeprefix('torch.')}"
@@ -151,11 +151,11 @@ def _range(cost: Tensor) -> Tensor:
 def flatten_problem(
     a: Tensor, b: Tensor, cost: Tensor | LazyCost, batch: tuple[int, ...] = ()
 ) -> tuple[Tensor, Tensor, Tensor | LazyCost, tuple[int, ...]]:
-    """Bring masses and cost to one batch dimension and one floating dtype of at least float32.
+    """Convert masses and cost to one batch dimension and one floating dtype of at least float32.
 
     Returns:
         ``a (B, n)``, ``b (B, m)``, ``cost (n, m)`` or ``(B, n, m)``, and the shape of the batch
-        (which is ``batch`` where a and b are flat already).
+        (which is ``batch`` if a and b are already flat).
 
     Raises:
         ValueError: if the batch shapes do not broadcast.
@@ -180,14 +180,14 @@ def flatten_problem(
 def _masses_in(dtype: torch.dtype, masses: Tensor) -> Tensor:
     converted = masses.to(dtype)
     if masses.element_size() < 4:
-        # Rounded, the two sides add up to different numbers, and no plan has both as marginals.
+        # In low precision the two sides have different totals, and no plan has both marginals.
         converted = converted / converted.detach().sum(-1, keepdim=True)
     return converted
 
 
 def _common_shape(a: Tensor, b: Tensor, cost: Tensor | LazyCost) -> tuple[int, ...]:
     shapes = [tuple(a.shape[:-1]), tuple(b.shape[:-1]), tuple(cost.shape[:-2])]
-    if shapes[0] == shapes[1] == shapes[2]:  # the usual case at once
+    if shapes[0] == shapes[1] == shapes[2]:  # the usual case
         return shapes[0]
     try:
         return tuple(torch.broadcast_shapes(*shapes))

@@ -1,21 +1,21 @@
-"""Sinkhorn's iterations on dual potentials. Nothing here knows of autograd.
+"""Sinkhorn iterations on dual potentials, without autograd.
 
 The entropic problem (see :class:`otkd.ot.problem.Problem`) has the dual
 
     max over f, g of ⟨a, f⟩ + ⟨b, g⟩ − ε·(Σ_ij a_i·b_j·exp((f_i + g_j − C_ij)/ε) − 1),
 
-which alternating exact maximisation solves: f ← softmin(g), g ← softmin(f). Where a = b and the
-cost is symmetric, f ← ½(f + softmin(f)) needs a few iterations only (Feydy et al., 2019,
-"Interpolating between Optimal Transport and MMD using Sinkhorn Divergences"). With marginals that
-are penalised by ρ·KL in place of being held, every soft minimum is multiplied by ρ/(ρ + ε) (Chizat
-et al., 2018, "Scaling Algorithms for Unbalanced Optimal Transport Problems"). The soft minimum
-defines the potentials at points without mass, too.
+which is solved by alternating exact maximisation: f ← softmin(g), g ← softmin(f). If a = b and the
+cost is symmetric, f ← ½(f + softmin(f)) converges in a few iterations (Feydy et al., 2019,
+"Interpolating between Optimal Transport and MMD using Sinkhorn Divergences"). With relaxed
+marginals every soft minimum is multiplied by ρ/(ρ + ε) (Chizat et al., 2018, "Scaling Algorithms
+for Unbalanced Optimal Transport Problems"). At points without mass the potentials are also defined
+by the soft minimum.
 
-Both are fixed-point iterations on f, and are accelerated (:mod:`otkd.ot.acceleration`). Problems
-keep what they have when they are solved, and leave the batch whenever they are half of it.
+Both are fixed-point iterations on f and are accelerated (:mod:`otkd.ot.acceleration`). Solved
+problems keep their result, and leave the batch as soon as they are half of it.
 
-Where iterations converge slowly Newton's method (:mod:`otkd.ot.newton`) goes on from them, and
-another one measures what it has found; with few targets it comes first.
+If iterations converge slowly, Newton's method (:mod:`otkd.ot.newton`) continues from them, and one
+more iteration measures the error of its result. With few targets, Newton's method comes first.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from otkd.ot.kernels.base import Kernel
 from otkd.ot.newton import newton_potentials
 from otkd.ot.problem import Marginal, Problem
 
-_CHEAP = 2  # times as many iterations before Newton's method where plain ones are among them
+_CHEAP = 2  # times as many iterations before Newton's method if some of them are plain
 _FIRST = 4  # times as many plain steps at first
-_GROWTH = 8  # plain steps at once, as many times those that were made
-_SEEN = 0.1  # of a row's mass missing in the plan
-_FEW_TARGETS = 10  # where a step of Newton's costs as much as the iterations of an easy problem
-_FAST = 0.5  # of the error left by an iteration: then a handful of them is enough
-_MOST_TARGETS = 256  # from where it would cost seconds
+_GROWTH = 8  # the next plain steps are at most so many times those made so far
+_SEEN = 0.1  # share of a row's mass that is missing in the plan
+_FEW_TARGETS = 10  # up to here a Newton step costs as much as an easy problem's iterations
+_FAST = 0.5  # error ratio of an iteration at which a handful of iterations is enough
+_MOST_TARGETS = 256  # above, Newton's method would take seconds
 
 
 @dataclass(frozen=True)
 class Potentials:
-    """Dual potentials and how far they are from optimal.
+    """Dual potentials and their distance from the optimum.
 
     Attributes:
-        f, g: ``(B, n)``, ``(B, m)``; of balanced problems with ⟨a, f⟩ = ⟨b, g⟩.
-        row_excess: ``Σ_j b_j·E_ij − 1`` with E the density of the plan against a⊗b, ``(B, n)``: 0
-            where a row of the plan has the mass of a.
-        marginal_error: L1 distance between the row sums of the plan and what the optimum has there,
-            ``(B,)``. The columns are exact, or (symmetric problems) off by the same.
+        f, g: ``(B, n)``, ``(B, m)``; for balanced problems ⟨a, f⟩ = ⟨b, g⟩.
+        row_excess: ``Σ_j b_j·E_ij − 1`` with E the density of the plan against a⊗b, ``(B, n)``. It
+            is 0 where the row sum of the plan is the mass of a.
+        marginal_error: L1 distance between the row sums of the plan and those of the optimum,
+            ``(B,)``. The column sums are exact or, for symmetric problems, have the same error.
         iterations: number of updates of both potentials.
         converged: whether every marginal error is within the tolerance.
     """
@@ -101,7 +101,7 @@ def solve_potentials(
 class _Update(ABC):
     """One step of the fixed-point iteration on f."""
 
-    patience: float = math.inf  # how many to make before :meth:`leap`
+    patience: float = math.inf  # number of iterations before :meth:`leap`
 
     def __init__(self, problem: Problem, kernel: Kernel):
         self.epsilon = problem.epsilon
@@ -116,14 +116,14 @@ class _Update(ABC):
 
     @abstractmethod
     def repeat(self, f: Tensor, count: int, tolerance: float) -> tuple[Tensor, int]:
-        """Potentials f after ``count`` more steps, or as many as do, by a kernel that scales."""
+        """Potentials f after at most ``count`` more steps, with a kernel that supports scaling."""
 
     def leap(self, f: Tensor, tolerance: float, max_steps: int) -> tuple[Tensor, int]:
-        """The optimal f by Newton's method from f, and the steps it took."""
+        """The optimal f by Newton's method, starting from f, and the number of steps."""
         raise NotImplementedError
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the problems ``rows`` alone."""
+        """Continue with only the problems ``rows``."""
         self.kernel = self.kernel.rows(rows)
         self.log_a = self.log_a[rows]
 
@@ -138,14 +138,14 @@ class _Alternation(_Update):
         self.target_damping = self.target.damping(self.epsilon)
         self.a, self.b, self.log_b = problem.a, problem.b, problem.b.log()
         targets = problem.b.shape[-1]
-        # Every iteration leaves at most this of the error of the potentials.
+        # Every iteration multiplies the error of the potentials by at most this.
         self.slow = self.damping * self.target_damping > _FAST and kernel.reach >= 1
         if self.slow and targets <= _MOST_TARGETS and isinstance(problem.cost, Tensor):
-            # A step of Newton's takes about as much longer as there are targets.
+            # A Newton step takes about as many times longer as there are targets.
             self.patience = 0.0 if targets <= _FEW_TARGETS else float(targets)
 
     def __call__(self, f):
-        # The columns are updated last and are exact: the test is on the rows, or it always passes.
+        # Columns are updated last and are exact, so only the rows can show an error.
         g = _damped(self.transposed.softmin(f, self.log_a), self.target_damping)
         softmin = self.kernel.softmin(g, self.log_b)
         best = _damped(softmin, self.damping)
@@ -197,13 +197,13 @@ def _damped(softmin: Tensor, damping: float) -> Tensor:
 
 
 def _log_mass(side: Marginal, masses: Tensor, potential: Tensor) -> Tensor:
-    """Log of the mass that the optimal plan has with this potential of a side, ``(B, 1)``."""
+    """Log of the mass of the optimal plan with this potential of a side, ``(B, 1)``."""
     total = masses.sum(-1, keepdim=True)
     if side.held:
         return total.log()
     exponents = potential / -side.penalty
     excess = torch.linalg.vecdot(masses, exponents.expm1()).unsqueeze(-1) / total
-    # Of a large ρ the first has all digits; of a mass near 0 the second.
+    # The first is accurate for large ρ, the second for a mass near 0.
     little = (exponents + masses.log()).logsumexp(-1, keepdim=True)
     return torch.where(excess > -0.5, total.log() + excess.log1p(), little)
 
@@ -232,7 +232,7 @@ def _iterate(
     members, unsolved = torch.arange(len(a), device=a.device), torch.ones_like(a[:, 0]) > 0
     found = [torch.zeros_like(x) for x in (a, problem.b, a, a[:, 0])]
     left, iteration, patience = len(a), 0, update.patience
-    # An easy problem is solved by plain steps before acceleration would be worth its time.
+    # Plain steps solve an easy problem before acceleration would pay off.
     first = min(_FIRST * plain_steps, max_iterations - 1, patience)
     if first > 0 and not problem.symmetric:
         f, iteration = update.repeat(f, int(first), tolerance)
@@ -258,7 +258,7 @@ def _iterate(
         error = error if mass is None else error / mass
         done = unsolved if last else unsolved & (error <= tolerance)
         rows = done.nonzero().squeeze(-1)
-        if len(rows):  # kept as it is now, whatever else is in the batch
+        if len(rows):  # the result does not depend on the rest of the batch
             at_once = len(rows) == len(problem.a)
             kept = [x if at_once else x[rows] for x in (f, g, excess, error)]
             sources, best = (a, best) if at_once else (a[rows], best[rows])
@@ -273,7 +273,7 @@ def _iterate(
             left -= len(rows)
         if left == 0:
             break
-        # Few at first, when there may be few to go.
+        # Few at first, because few may be enough.
         more = min(plain_steps, _GROWTH * iteration, max_iterations - iteration - 1)
         if more > 0:
             image, made = update.repeat(image, more, tolerance)
@@ -297,11 +297,11 @@ def _iterate(
 def _settled(
     problem: Problem, a: Tensor, f: Tensor, best: Tensor, excess: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Potentials f and excess, with the best f where the error does not see how far f is off.
+    """Potentials f and excess, with the best f at points where the error does not depend on f.
 
-    That is where there is no mass, or so little that an accelerated f may have gone anywhere: its
-    row lacks at most all of its mass. The columns change by what those rows lacked, which stays a
-    part of the error.
+    These are points without mass, or with so little mass that acceleration could have moved f
+    anywhere: the row then lacks at most its whole mass. The columns change by what those rows
+    lacked, which remains part of the error.
     """
     missing = (excess - problem.source.optimal_excess(f)).abs()
     unseen = (a <= 0) | ((a <= tolerance / _SEEN) & (missing > _SEEN))

@@ -1,4 +1,4 @@
-"""One batch of transport problems, solved, with its values and their gradients."""
+"""A solved batch of transport problems, with values and gradients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from otkd.ot.solver import Potentials, solve_potentials
 
 @dataclass(frozen=True)
 class Transport:
-    """One solved batch of problems.
+    """A solved batch of problems.
 
     Attributes:
-        value: ``(B,)``, differentiable; of balanced problems that of the normal form.
-        form: the normal form, in which it was solved.
-        potentials: those of the normal form, in its precision.
+        value: ``(B,)``, differentiable; for balanced problems that of the normal form.
+        form: the normal form in which it was solved.
+        potentials: of the normal form, in its precision.
         value_kind: ``"dual"`` or ``"sharp"``.
         differentiable: whether the gradients of the value were found within the tolerance.
     """
@@ -39,12 +39,12 @@ class Transport:
 
     @property
     def f(self) -> Tensor:
-        """The source potentials of the problems as they were given, ``(B, n)``."""
+        """The source potentials of the given problems, ``(B, n)``."""
         return (self.potentials.f + self.form.source_shift).to(self.value)
 
     @property
     def g(self) -> Tensor:
-        """The target potentials of the problems as they were given, ``(B, m)``."""
+        """The target potentials of the given problems, ``(B, m)``."""
         return (self.potentials.g + self.form.target_shift).to(self.value)
 
     def plan(self) -> Tensor:
@@ -53,10 +53,9 @@ class Transport:
 
     @property
     def offset(self) -> Tensor | float:
-        """What the value of the problems as they were given has more for each unit of a and of b.
+        """The value of the given problem minus that of its normal form, per unit of mass.
 
-        ``(B,)`` where each has its own. The value of problems that are not balanced has no such
-        part.
+        ``(B,)`` if each problem has its own. Relaxed problems have no such difference.
         """
         if not self.form.problem.balanced:
             return 0.0
@@ -64,7 +63,7 @@ class Transport:
         return least.squeeze(-1) / 2 if isinstance(least, Tensor) else least / 2
 
     def shares(self) -> tuple[Tensor, Tensor]:
-        """How the value is divided among the points of the two sides, without the offsets."""
+        """The contributions of the points of both sides to the value, without the offsets."""
         f, g = self.potentials.f, self.potentials.g
         if self.value_kind == "dual":
             return f.to(self.value), g.to(self.value)
@@ -81,10 +80,10 @@ def solve_transport(
     ground: Ground | None = None,
     start: Tensor | None = None,
 ) -> Transport:
-    """Solve one batch of problems, and attach the gradient of its value.
+    """Solve a batch of problems, and attach the gradient to its value.
 
-    ``ground`` is that of the cost where it is known, and ``start`` a guess of the target potentials
-    of the normal form.
+    ``ground`` is that of the cost if it is known, and ``start`` a first guess of the target
+    potentials of the normal form.
     """
     limits = {"tolerance": solver.tolerance, "max_iterations": solver.max_iterations}
     form = NormalForm.of(problem, ground, tolerance=solver.tolerance)

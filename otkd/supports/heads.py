@@ -1,4 +1,4 @@
-"""The tokens of a position that carry most of its mass, and that mass."""
+"""The most probable tokens of a position, and their masses."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ class Heads(NamedTuple):
     """Tokens of N positions.
 
     Attributes:
-        tokens: ``(N, K)``; the first ``counts`` of each row are distinct, the others repeat one.
+        tokens: ``(N, K)``; the first ``counts`` of each row are distinct, the others are
+            repetitions.
         counts: ``(N,)``.
-        normaliser: log-sum-exp of all logits over the temperature, ``(N,)``.
+        normaliser: log-sum-exp of all logits divided by the temperature, ``(N,)``.
     """
 
     tokens: Tensor
@@ -32,16 +33,16 @@ class Heads(NamedTuple):
 
     @property
     def valid(self) -> Tensor:
-        """Where a token is not a repetition, ``(N, K)``."""
+        """Whether a token is not a repetition, ``(N, K)``."""
         places = torch.arange(self.tokens.shape[-1], device=self.tokens.device)
         return places < self.counts.unsqueeze(-1)
 
 
 class Atoms(NamedTuple):
-    """The atoms of one side: tokens one by one, then atoms that stand for all others.
+    """The atoms of one side: single tokens, then atoms that stand for all other tokens.
 
     Attributes:
-        heads: the tokens.
+        heads: the single tokens.
         masses: ``(N, K + others)``.
     """
 
@@ -50,20 +51,20 @@ class Atoms(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Number of columns with a token of their own, K."""
+        """Number of columns for single tokens, K."""
         return self.heads.tokens.shape[-1]
 
     def others(self) -> Tensor:
-        """Mass of all other tokens, ``(N,)``; detached."""
+        """Total mass of all other tokens, ``(N,)``; detached."""
         return self.masses.detach()[:, self.width :].sum(-1)
 
     def without_others(self, *, normalize: bool) -> Atoms:
-        """The tokens alone, with the mass that they have or, normalised, a mass of 1."""
+        """Only the single tokens, with their mass or, with ``normalize``, with total mass 1."""
         masses = self.masses[:, : self.width]
         return Atoms(self.heads, masses / masses.sum(-1, keepdim=True) if normalize else masses)
 
     def part(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and masses of some positions, without columns that only repeat tokens."""
+        """Tokens and masses of some positions, without columns that contain only repetitions."""
         count = int(self.heads.counts[places].max())
         masses = self.masses[places]
         masses = torch.cat([masses[:, :count], masses[:, self.width :]], -1)
@@ -71,18 +72,18 @@ class Atoms(NamedTuple):
 
 
 def block_size(vocab: int, device: torch.device) -> int:
-    """How many rows of logits are worked on at a time."""
+    """The number of rows of logits in a block."""
     elements = _BLOCK_ELEMENTS_ON_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
     return max(1, elements // vocab)
 
 
 @torch.no_grad()
 def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, Heads]:
-    """The k heaviest tokens of student and teacher, or of both the union of the two.
+    """The k most probable tokens of student and teacher; if shared, the union of both sets.
 
-    Of a stored teacher they are the stored tokens. Its mass on other tokens is known together only,
-    in the tail; so in a union the student adds only tokens that are certain to be heavier than in
-    the teacher. Otherwise student = teacher would not be 0.
+    For a stored teacher, these are the stored tokens. The mass of its other tokens is known only as
+    a total, so the student adds only tokens that are certainly more probable than in the teacher.
+    Otherwise the loss would not be 0 at student = teacher.
 
     Raises:
         ValueError: if a row of logits has no softmax.
@@ -101,7 +102,7 @@ def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, 
         student, teacher = Heads(union, counts, q_normaliser), Heads(union, counts, p_normaliser)
     else:
         student = _distinct(q_tokens, q_normaliser)
-        # Where slots are empty stored tokens repeat.
+        # Empty slots repeat stored tokens.
         teacher = (
             _distinct(p_tokens, p_normaliser)
             if positions.stored is None
@@ -122,26 +123,26 @@ def _heaviest_of_both(
     p_tokens = stored.slots.tokens
     if shared:
         log_q = logits.gather(-1, q_tokens) - q_normaliser.unsqueeze(-1)
-        # One of the stored tokens stands for those that may well be as heavy in the teacher.
+        # A stored token replaces those that may be as probable in the teacher.
         q_tokens = q_tokens.where(certainly_heavier(log_q, stored), p_tokens[:, :1])
-    # Stored masses are normalised: their sum is there to be checked alone.
+    # Stored masses are normalised; their sum is only checked.
     return q_tokens, q_normaliser, p_tokens, stored.masses(positions.dtype).sum(-1)
 
 
 def _heaviest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tokens = top_tokens(logits, k)
     top, place = logits.gather(-1, tokens).max(-1)
-    # One fused pass; taken where the log-probability is small, the difference is exact.
+    # One fused pass; the difference is exact where the log-probability is small.
     log_q = torch.log_softmax(logits, -1)
     best = tokens.gather(-1, place.unsqueeze(-1))
     return tokens, top - log_q.gather(-1, best).squeeze(-1)
 
 
 def top_tokens(logits: Tensor, k: int) -> Tensor:
-    """The k largest of each row (all where there are no more), in no order, ``(N, k)``.
+    """The k largest entries of each row (all if there are fewer), unsorted, ``(N, k)``.
 
-    The k largest lie in the k groups with the largest maxima: a pass for the maxima and a selection
-    among groups and members is faster than one among all.
+    They lie in the k groups with the largest maxima. Computing the maxima and selecting among
+    groups and their members is faster than selecting among all entries.
     """
     vocab = logits.shape[-1]
     groups = vocab // _GROUP
@@ -161,7 +162,7 @@ def _distinct(tokens: Tensor, normaliser: Tensor) -> Heads:
 
 
 def _union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct tokens of both, foremost, and their number."""
+    """The distinct tokens of both sides, first in each row, and their number."""
     tokens = torch.cat([first, second], -1).sort(-1).values
     repeated = torch.zeros_like(tokens, dtype=torch.bool)
     repeated[:, 1:] = tokens[:, 1:] == tokens[:, :-1]
@@ -172,9 +173,9 @@ def _union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 class HeadMasses(torch.autograd.Function):
     """Masses of the head and, last, of the atoms of all other tokens, ``(N, K + atoms)``.
 
-    There is one such atom, or one a cluster of the vocabulary. The gradient in the logits z is
-    q_i·(G_i − ⟨q, G⟩)/T with G the gradient in the mass of the atom that token i belongs to. It is
-    written a block of positions at a time, beside which nothing as large as the logits is held.
+    There is one such atom, or one per cluster of the vocabulary. The gradient in the logits z is
+    q_i·(G_i − ⟨q, G⟩)/T, where G_i is the gradient in the mass of the atom of token i. It is
+    written in blocks of positions, so that no other tensor is as large as the logits.
     """
 
     @staticmethod
@@ -217,13 +218,13 @@ class HeadMasses(torch.autograd.Function):
             if ctx.clusters is not None:
                 every = every.index_select(-1, ctx.clusters.assignment)
             q.mul_(every).scatter_add_(-1, tokens[block], correction[block])
-            # Rounded only now: what a gradient scaler lifts out of float16's underflow is in q.
+            # Rounded last, because small entries would underflow in float16 before they are scaled.
             grad[rows] = q.to(grad.dtype)
         return grad, None, None, None, None, None
 
 
 def _blocks_of(logits: Tensor, counted: Tensor | None, temperature: float, dtype: torch.dtype):
-    """Rows of the logits, their places among those that count, and their distributions."""
+    """Rows of the logits, their indices among the counted ones, and their distributions."""
     size = block_size(logits.shape[-1], logits.device)
     for start in range(0, len(logits) if counted is None else len(counted), size):
         block = slice(start, start + size)

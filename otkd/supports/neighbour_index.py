@@ -1,4 +1,4 @@
-"""The nearest tokens of every token, found by faiss once an embedding and kept on disk."""
+"""The nearest tokens of every token, computed once per embedding with faiss and cached."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _FORMAT, _VERSION = "otkd.neighbours", "1"
 def nearest(
     queries: Tensor, points: Tensor, k: int, metric: str, cache_dir: Path | str | None = None
 ) -> Tensor:
-    """The k points nearest to every query, exactly; a file is kept for the next time.
+    """The k points nearest to every query, exactly; the result is cached in a file.
 
     Args:
         queries: ``(n, d)``.
         points: ``(m, d)``.
-        k: how many; all of them where there are no more.
+        k: number of points; all of them if there are fewer.
         metric: of :class:`~otkd.costs.EmbeddingCost`: inner products of normalised vectors for
             ``"cosine"``, L2 for the others.
-        cache_dir: where files are kept; by default ``$OTKD_CACHE``, else ``~/.cache/otkd``.
+        cache_dir: folder of the files; by default ``$OTKD_CACHE``, else ``~/.cache/otkd``.
 
     Returns:
-        Indices of points, ``(n, min(k, m))``, int32, on the CPU, in no order.
+        Indices of points, ``(n, min(k, m))``, int32, on the CPU, unsorted.
 
     Raises:
-        ImportError: if faiss is not installed and no file has the answer.
+        ImportError: if faiss is not installed and the result is not cached.
 
     Warns:
-        UserWarning: if a file is damaged or cannot be read (it is made anew), if it cannot be
-            written, or if there is no folder to keep it in.
+        UserWarning: if a file is damaged or cannot be read (it is computed again), if it cannot be
+            written, or if there is no folder for it.
     """
     k = min(k, len(points))
     key = _key(queries, points, k, metric)
@@ -68,7 +68,7 @@ def nearest(
 
 
 def _path(cache_dir: Path | str | None, key: str) -> Path | None:
-    """The file of a table; None where no folder is given and the user has no home."""
+    """The file of a table; None if no folder is given and the user has no home folder."""
     chosen = cache_dir or os.environ.get("OTKD_CACHE") or "~/.cache/otkd"
     try:
         folder = Path(chosen).expanduser()
@@ -89,7 +89,7 @@ def _search(queries: Tensor, points: Tensor, k: int, metric: str) -> Tensor:
     if metric == "cosine":
         queries, points = (nn.functional.normalize(x, dim=-1) for x in (queries, points))
         index = faiss.IndexFlatIP(points.shape[1])
-    else:  # faiss computes in float32: distances do not see the centre, but their rounding does
+    else:  # faiss computes in float32, where a large mean would cost digits
         centre = points.mean(0)
         queries, points = queries - centre, points - centre
         index = faiss.IndexFlatL2(points.shape[1])
@@ -99,7 +99,7 @@ def _search(queries: Tensor, points: Tensor, k: int, metric: str) -> Tensor:
 
 
 def _key(queries: Tensor, points: Tensor, k: int, metric: str) -> str:
-    """SHA-256 of everything that the answer depends on."""
+    """SHA-256 of everything that the result depends on."""
     sides = [points] if queries is points else [points, queries]
     order = "cosine" if metric == "cosine" else "L2"
     header = [_FORMAT, _VERSION, order, k, [(str(x.dtype), list(x.shape)) for x in sides]]
@@ -114,7 +114,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _read(path: Path, key: str, shape: tuple[int, int], points: int) -> Tensor:
-    """The table of a file, or ``ValueError`` if it is not the one that was written."""
+    """The table of a file; ``ValueError`` if its content is not the one that was written."""
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -134,7 +134,7 @@ def _read(path: Path, key: str, shape: tuple[int, int], points: int) -> Tensor:
 
 
 def _write(path: Path, key: str, table: Tensor) -> None:
-    """Write a table, whole or not at all."""
+    """Write a table, atomically."""
     _safetensors()
     from safetensors.torch import save
 

@@ -1,4 +1,4 @@
-"""Every token, with a kernel that is exact between near tokens and of rank one between others."""
+"""Every token, with a kernel that is exact between near tokens and of rank one otherwise."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class NearestNeighbours(Support):
         return Selection(blocks=full_blocks(positions, costs), support=repr(self))
 
     def _costs(self, cost: EmbeddingCost, dtype, device, *, self_terms: bool) -> CostMatrices:
-        """The sparse costs between and within the sides, made once and kept with the cost."""
+        """The sparse costs between and within the sides, cached with the cost."""
         kept: dict[tuple, Any] = cost.tail_constants
 
         def between(sides: Sides) -> Any:
@@ -102,7 +102,7 @@ class NearestNeighbours(Support):
     @torch.no_grad()
     def _cost(self, cost: EmbeddingCost, sides: Sides, dtype, device) -> SparseCost:
         within = cost.one_vocabulary or sides[0] == sides[1]
-        k = self.k + within  # a token is the nearest to itself
+        k = self.k + within  # a token is its own nearest neighbour
         rows, columns, costs = self._near_pairs(cost, sides, k, dtype, device)
         if within:
             every = torch.arange(len(_embedding(cost, sides[0])), device=device)
@@ -114,7 +114,7 @@ class NearestNeighbours(Support):
             torch.cat(parts) for parts in zip((rows, columns, costs), others, strict=True)
         )
         shape = len(_embedding(cost, sides[0])), len(_embedding(cost, sides[1]))
-        if within:  # the cost of (i, j) and that of (j, i) are to be one number
+        if within:  # (i, j) and (j, i) must have bitwise equal costs
             rows, columns = torch.minimum(rows, columns), torch.maximum(rows, columns)
         rows, columns, costs = _distinct(rows, columns, costs, shape[1])
         if within:
@@ -155,11 +155,12 @@ def _distinct(rows, columns, costs, m: int):
 
 @dataclass(frozen=True)
 class MeanKernel:
-    """The far field u_i·v_j = (r_i·c_j/r̄)², r and c the means of exp(−C/2ε) by row and by column.
+    """The rank-one part u_i·v_j = (r_i·c_j/r̄)², with r and c row and column means of exp(−C/2ε).
 
-    The means are over the pairs beside the graph, on a seeded sample of the other side (1024
-    tokens, or all up to 2048). Means of exp(−C/ε) are ruled by the nearest of the far pairs, and
-    exp(−mean C/ε) by the farthest: that between the two has the smallest error of the gradient.
+    The means are over the pairs outside the graph, on a seeded sample of the other side (1024
+    tokens, or all tokens up to 2048). Means of exp(−C/ε) are dominated by the nearest of these
+    pairs, and exp(−mean C/ε) by the farthest; the mean of exp(−C/2ε) gave the smallest error of the
+    gradient.
     """
 
     cost: EmbeddingCost
@@ -169,7 +170,7 @@ class MeanKernel:
 
     @torch.no_grad()
     def __call__(self, epsilon: float) -> tuple[Tensor, Tensor]:
-        """Log u and log v, where −∞ stands for a token that is near to all others."""
+        """Log u and log v; −∞ for a token whose pairs are all in the graph."""
         log_u = self._scaled(self.graph, self.sides, epsilon)
         if self.graph.symmetric:
             return log_u, log_u
@@ -178,7 +179,7 @@ class MeanKernel:
         )
 
     def _scaled(self, graph: Graph, sides: Sides, epsilon: float) -> Tensor:
-        """Log of the means, less half that of the mean of all."""
+        """Log of the means, minus half of that of the overall mean."""
         means = self._log_means(graph, sides, 2 * epsilon)
         known = means[means.isfinite()]
         if not len(known):
@@ -189,7 +190,7 @@ class MeanKernel:
         return 2 * means - overall
 
     def _log_means(self, graph: Graph, sides: Sides, epsilon: float) -> Tensor:
-        """Log of the mean of exp(−C/ε) by row, over the sampled pairs beside the graph."""
+        """Log of the row means of exp(−C/ε) over the sampled pairs outside the graph."""
         n, m = graph.shape
         device = graph.offsets.device
         sample = sample_tokens(m, device)

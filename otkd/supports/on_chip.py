@@ -1,4 +1,4 @@
-"""The heads of all positions solved by the Triton kernel, where a problem is one that it knows."""
+"""TopK problems of all positions, solved by the Triton kernel if it supports them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from otkd.supports.heads import Atoms, Heads
 
 
 def check_on_chip(cost: Cost, objective: Objective) -> None:
-    """Raise ``ValueError`` unless the kernel knows this cost and these options."""
+    """Raise ``ValueError`` unless the kernel supports this cost and these settings."""
     if not isinstance(cost, EmbeddingCost) or cost.learns or not cost.one_vocabulary:
         raise ValueError(
             f"backend='triton' requires a constant EmbeddingCost of one vocabulary, got {cost!r}: "
@@ -37,7 +37,7 @@ class OnChipBlock(Block):
 
     Attributes:
         heads: the tokens of all positions.
-        cost: between all tokens; ``costs`` are not made.
+        cost: between all tokens; ``costs`` is empty.
         vocab: number of tokens.
     """
 
@@ -81,7 +81,7 @@ class OnChipBlock(Block):
 
 
 def on_chip_block(student: Atoms, teacher: Atoms, cost: EmbeddingCost, vocab: int) -> OnChipBlock:
-    """The block of all positions, whose two sides stand on the same tokens."""
+    """The block of all positions; both sides have the same tokens."""
     none = student.masses.new_empty(0, 0)
     return OnChipBlock(
         source=student.masses,

@@ -1,4 +1,4 @@
-"""A stored teacher under the TopK support: its masses on the atoms, and its self-term kept."""
+"""The TopK support with a stored teacher: masses of the atoms, and the stored self-term."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _LARGEST_ERROR = 0.05
 def stored_masses(stored: TopKTeacher, heads: Heads, dtype: torch.dtype) -> Tensor:
     """The masses of N stored positions on atoms that include their tokens, ``(N, K + 1)``.
 
-    An atom that is not stored has none; the last has what is left. A constant.
+    Atoms that are not stored have mass 0, and the last has the remaining mass. A constant.
     """
     order = heads.tokens.masked_fill(~heads.valid, stored.vocab_size).sort(-1)
     masses, slots = stored.masses(dtype), stored.slots
     places = order.indices.gather(-1, torch.searchsorted(order.values, slots.tokens))
-    # Empty slots add nothing to the token that they repeat.
+    # Empty slots have mass 0, so they add nothing to the token that they repeat.
     head = torch.zeros_like(heads.tokens, dtype=dtype).scatter_add_(-1, places, masses[:, :-1])
     return torch.cat([head, masses[:, -1:]], -1)
 
@@ -44,9 +44,9 @@ def stored_masses(stored: TopKTeacher, heads: Heads, dtype: torch.dtype) -> Tens
 def stored_self_values(
     stored: TopKTeacher, cost: Cost, support: TopK, objective: Objective, dtype: torch.dtype
 ) -> Tensor | None:
-    """OT_ε(p, p) of N stored positions as their potentials have it, ``(N,)``.
+    """OT_ε(p, p) of N stored positions, computed from the stored potentials, ``(N,)``.
 
-    None where it is not asked for, not stored, or stored for another problem.
+    None if it is not needed, not stored, or stored for another problem.
     """
     if stored.self_potential is None or stored.self_settings is None or not objective.debias:
         return None
@@ -73,7 +73,7 @@ def stored_self_values(
 def _solves_its_problem(
     stored: TopKTeacher, cost: Cost, support: TopK, objective: Objective, dtype: torch.dtype
 ) -> bool:
-    """Whether the potentials solve OT_ε(p, p): all are finite, and a few have the marginals."""
+    """Whether the potentials solve OT_ε(p, p): all are finite, and a sample has the marginals."""
     assert stored.self_potential is not None
     count = min(len(stored), max(_CHECKED_POSITIONS, _CHECKED_ELEMENTS // (stored.k + 1) ** 2))
     rows = torch.linspace(0, len(stored) - 1, count, device=stored.tokens.device).round().long()
@@ -96,10 +96,10 @@ def solve_self_term(
 ) -> tuple[Tensor, SelfTermSettings]:
     """The potential of OT_ε(p, p) at every stored position, ``(*batch, k + 1)``.
 
-    It is NaN where the masses are: there is no teacher.
+    It is NaN at positions without a teacher.
 
     Raises:
-        ValueError: if what is asked for has no such term that could be kept.
+        ValueError: if there is no self-term that can be stored.
     """
     reason = _obstacle(cost, support, objective) if objective.debias else "debias=False"
     if reason is not None:
@@ -114,7 +114,7 @@ def solve_self_term(
         problem = Problem(b, b, matrix, objective.epsilon, symmetric=True)
         with without_autocast(b):
             solved = solve_transport(problem, solver)
-        # Of the unconverged rest, too: 2·⟨b, f⟩ is then the dual value as it is solved in a step.
+        # Include what has not converged, so that 2·⟨b, f⟩ is the dual value that a step computes.
         excess = objective.epsilon / 2 * solved.potentials.row_excess
         potential[rows] = (solved.f - excess).to(dtype)
     settings = _settings(teacher, cost, support, objective, dtype)
@@ -122,7 +122,7 @@ def solve_self_term(
 
 
 def _obstacle(cost: Cost, support: TopK, objective: Objective) -> str | None:
-    """Why a self-term of the teacher cannot be kept, if it cannot."""
+    """The reason why the self-term cannot be stored; None if it can."""
     obstacles = {
         "the cost is learnable": cost.learns,
         "the support has no tail": not support.tail,
@@ -139,7 +139,7 @@ def _matrix(
     stored: TopKTeacher, cost: Cost, support: TopK, objective: Objective, dtype: torch.dtype
 ) -> Tensor:
     tokens, size = stored.slots.tokens, stored.vocab_size
-    # Of one vocabulary the sides are all the same: then it is what the steps compute, too.
+    # Within one vocabulary all sides are the same, so use the one that steps use.
     sides = "source" if cost.one_vocabulary else "target", "target"
     return support._matrix(cost, tokens, tokens, sides, (size, size), objective, dtype)
 
@@ -147,7 +147,7 @@ def _matrix(
 def _settings(
     stored: TopKTeacher, cost: Cost, support: TopK, objective: Objective, dtype: torch.dtype
 ) -> SelfTermSettings:
-    """ε and the costs between a few tokens, spread over the vocabulary, and the tail."""
+    """ε, and the costs between a few tokens, spread over the vocabulary, and the tail."""
     key = ("settings", stored.vocab_size, objective.epsilon, stored.tokens.device)
     if key not in cost.tail_constants:
         size = stored.vocab_size

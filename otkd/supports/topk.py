@@ -1,4 +1,4 @@
-"""The heaviest tokens of each position, and one atom for all others."""
+"""The most probable tokens of each position, and one or several atoms for all others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from otkd.teachers.self_term import SelfTermSettings
 
 _BLOCK_ELEMENTS_ON_CPU = 2**22
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
-_GATHERED_ELEMENTS = 2**20  # of embeddings and their costs at a time, a share of a block
+_GATHERED_ELEMENTS = 2**20  # of embeddings and their costs at a time
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ class TopK(Support):
         if positions.stored is not None:
             stored = positions.counted_stored()
             self_values = stored_self_values(stored, cost, self, objective, positions.dtype)
-        # Repeated tokens have no mass and come last: the longest head of a block is enough for it,
-        # and positions whose heads are about as long make a block.
+        # Repeated tokens have no mass and come last, so a block is as wide as its longest head.
+        # Sorting puts positions with heads of similar length into the same block.
         order = (student.heads.counts + teacher.heads.counts).argsort()
         for places in _in_blocks(order, student.width, teacher.width):
             (x, q), (y, p) = student.part(places), teacher.part(places)
             if student.heads.tokens is teacher.heads.tokens:
                 y = x
             costs = self._costs(cost, x, y, sizes, objective, q.dtype)
-            if cost.learns:  # constants were checked when they were given
+            if cost.learns:  # constants are checked in the constructor
                 check_costs(q.shape[-1], p.shape[-1], costs)
             yield Block(
                 source=q,

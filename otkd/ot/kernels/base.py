@@ -1,6 +1,6 @@
-"""How exp(−C/ε) is applied: by products with the kernel, or in the log domain.
+"""Kernels: products with exp(−C/ε), or the same in the log domain.
 
-The solver and the gradients ask for four things only, each for all problems of a batch, with
+The solver and the gradients use only four operations, each for all problems of a batch, with
 E_ij = exp((f_i + g_j − C_ij)/ε) the density of the plan against a⊗b:
 
     softmin      −ε·log Σ_j b_j·exp((g_j − C_ij)/ε)
@@ -8,7 +8,8 @@ E_ij = exp((f_i + g_j − C_ij)/ε) the density of the plan against a⊗b:
     mean_cost    Σ_j b_j·E_ij·C_ij
     coupling     left_i·right_j·E_ij, added up over the problems that share the cost
 
-Of a cost that is made of something else the last is wanted as what it gives there (``pull_back``).
+For a cost that is computed from other tensors, ``pull_back`` gives the gradient in those instead of
+the coupling.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# exp(−60) keeps products with masses far above the subnormal numbers, which are slow and inexact.
+# exp(−60) keeps products with masses far above subnormal numbers, which are slow and inaccurate.
 LARGEST_EXPONENT = {torch.float32: 60.0, torch.float64: 300.0}
-# A weight this far below the largest may count where the kernel is larger by as much as above; what
-# is lost is the difference of the two, exp(−20) of a sum.
+# A weight this far below the largest matters only if its kernel entry is larger by the limit above;
+# the loss is at most exp(−20) of a sum.
 SMALLEST_LOG_WEIGHT = {torch.float32: -80.0, torch.float64: -350.0}
-_LOOK_EVERY = 8  # plain steps: as long as they take eight, looking takes less than two
-_FURTHEST = 80.0  # of f/ε below its largest entry, where exp is to stay above 0
+_LOOK_EVERY = 8  # plain steps between checks of the error; a check takes less time than two steps
+_FURTHEST = 80.0  # of f/ε below its largest entry, so that exp stays above 0
 _LOG_DOMAIN_BLOCK = 2**22
-# A density is at most 1/mass, but without bound between two points that have none: 0·inf is NaN.
+# A density is at most 1/mass, but unbounded between points without mass, and 0·inf would be NaN.
 LARGEST_LOG_DENSITY = {torch.float32: 80.0, torch.float64: 700.0}
 
 
 class Kernel(ABC):
-    """exp(−C/ε) of one problem, applied from potentials."""
+    """exp(−C/ε) of a batch of problems, applied to potentials."""
 
     def __init__(self, cost: Tensor, epsilon: float):
         self.cost = cost
@@ -41,23 +42,23 @@ class Kernel(ABC):
 
     @property
     def reach(self) -> float:
-        """The largest C/ε where that is known to be below 1: so small are the potentials over ε.
+        """The largest C/ε if it is known to be below 1, which bounds the potentials divided by ε.
 
-        Then they are to be found as much more exactly, and iterations converge at once.
+        They then need a correspondingly smaller tolerance, and iterations converge at once.
         """
         return 1.0
 
     @property
     def scales(self) -> bool:
-        """Whether it can :meth:`alternate` and :meth:`average`, on exp(f/ε) in place of f."""
+        """Whether it can :meth:`alternate` and :meth:`average`, on exp(f/ε) instead of f."""
         return False
 
     def alternate(
         self, f: Tensor, log_a: Tensor, log_b: Tensor, count: int, tolerance: float = 0.0
     ) -> tuple[Tensor, int]:
-        """Potentials f after ``count`` updates of both, and their number.
+        """Potentials f after at most ``count`` updates of both, and their number.
 
-        It is smaller where the L1 marginal error, which is looked at now and then, is at most
+        The updates stop if the L1 marginal error, which is checked regularly, is at most
         ``tolerance`` for every problem.
         """
         raise NotImplementedError
@@ -73,7 +74,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def rows(self, index: Tensor) -> Kernel:
-        """The kernel of the problems ``index`` alone."""
+        """The kernel of only the problems ``index``."""
 
     @abstractmethod
     def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:
@@ -89,23 +90,24 @@ class Kernel(ABC):
 
     @abstractmethod
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """left_i·right_j·exp((f_i + g_j − C_ij)/ε), shaped like the cost.
+        """left_i·right_j·exp((f_i + g_j − C_ij)/ε), in the shape of the cost.
 
-        Where the problems share one cost their couplings are added up.
+        If the problems share a cost, their couplings are added up.
         """
 
     def pull_back(
         self, f: Tensor, g: Tensor, left: Tensor, right: Tensor, needed: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of what the cost is made of, where that of C_ij is the coupling.
+        """Gradients in the inputs of the cost, if the gradient in C_ij is the coupling.
 
-        ``needed`` says of which, in the order of :attr:`otkd.ot.problem.Problem.cost_inputs`.
+        ``needed`` says which are needed, in the order of
+        :attr:`otkd.ot.problem.Problem.cost_inputs`.
         """
         return (self.coupling(f, g, left, right) if needed[0] else None,)
 
 
 class ScalingKernel(Kernel):
-    """A kernel that is applied to positive vectors as they are, such as exp(f/ε)."""
+    """A kernel that is applied directly to positive vectors, such as exp(f/ε)."""
 
     _scales = False
 
@@ -137,7 +139,7 @@ class ScalingKernel(Kernel):
         right, sums = torch.empty_like(b), torch.empty_like(a)
         made, solved = 0, False
         while made < count and not solved:
-            made += 1  # with the masses in the scalings, one division each is left
+            made += 1  # with the masses in the scalings, each update is one division
             torch.div(b, backward.apply(left, out=right), out=right)
             self.apply(right, out=sums)
             if made % _LOOK_EVERY == 0 and made < count:
@@ -148,7 +150,7 @@ class ScalingKernel(Kernel):
 
     def average(self, f: Tensor, log_a: Tensor, count: int) -> Tensor:
         """See :class:`Kernel`."""
-        # f + constant has the same image.
+        # Adding a constant to f does not change its image.
         log_u = torch.sub(f, f.amax(-1, keepdim=True)).div_(self.epsilon)
         u = log_u.clamp_(min=-_FURTHEST).exp_()
         a = log_a.exp()
@@ -163,7 +165,7 @@ class ScalingKernel(Kernel):
 
 
 class ProductKernel(ScalingKernel):
-    """K = exp(−C/ε) held in memory; every application is a matrix product over all problems."""
+    """K = exp(−C/ε) as a matrix; every application is a matrix product over all problems."""
 
     def __init__(
         self, cost: Tensor, epsilon: float, kernel: Tensor | None = None, *, scales: bool = False
@@ -175,7 +177,7 @@ class ProductKernel(ScalingKernel):
 
     @property
     def transposed(self) -> ProductKernel:
-        """The same kernel read the other way; nothing is copied."""
+        """The transposed kernel; nothing is copied."""
         return ProductKernel(self.cost.mT, self.epsilon, self._columns, scales=self.scales)
 
     def rows(self, index: Tensor) -> ProductKernel:
@@ -202,35 +204,35 @@ class ProductKernel(ScalingKernel):
         return (self.kernel * left.unsqueeze(-1)).mul_(right.unsqueeze(-2))
 
     def _scaling(self, f: Tensor) -> Tensor:
-        """exp(f/ε), finite where there is no mass, too."""
+        """exp(f/ε), finite also at points without mass."""
         return (f / self.epsilon).clamp_(max=LARGEST_LOG_DENSITY[f.dtype]).exp_()
 
 
 def centred_weights(log_b: Tensor, g: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """b·exp(g/ε) over its largest entry, and the log of that."""
+    """b·exp(g/ε) divided by its largest entry, and the log of that entry."""
     log_weights = torch.add(log_b, g, alpha=1 / epsilon)
     shift = log_weights.amax(-1, keepdim=True)
     weights = log_weights.sub_(shift).exp_()
-    # Smaller ones are lost beside the largest, but would be subnormal in the products: slow.
+    # Smaller ones do not affect the sums, but would be subnormal in the products, which is slow.
     smallest = math.exp(SMALLEST_LOG_WEIGHT[weights.dtype])
     return torch.threshold_(weights, smallest, 0.0), shift
 
 
 def products(vectors: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
-    """Every one of ``vectors (B, m)`` times ``matrix (m, n)``, or its own of ``(B, m, n)``."""
+    """Each of ``vectors (B, m)`` times ``matrix (m, n)``, or times its own of ``(B, m, n)``."""
     if matrix.ndim == 2:
         return torch.mm(vectors, matrix, out=out)
-    # As a row: for a column torch takes a path many times slower.
+    # As a row, because torch is many times slower for a column.
     rows = None if out is None else out.unsqueeze(-2)
     return torch.bmm(vectors.unsqueeze(-2), matrix, out=rows).squeeze(-2)
 
 
 class LogKernel(Kernel):
-    """Log-sum-exp over C/ε: exact for every ε, a block of problems at a time."""
+    """Log-sum-exp over C/ε, exact for every ε, in blocks of problems."""
 
     @property
     def transposed(self) -> LogKernel:
-        """The same cost read the other way."""
+        """The kernel of the transposed cost."""
         return LogKernel(self.cost.mT, self.epsilon)
 
     def rows(self, index: Tensor) -> LogKernel:
@@ -273,7 +275,7 @@ class LogKernel(Kernel):
         for rows, cost in self._blocks(len(f)):
             coupling = coupling_density(f[rows], g[rows], cost, self.epsilon)
             mass = weights[rows].unsqueeze(-1)
-            if times_cost:  # first with the masses: a density may be as large as a cost
+            if times_cost:  # the masses first, because a density may be as large as a cost
                 coupling, mass = (coupling * mass.mT) * cost, torch.ones_like(mass)
             blocks.append((coupling @ mass).squeeze(-1))
         return torch.cat(blocks) if blocks else f.clone()

@@ -1,8 +1,8 @@
-"""The cost between embeddings that is never held: its rows are made anew wherever they are used.
+"""The cost between embeddings without a stored matrix: rows are recomputed for every use.
 
-A block of rows is a matrix as any other, and is applied by products or in the log domain as its own
-size asks. An application takes the time of the products x·yᵀ and of those with the masses of all
-problems at once, and the memory of one block.
+A block of rows is an ordinary matrix, which is applied by products or in the log domain, depending
+on the range of its costs. An application takes the time of the products x·yᵀ and of those with the
+masses of all problems, and the memory of one block.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from otkd.ot.kernels.lazy import LazyCost
 
 _BLOCK_ELEMENTS_ON_CPU = 2**21
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
-_FEWEST_ROWS = 64  # so that what is done to all columns for every block is little beside it
+_FEWEST_ROWS = 64  # so that the work on all columns for every block is small in comparison
 
 
 class PointCost(LazyCost):
     """A constant :class:`~otkd.costs.EmbeddingCost` between two sides, as points in space.
 
     Args:
-        cost: the cost; of its two sides only the points are kept.
-        sides: which tokens are rows, and which columns.
-        dtype: what its kernels compute in.
-        device: where.
+        cost: the cost; only its points are stored.
+        sides: which tokens are rows, and which are columns.
+        dtype: of the computations.
+        device: of the computations.
 
     Attributes:
         points: the rows ``(n, d)`` and the columns ``(m, d)``; one tensor within one vocabulary.
 
     Raises:
-        ValueError: if the cost is not an ``EmbeddingCost``, or learns: its gradient is a matrix.
+        ValueError: if the cost is not an ``EmbeddingCost``, or is learnable, because its gradient
+            is a matrix.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class PointCost(LazyCost):
         return self.points[0] is self.points[1]
 
     def largest(self) -> float:
-        """A bound from the distance of the points to their origin; 2 for the cosine, scaled."""
+        """A bound from the distance of the points to their origin; for the cosine 2, scaled."""
         if self.embedding_cost.metric == "cosine":
             return 2 / self.embedding_cost.scale
         x, y = (side.norm(dim=-1).max().item() for side in self.points)
@@ -79,7 +80,7 @@ class PointCost(LazyCost):
 
 
 class BlockedCost(PointCost):
-    """A constant embedding cost whose rows torch recomputes, a block at a time."""
+    """A constant embedding cost whose rows torch recomputes in blocks."""
 
     def kernel(self, epsilon: float) -> BlockedKernel:
         """See :class:`~otkd.ot.kernels.lazy.LazyCost`."""
@@ -87,7 +88,7 @@ class BlockedCost(PointCost):
 
     @property
     def mT(self) -> BlockedCost:
-        """The same cost read the other way."""
+        """The transposed cost."""
         if self.within:
             return self
         other = copy.copy(self)
@@ -111,14 +112,14 @@ class SharedKernel(Kernel):
     """exp(−C/ε) of a constant cost that all problems share."""
 
     def rows(self, index: Tensor) -> SharedKernel:
-        """Itself: it belongs to no problem."""
+        """The kernel itself, which all problems share."""
         return self
 
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Nothing asks for it, since the cost is a constant.
+        """Not available for a constant cost.
 
         Raises:
-            NotImplementedError: always: it would be as large as the cost.
+            NotImplementedError: always, because it would be as large as the cost.
         """
         raise NotImplementedError("the coupling of a lazy cost would be as large as the cost")
 
@@ -131,7 +132,7 @@ class BlockedKernel(SharedKernel):
 
     @property
     def transposed(self) -> BlockedKernel:
-        """The kernel of the transposed cost, whose rows are made anew."""
+        """The kernel of the transposed cost, whose rows are recomputed."""
         return BlockedKernel(self.lazy_cost.mT, self.epsilon)
 
     def softmin(self, g: Tensor, log_b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which kernel a cost has."""
+"""The choice of the kernel for a cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from otkd.ot.kernels.stabilised import StabilisedKernel
 
 
 def kernel_of(cost: Tensor | LazyCost, epsilon: float, *, problems: int) -> Kernel:
-    """The kernel of a cost as it is, for so many problems."""
+    """The kernel of a cost, for this number of problems."""
     if isinstance(cost, LazyCost):
         return cost.kernel(epsilon)
     return dense_kernel(cost, epsilon, single=problems == 1)
@@ -21,14 +21,14 @@ def kernel_of(cost: Tensor | LazyCost, epsilon: float, *, problems: int) -> Kern
 def dense_kernel(
     cost: Tensor, epsilon: float, *, reach: float | None = None, single: bool = False
 ) -> Kernel:
-    """Products where exp(−C/ε) is representable; else about potentials, or in the log domain.
+    """Products if exp(−C/ε) is representable; otherwise around potentials, or in the log domain.
 
     Args:
         cost: ``(n, m)``, or one for each problem, ``(B, n, m)``.
-        epsilon: strength of the entropic term.
+        epsilon: strength of the entropic regularisation.
         reach: the largest |C|/ε, if it is known.
-        single: whether the cost is for one problem, which keeps its kernel. Those that share a cost
-            cannot be held at potentials: a density for each would be as many matrices.
+        single: whether the cost belongs to a single problem, whose kernel is stored. Problems that
+            share a cost cannot use a kernel around potentials, which would be a matrix for each.
     """
     if cost.numel() == 0:
         return LogKernel(cost, epsilon)
@@ -37,7 +37,7 @@ def dense_kernel(
     if reach <= LARGEST_FLAT_REACH:
         return FlatKernel(cost, epsilon, reach)
     largest = LARGEST_EXPONENT[cost.dtype]
-    # Scaling is more to a single problem than what the checks of the other kernel take.
+    # For a single problem, scaling gains more than the checks of the other kernel cost.
     if reach <= largest / 2 or (reach <= largest and not single):
         return ProductKernel(cost, epsilon, scales=reach <= largest / 2)
     if single or cost.ndim > 2:

@@ -1,8 +1,8 @@
-"""exp(−C/ε) where it is hardly less than 1: large ε, or tiny costs.
+"""exp(−C/ε) close to 1, for large ε or tiny costs.
 
-All entries of K are 1 to the last few bits, and so are sums with it: −ε·log of one has an error of
-ε times the rounding of 1, which may be more than all costs. What K and the weights have beside 1
-is precise. With masses that add up to 1,
+All entries of K, and sums with them, are 1 up to the last few bits, and −ε·log of such a sum has an
+error of ε times the rounding of 1, which may exceed all costs. The differences of K and of the
+weights from 1 are accurate. With masses that add up to 1,
 
     softmin(g)_i = −ε·log1p(Σ_j b_j·expm1(g_j/ε) + Σ_j b_j·exp(g_j/ε)·expm1(−C_ij/ε)).
 """

@@ -1,17 +1,17 @@
-"""The cost between embeddings inside KeOps' reductions: memory linear in the vocabulary.
+"""The cost between embeddings inside KeOps' reductions, with memory linear in the vocabulary.
 
-Two formulas serve everything, in the log domain, with D_ij = C_ij/ε from points that have absorbed
-the scale and ε:
+Two formulas, in the log domain, serve all operations. The points are scaled such that
+D_ij = C_ij/ε:
 
     softmin            −ε·log Σ_j exp(h_j − D_ij),          h_j = log b_j + g_j/ε
     mean, mean_cost    Σ_j exp(h_j + f_i/ε − D_ij)·(y_j, D_ij)
 
-Every problem computes the distances for itself. On a CPU :mod:`otkd.ot.kernels.blocked`, whose
-problems share them, is many times faster in about the same memory.
+Every problem recomputes the distances. On a CPU :mod:`otkd.ot.kernels.blocked`, whose problems
+share them, is many times faster in about the same memory.
 
-A unit vector's cosine cost is half the squared distance, so that it needs no formula of its own.
-KeOps compiles each formula once for every width, dtype and kind of device, which takes 10 to 40 s,
-and keeps what it compiled on disk.
+The cosine cost of unit vectors is half of their squared distance, so it needs no formula of its
+own. KeOps compiles each formula once for every width, dtype and kind of device, which takes 10 to
+40 s, and caches the result on disk.
 
 Source: Charlier et al. (2021), "Kernel Operations on the GPU, with Autodiff, without Memory
 Overflows", JMLR 22.
@@ -31,7 +31,7 @@ from otkd.ot.kernels.blocked import PointCost, SharedKernel
 from otkd.warn import warn_caller
 
 _HINT = "pip install '.[keops]' in otkd's checkout"
-_NO_MASS = -1e30  # log of nothing: a difference of infinities would be NaN
+_NO_MASS = -1e30  # log of mass 0; a difference of infinities would be NaN
 
 
 class KeOpsCost(PointCost):
@@ -59,7 +59,7 @@ class KeOpsCost(PointCost):
 
 
 class KeOpsKernel(SharedKernel):
-    """exp(−D) between points ``x (n, d)`` and ``y (m, d)``, D their distance or its square."""
+    """exp(−D) between points ``x (n, d)`` and ``y (m, d)``; D is their distance or its square."""
 
     def __init__(self, x: Tensor, y: Tensor, epsilon: float, *, squared: bool):
         self.x, self.y, self.epsilon, self.squared = x, y, epsilon, squared
@@ -108,10 +108,10 @@ def keops_works(device: torch.device) -> bool:
 
 
 def obstacle_to_keops(device: torch.device) -> Exception | None:
-    """What keeps KeOps from working on this device: an error to raise, or None."""
+    """The error that keeps KeOps from working on this device, or None."""
     try:
         config = _import_keops().config
-    except (ImportError, OSError) as error:  # it needs a folder to write to as it is imported
+    except (ImportError, OSError) as error:  # importing it needs a writable folder
         return ImportError(f"backend='keops' needs pykeops: {_HINT} ({error})")
     if device.type == "cuda" and not config.gpu_available:
         return RuntimeError(f"KeOps ({_HINT}) found no CUDA to compile for")
@@ -127,7 +127,7 @@ def obstacle_to_keops(device: torch.device) -> Exception | None:
 
 @contextlib.contextmanager
 def _keops_at_work():
-    """Compiling is said on stderr, as no output of the program; its failure is explained."""
+    """Redirects KeOps' messages about compiling to stderr, and explains a failure."""
     with contextlib.redirect_stdout(sys.stderr):
         try:
             yield

@@ -1,4 +1,4 @@
-"""Costs that are never held as a matrix: they know only how to apply exp(−C/ε)."""
+"""Costs that are not stored as a matrix and only apply exp(−C/ε)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from otkd.ot.kernels.base import Kernel
 class LazyCost(ABC):
     """A cost between n source and m target points, shared by all problems.
 
-    It stands where a cost matrix may stand in a :class:`~otkd.ot.problem.Problem`.
+    It can replace the cost matrix of a :class:`~otkd.ot.problem.Problem`.
 
     Attributes:
         shape: ``(n, m)``.
-        dtype: what its kernels compute in.
-        inputs: the tensors that its gradient goes to; none of a constant.
+        dtype: of its kernels' computations.
+        inputs: the tensors that its gradient flows to; empty for a constant.
     """
 
     ndim = 2
@@ -34,7 +34,7 @@ class LazyCost(ABC):
 
     @abstractmethod
     def kernel(self, epsilon: float) -> Kernel:
-        """exp(−C/ε), as the solver and the gradients apply it."""
+        """The kernel exp(−C/ε), for the solver and the gradients."""
 
     @abstractmethod
     def largest(self) -> float:

@@ -1,14 +1,14 @@
-"""The cost c·|x_i − y_j| between probabilities, never held: exp(−C/ε) by sums along the line.
+"""The cost c·|x_i − y_j| between probabilities, without a matrix: sums along the line.
 
 On a line the kernel splits at each point x,
 
     Σ_j exp(−c·|x − y_j|/ε)·v_j = e^(−cx/ε)·Σ_{y_j ≤ x} e^(cy_j/ε)·v_j
                                 + e^(cx/ε)·Σ_{y_j > x} e^(−cy_j/ε)·v_j,
 
-and both sums are cumulative ones over the points in order: an application takes O(n + m) time and
-memory once they are sorted, where a matrix takes O(n·m). The gradient splits alike, with the
-difference of the two in place of the sum. Between distributions over two classes every distance is
-of this kind.
+and both sums are cumulative sums over the sorted points. After sorting, an application takes
+O(n + m) time and memory instead of O(n·m) with a matrix. The gradient splits in the same way, with
+the difference of the two parts instead of the sum. All distances between distributions over two
+classes have this form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from otkd.ot.kernels.blocked import SharedKernel
 from otkd.ot.kernels.flat import LARGEST_FLAT_REACH
 from otkd.ot.kernels.lazy import LazyCost
 
-_CENTRE = 0.5  # of the points: halves the largest exponent
+_CENTRE = 0.5  # centre of the points, which halves the largest exponent
 
 
 class LineCost(LazyCost):
@@ -36,7 +36,7 @@ class LineCost(LazyCost):
 
     @staticmethod
     def represents(slope: float, epsilon: float, dtype: torch.dtype) -> bool:
-        """Whether exp(−C/ε) of the pairs is far from 0 in this dtype, and from 1."""
+        """Whether exp(−C/ε) of the pairs is neither close to 0 nor close to 1 in this dtype."""
         return LARGEST_FLAT_REACH <= slope / epsilon <= LARGEST_EXPONENT[dtype]
 
     def detach(self) -> LineCost:
@@ -61,7 +61,7 @@ class LineKernel(SharedKernel, ScalingKernel):
         x, y = x.contiguous(), y.contiguous()
         self.x, self.y, self.slope, self.epsilon = x, y, slope, epsilon
         self._other = other
-        # Of y in order and then the other way, so that one pass of sums serves both directions.
+        # y in ascending, then in descending order: one cumulative sum serves both directions.
         ordered, order = y.sort()
         self._order = torch.cat([order, order.flip(0)])
         self._rise = self._exponentials(ordered, (1, -1))
@@ -85,7 +85,7 @@ class LineKernel(SharedKernel, ScalingKernel):
 
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.base.Kernel`."""
-        # |x − y| is (x − y) on the one side and its negative on the other.
+        # |x − y| is x − y on one side and y − x on the other.
         weights = b * (g / self.epsilon).exp()
         signed = self.x * self._apply_signed(weights) - self._apply_signed(weights * self.y)
         return self.slope * signed * (f / self.epsilon).exp()
@@ -106,16 +106,16 @@ class LineKernel(SharedKernel, ScalingKernel):
         return below - above
 
     def _parts(self, vectors: Tensor, places: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-        """What comes from the points of y below and above every x, ``(B, n)`` each."""
+        """The contributions of the points of y below and above every x, ``(B, n)`` each."""
         ordered = vectors[:, self._order].view(len(vectors), 2, -1)
         sums = ordered.mul_(self._rise).cumsum_(-1).flatten(1)
         parts = sums[:, places].view(len(vectors), 2, -1).mul_(factors)
         return parts[:, 0], parts[:, 1]
 
     def _places(self, below: Tensor, up_to: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the sums of the ``below`` first and all but the ``up_to`` first points stand."""
+        """The indices of the sums of the ``below`` first and all but the ``up_to`` first points."""
         counts = torch.stack([below, len(self.y) - up_to])
-        factors = self._fall.masked_fill(counts == 0, 0)  # of no point at all
+        factors = self._fall.masked_fill(counts == 0, 0)  # no point on this side
         places = (counts - 1).clamp_(min=0)
         places[1] += len(self.y)
         return places.flatten(), factors

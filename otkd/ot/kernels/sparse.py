@@ -1,11 +1,11 @@
-"""A kernel that is exact on a sparse graph and of rank one beside it.
+"""A kernel that is exact on a sparse graph and has rank one elsewhere.
 
-Of all pairs (i, j) only those of a graph have a cost of their own. Everything else is a far field:
+Only the pairs (i, j) of a graph have costs of their own. All other pairs are approximated:
 
     exp(−C_ij/ε) ≈ K_ij = S_ij + u_i·v_j,   S_ij = max(exp(−C_ij/ε) − u_i·v_j, 0) on the graph,
 
-so that no pair is forbidden and every transport problem is feasible. An application costs one
-product of S with all problems at once and one scalar product with v for each.
+so that no pair is forbidden and every transport problem is feasible. An application consists of one
+product of S with all problems, and of one scalar product with v per problem.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Graph:
 
     Attributes:
         shape: ``(n, m)``.
-        offsets: where the pairs of each row start and, last, their number, ``(n + 1,)``.
+        offsets: start of the pairs of each row and, last, their number, ``(n + 1,)``.
         columns: j of every pair, ascending within a row, ``(E,)``, int32 like the offsets.
-        symmetric: with (i, j) also (j, i), of the same cost.
+        symmetric: whether (j, i) is in the graph, with the same cost, for every (i, j).
     """
 
     shape: tuple[int, int]
@@ -45,7 +45,7 @@ class Graph:
     def of(
         cls, rows: Tensor, columns: Tensor, shape: tuple[int, int], *, symmetric: bool = False
     ) -> tuple[Graph, Tensor]:
-        """The graph of distinct pairs in any order, and the order in which it has them."""
+        """The graph of distinct pairs in any order, and the permutation that sorts them."""
         order = (rows.long() * shape[1] + columns).argsort()
         index = torch.int32 if len(order) < 2**31 else torch.int64
         offsets = torch.zeros(shape[0] + 1, dtype=index, device=rows.device)
@@ -64,13 +64,14 @@ class Graph:
         return places.repeat_interleave(self.degrees, output_size=len(self.columns))
 
     def transposed(self) -> tuple[Graph, Tensor]:
-        """The graph read the other way, and the order in which it has the pairs."""
+        """The transposed graph, and the permutation of the pairs."""
         return Graph.of(self.columns, self.rows, (self.shape[1], self.shape[0]))
 
     def sums(self, values: Tensor, vectors: Tensor) -> Tensor:
-        """Σ_j values_ij·vectors_j with one value a pair, ``(B, m) -> (B, n)``.
+        """Σ_j values_ij·vectors_j with one value per pair, ``(B, m) -> (B, n)``.
 
-        As sums of bags of rows, which torch does two to three times as fast as CSR products.
+        Implemented with embedding bags, which torch computes two to three times as fast as CSR
+        products.
         """
         return nn.functional.embedding_bag(
             self.columns,
@@ -83,14 +84,14 @@ class Graph:
 
 
 class SparseCost(LazyCost):
-    """Costs on a graph, and a far field for all other pairs.
+    """Costs on a graph, and a rank-one kernel for all other pairs.
 
     Args:
         graph: the pairs that have a cost of their own.
-        costs: theirs, ``(E,)``.
-        far_field: u and v, by ε; of a symmetric graph the two are the same.
+        costs: of these pairs, ``(E,)``.
+        far_field: gives log u and log v for an ε; for a symmetric graph the two are equal.
 
-    The kernel of the last ε is kept.
+    The kernel of the last ε is cached.
     """
 
     def __init__(self, graph: Graph, costs: Tensor, far_field: FarField):
@@ -105,7 +106,7 @@ class SparseCost(LazyCost):
         return self._kernel
 
     def largest(self) -> float:
-        """An upper bound of the costs, far ones (of the last ε) included."""
+        """An upper bound of the costs, including the approximated ones (of the last ε)."""
         own = self.costs.abs().max().item() if len(self.costs) else 0.0
         if self._kernel is None:
             return own
@@ -118,10 +119,10 @@ class SparseKernel(Kernel):
 
     Args:
         graph: the pairs of S.
-        cost: theirs, ``(E,)``.
+        cost: of these pairs, ``(E,)``.
         log_u: ``(n,)``.
         log_v: ``(m,)``.
-        epsilon: strength of the entropic term.
+        epsilon: strength of the entropic regularisation.
     """
 
     def __init__(self, graph: Graph, cost: Tensor, log_u: Tensor, log_v: Tensor, epsilon: float):
@@ -132,7 +133,7 @@ class SparseKernel(Kernel):
 
     @property
     def transposed(self) -> SparseKernel:
-        """The kernel read the other way: itself where it is symmetric, else made once."""
+        """The transposed kernel: itself if it is symmetric, otherwise computed once."""
         if self._transposed is None:
             graph, order = self.graph.transposed()
             other = type(self)(graph, self.cost[order], self.log_v, self.log_u, self.epsilon)
@@ -164,7 +165,7 @@ class SparseKernel(Kernel):
         return -self.epsilon * product * (f / self.epsilon + shift).exp()
 
     def coupling(self, f: Tensor, g: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Not for a constant cost."""
+        """Not available for a constant cost."""
         raise NotImplementedError("a sparse cost is constant and has no gradient")
 
     def _apply(self, weights: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class SparseKernel(Kernel):
         return near.addcmul_(self.log_u.exp(), (weights @ self.log_v.exp()).unsqueeze(-1))
 
     def _sparse_entries(self) -> Tensor:
-        """What is held of S, ``(E,)``."""
+        """The stored entries of S, ``(E,)``."""
         log_far, log_kernel = self._log_entries()
         return log_kernel.exp() * -torch.expm1(log_far - log_kernel)
 
@@ -183,7 +184,7 @@ class SparseKernel(Kernel):
 
 
 class SparseLogKernel(SparseKernel):
-    """K = S + u·vᵀ by log-sum-exp, for every ε, a block of rows of the graph at a time."""
+    """K = S + u·vᵀ by log-sum-exp, for every ε, in blocks of rows of the graph."""
 
     def _sparse_entries(self) -> Tensor:
         log_far, log_kernel = self._log_entries()
@@ -255,7 +256,7 @@ class SparseLogKernel(SparseKernel):
 def sparse_kernel(
     graph: Graph, cost: Tensor, log_u: Tensor, log_v: Tensor, epsilon: float
 ) -> SparseKernel:
-    """Products where every entry of the kernel is representable, else the log domain."""
+    """Products if every entry of the kernel is representable, otherwise the log domain."""
     own = cost.abs().max().item() / epsilon if len(cost) else 0.0
     reach = max(own, _far_reach(log_u, log_v))
     products = reach <= LARGEST_EXPONENT[cost.dtype]
@@ -263,7 +264,7 @@ def sparse_kernel(
 
 
 def _far_reach(log_u: Tensor, log_v: Tensor) -> float:
-    """−log of the smallest u_i·v_j; 0 where all pairs are of the graph."""
+    """−log of the smallest u_i·v_j; 0 if all pairs are in the graph."""
     smallest = (x[x.isfinite()] for x in (log_u, log_v))
     return -sum(x.min().item() if len(x) else 0.0 for x in smallest)
 

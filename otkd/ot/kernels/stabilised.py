@@ -1,12 +1,12 @@
-"""exp((f + g − C)/ε) about potentials that are near: products at any ε.
+"""exp((f + g − C)/ε) around nearby potentials: matrix products for any ε.
 
-At small ε the kernel exp(−C/ε) is 0 to the last bit, but the density of the plan between two
-potentials is not, and about them Sinkhorn's iteration is one of products again:
+For small ε, exp(−C/ε) underflows, but the density of the plan between two potentials does not.
+Around these potentials, Sinkhorn's iteration consists of products:
 
     softmin(g)_i = f⁰_i − ε·log Σ_j exp((f⁰_i + g⁰_j − C_ij)/ε)·b_j·exp((g_j − g⁰_j)/ε).
 
-Where a sum becomes too small to trust the soft minimum is computed in the log domain, and the
-density is made anew about what it finds. Source: Schmitzer (2019), "Stabilized Sparse Scaling
+If a sum becomes too small to be accurate, the soft minimum is computed in the log domain, and the
+density is computed again around the result. Source: Schmitzer (2019), "Stabilized Sparse Scaling
 Algorithms for Entropy Regularized Transport Problems".
 """
 
@@ -27,15 +27,15 @@ from otkd.ot.kernels.base import (
     log_density,
 )
 
-_ROUNDING = 3e-5  # of a density, by the digits that the way from the held potentials takes
+_ROUNDING = 3e-5  # of a density, from the digits lost between the held potentials and these
 
 
 @dataclass
 class _Centre:
-    """What a kernel and its transposed are held at: potentials, and the density between them.
+    """The potentials around which a kernel and its transpose are computed, and the density.
 
     Attributes:
-        bounds: by direction, how small a sum may be (:meth:`StabilisedKernel._least_sum`).
+        bounds: by direction, the smallest accurate sum (:meth:`StabilisedKernel._least_sum`).
     """
 
     f: Tensor
@@ -56,7 +56,7 @@ class StabilisedKernel(Kernel):
         flipped: bool = False,
     ):
         super().__init__(cost, epsilon)
-        self._held = [] if held is None else held  # one list for both directions
+        self._held = [] if held is None else held  # shared by both directions
         self._flipped = flipped
         self._limit = LARGEST_LOG_DENSITY[cost.dtype]
         self._eps = torch.finfo(cost.dtype).eps
@@ -64,7 +64,7 @@ class StabilisedKernel(Kernel):
 
     @property
     def transposed(self) -> StabilisedKernel:
-        """The same kernel read the other way, held at the same potentials."""
+        """The transposed kernel, around the same potentials."""
         return StabilisedKernel(self.cost.mT, self.epsilon, self._held, flipped=not self._flipped)
 
     def rows(self, index: Tensor) -> StabilisedKernel:
@@ -84,7 +84,7 @@ class StabilisedKernel(Kernel):
     ) -> tuple[Tensor, int]:
         """See :class:`~otkd.ot.kernels.base.Kernel`."""
         following = self.softmin(self.transposed.softmin(f, log_a), log_b)
-        # No step is longer than the one before it: from here they need not be looked at.
+        # Steps do not grow, so the following ones need no check.
         if count > 1 and self._is_near(following - f):
             near = self._centre()
             start = following - near.f
@@ -108,8 +108,8 @@ class StabilisedKernel(Kernel):
             near = self._centre()
             weights, shift = centred_weights(log_b, g - near.g, self.epsilon)
             log_sums = self._products(near.density).apply(weights).log_()
-            # What densities and weights leave out is far less than such a sum. NaN is not. And a
-            # potential far from the held one has lost as many of its digits.
+            # Clamped entries are negligible compared with such a sum; NaN fails this test. A
+            # potential far from the held one has lost digits.
             sound = (log_sums > self._least_sum(near, log_b)).all()
             sound &= log_sums.amax() < self._limit / 2
             if bool(sound & (shift.abs().amax() < self._furthest)):
@@ -123,7 +123,7 @@ class StabilisedKernel(Kernel):
     def mean_cost(self, f: Tensor, g: Tensor, b: Tensor) -> Tensor:
         """See :class:`~otkd.ot.kernels.base.Kernel`."""
         near = self._at(f, g)
-        # First with the masses: a density may be as large as a cost.
+        # The masses first, because a density may be as large as a cost.
         masses = near.density * b.reshape(*self.cost.shape[:-2], 1, -1)
         return (masses * self.cost).sum(-1).reshape(f.shape)
 
@@ -157,21 +157,22 @@ class StabilisedKernel(Kernel):
         return ProductKernel(self.cost, self.epsilon, density)
 
     def _is_near(self, moved: Tensor) -> bool:
-        """Whether potentials so far from others, up to a constant, have sums as sound."""
+        """Whether potentials at this distance from others, up to a constant, have accurate sums."""
         least, greatest = torch.aminmax(moved)
-        return bool(greatest - least < self._limit / 2 * self.epsilon)  # NaN is not
+        return bool(greatest - least < self._limit / 2 * self.epsilon)  # NaN fails this test
 
     def _hold(self, g: Tensor, log_b: Tensor) -> Tensor:
-        """The soft minimum in the log domain; the density is made about it."""
+        """The soft minimum in the log domain; the density is computed around it."""
         self._held.clear()
         terms = self._per_problem(g.unsqueeze(-2) - self.cost).div_(self.epsilon)
         log_sums = torch.logsumexp(terms + self._per_problem(log_b.unsqueeze(-2)), -1)
         f = (-self.epsilon * log_sums).reshape(len(g), -1)
-        self._keep(f.clone(), g.clone(), terms.sub_(log_sums.unsqueeze(-1)))  # those are a caller's
+        # f and g are cloned, because the caller owns them.
+        self._keep(f.clone(), g.clone(), terms.sub_(log_sums.unsqueeze(-1)))
         return f
 
     def _at(self, f: Tensor, g: Tensor) -> _Centre:
-        """The density between two potentials, exactly."""
+        """The density between two potentials, computed exactly."""
         if self._held:
             near = self._centre()
             if near.f is f and near.g is g:
@@ -186,5 +187,5 @@ class StabilisedKernel(Kernel):
         self._held[:] = [_Centre(g, f, density.mT) if self._flipped else centre]
 
     def _per_problem(self, values: Tensor) -> Tensor:
-        """Without the batch dimension where one problem has a cost of its own without it."""
+        """Without the batch dimension if the cost of a single problem has none."""
         return values.squeeze(0) if self.cost.ndim == 2 else values
