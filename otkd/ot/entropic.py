@@ -119,7 +119,7 @@ def sinkhorn_divergence(
 ) -> Float[Tensor, "*batch"] | DivergenceSolution:
     """The debiased divergence S_ε(a, b) = OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b).
 
-    S_ε ≥ 0, and 0 only at a = b, where exp(−C/ε) is positive definite and no two points coincide.
+    S_ε ≥ 0, with equality only at a = b, if exp(−C/ε) is positive definite and all points differ.
     Its gradients are ∂S/∂a = f_ab − f_aa and ∂S/∂C = P_ab − ½·P_aa − ½·P_bb.
 
     Args:
@@ -128,13 +128,12 @@ def sinkhorn_divergence(
         cost: a self-cost (square, symmetric, zero diagonal) shared by the batch or one per
             problem; or ``(C_ab, C_aa, C_bb)`` for different supports; or a cost object.
         epsilon: strength of the entropic term, in units of the cost.
-        debias: with False, OT_ε(a, b) alone (then ``cost`` may be any ``(n, m)`` matrix).
-        value: ``"dual"`` for OT_ε, ``"sharp"`` for ⟨P, C⟩ in its place (gradients by implicit
+        debias: with False, compute OT_ε(a, b) (``cost`` may then be any ``(n, m)`` matrix).
+        value: ``"dual"`` for OT_ε, ``"sharp"`` for ⟨P, C⟩ instead (gradients by implicit
             differentiation).
         tolerance: L1 marginal error at which a problem is solved.
         max_iterations: limit of updates of both potentials.
-        return_solution: also say how the values were found: ``converged``, ``iterations`` and
-            ``marginal_error`` beside ``value``.
+        return_solution: also return ``converged``, ``iterations`` and ``marginal_error``.
 
     Returns:
         The divergences, differentiable in a, b and cost; or with ``return_solution`` a
@@ -145,8 +144,8 @@ def sinkhorn_divergence(
 
     Raises:
         TypeError: if an argument is not a floating-point tensor.
-        ValueError: for shapes that do not fit, masses that are no distribution, a single cost
-            that is no self-cost, ε or tolerance not above 0.
+        ValueError: for shapes that do not fit, masses that are not a distribution, a single cost
+            that is not a self-cost, or ε or tolerance not above 0.
 
     Source: Feydy et al. (2019), "Interpolating between Optimal Transport and MMD using Sinkhorn
     Divergences"; Genevay et al. (2018) for the sharp variant.

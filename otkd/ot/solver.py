@@ -76,11 +76,18 @@ def solve_potentials(
 ) -> Potentials:
     """Iterate until the L1 marginal error of every problem is at most ``tolerance``.
 
-    With penalised marginals the plan may have far less mass than both sides. ``least_mass (B,)``
-    is the mass down to which the error is relative to it; 1, and the error as it is, by default.
-    ``start`` is a first guess of g, ``(B, m)``; 0 where there is none. ``plain_steps`` updates
-    at most follow every accelerated one where the kernel makes them cheaply, neither measured nor
-    accelerated: more iterations for small problems, whose measuring takes longer than they do.
+    Args:
+        problem: in normal form.
+        kernel: of its cost.
+        tolerance: of the L1 marginal error.
+        max_iterations: limit of updates of both potentials.
+        start: first guess of g, ``(B, m)``; 0 by default.
+        plain_steps: largest number of plain updates after every accelerated one, if the kernel
+            makes them cheap. They are neither measured nor accelerated, and speed up small
+            problems, for which measuring takes longer than an update.
+        least_mass: ``(B,)``. With relaxed marginals the plan may have far less mass than both
+            sides. The error is then relative to the mass of the plan, down to this mass; by
+            default it is absolute.
     """
     if problem.symmetric:
         update: _Update = _Averaging(problem, kernel)

@@ -139,11 +139,11 @@ class StabilisedKernel(Kernel):
         return _Centre(held.g, held.f, held.density.mT, held.bounds)
 
     def _least_sum(self, near: _Centre, log_b: Tensor) -> Tensor:
-        """Log of the smallest sum, over the largest weight, that is sound, ``(B, 1)``.
+        """Log of the smallest accurate sum, relative to the largest weight, ``(B, 1)``.
 
-        Where no density was raised, that is half the limit. And a weight below the smallest is
-        left out. Of a target with more mass than the root of it, it is as far again below its
-        mass: it adds so little to any sum, times the most that its mass adds where it is held.
+        It is at least half the limit. Weights below the smallest one are left out. Above the bound,
+        what they could add (their mass and largest density, times the root of the smallest weight)
+        is less than the rounding error of the sum. The bound is infinite if a density was clamped.
         """
         if self._flipped not in near.bounds:
             largest = near.density.amax(-2).log_().reshape(len(log_b), -1)
