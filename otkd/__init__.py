@@ -1,12 +1,13 @@
 """otkd: optimal-transport distillation for PyTorch.
 
-A loss between a teacher and a student is a module with one call,
+A loss between a teacher and a student is a module that is called as
 ``loss(student_logits, teacher_logits, *, labels=None, mask=None, num_items_in_batch=None)``:
 
-    loss = otkd.SinkhornLoss(cost="embedding", embedding=teacher.get_input_embeddings().weight)
+    loss = otkd.KLLoss(temperature=2)
+    loss = otkd.SinkhornLoss(embedding=teacher.get_input_embeddings().weight)
 
-The same mathematics is in :mod:`otkd.functional` as plain functions of logits and in
-:mod:`otkd.ot` as transport between probability vectors.
+The same mathematics is in :mod:`otkd.functional` as functions of logits, and in :mod:`otkd.ot` as
+transport between probability vectors.
 """
 
 from otkd import alignment, costs, functional, losses, ot, supports, teachers

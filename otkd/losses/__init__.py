@@ -1,4 +1,4 @@
-"""The losses as ``nn.Module``s, one family a file, behind one call."""
+"""The losses as ``nn.Module``s with the same call signature; one family per file."""
 
 from otkd.losses.batch import BatchSinkhornLoss
 from otkd.losses.divergences import (

@@ -1,4 +1,4 @@
-"""Classification tasks: what they are, where their rows come from, how they are scored."""
+"""Classification tasks: the catalogue, their data, and their metrics."""
 
 from otkd.tasks.encoding import encode
 from otkd.tasks.loading import SAMPLE_SEED, TaskData, load_task

@@ -1,4 +1,4 @@
-"""Rows to token ids."""
+"""Tokenisation of a task's rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def encode(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Tokenise the columns ``text`` and ``text_pair``, truncated and not padded.
+    """Tokenise the columns ``text`` and ``text_pair``, with truncation and without padding.
 
-    Padding is left to the collator, which pads each batch to its own longest row; ``length`` lets
-    the trainer put rows of similar length into one batch.
+    The collator pads each batch to its longest row. ``length`` lets the trainer put rows of similar
+    length into one batch.
 
     Returns:
         The tokenizer's columns, ``labels`` and ``length``.

@@ -1,4 +1,4 @@
-"""GLUE's rows, from a folder in its official TSV layout or from the Hugging Face hub."""
+"""GLUE data, from a folder in its official TSV layout or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ HUB_NAME = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class _Layout:
-    """How one task's TSV files are written.
+    """The format of a task's TSV files.
 
-    ``labels`` are the spellings in the order of the label ids; ``header`` is given for files
-    without a header line; ``skip_short_rows`` is for files known to hold broken lines.
+    ``labels`` are the spellings of the labels in the order of their ids; ``header`` is given for
+    files without a header line; ``skip_short_rows`` is for files that are known to contain broken
+    lines.
     """
 
     sentences: tuple[str, ...]
@@ -74,8 +75,8 @@ def load_glue_folder(task: Task, data_dir: Path) -> dict[str, Dataset]:
         ``"train"`` and each of the task's development splits.
 
     Raises:
-        DataError: on a missing folder, file or column, a row with a wrong number of fields, or an
-            unknown label; the message names the file, the line and what was expected.
+        DataError: for a missing folder, file or column, a row with a wrong number of fields, or an
+            unknown label; the message names the file and line, and what was expected.
     """
     from datasets import Dataset
 

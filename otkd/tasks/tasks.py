@@ -8,21 +8,21 @@ from otkd.checks import did_you_mean
 
 
 class DataError(ValueError):
-    """Rows that cannot be read, or a task that does not exist; the message names the remedy."""
+    """Rows that cannot be read, or a task that does not exist; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task with one or two sentences a row.
+    """A classification task with one or two sentences per row.
 
     Attributes:
         name: the name on the command line.
-        title: the name in tables, which is also the folder's name in GLUE's layout.
-        sentences: the one or two sentence columns, as the Hugging Face hub calls them.
-        label_names: the classes in the order of their label ids.
-        metrics: metric names (see :mod:`otkd.tasks.metrics`), the headline first.
-        dev_splits: names of the development splits; with more than one, each metric is reported
-            once a split as ``split_metric``, and the first split's is the headline.
+        title: the name in tables, and the folder's name in GLUE's layout.
+        sentences: the one or two sentence columns, as named on the Hugging Face hub.
+        label_names: the classes in the order of their ids.
+        metrics: metric names (see :mod:`otkd.tasks.metrics`), the main one first.
+        dev_splits: names of the development splits. With more than one, each metric is reported
+            for each split as ``split_metric``, and that of the first split is the headline.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Task:
 
     @property
     def headline(self) -> str:
-        """The key of the headline number in a result's metrics."""
+        """The key of the main metric in a result."""
         return self.metric_key(self.dev_splits[0], self.metrics[0])
 
     def metric_key(self, split: str, metric: str) -> str:
-        """The key under which ``metric`` on ``split`` is reported."""
+        """The key of ``metric`` on ``split``."""
         return metric if len(self.dev_splits) == 1 else f"{split}_{metric}"
 
 
@@ -87,10 +87,10 @@ def task_names() -> tuple[str, ...]:
 
 
 def get_task(name: str) -> Task:
-    """The task called ``name``; case, hyphens and underscores do not matter (``SST-2``, ``sst2``).
+    """The task called ``name``; case, hyphens and underscores are ignored (``SST-2``, ``sst2``).
 
     Raises:
-        DataError: if there is no such task; the message has the nearest name and the list.
+        DataError: if there is no such task; the message suggests the most similar name.
     """
     plain = {_plain(known): known for known in _TASKS}
     wanted = _plain(name)

@@ -1,4 +1,4 @@
-"""Tab-separated files, read strictly: every complaint names the file and the line."""
+"""Strict reading of tab-separated files; every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def read_tsv(
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield ``(line number, values of columns)`` for each row of a tab-separated file.
 
-    Lines are counted from 1, with the header and empty lines. Quote characters are literal. Empty
-    lines are passed over; a byte-order mark is dropped.
+    Lines are counted from 1, including the header and empty lines. Quote characters are literal.
+    Empty lines are skipped, and a byte-order mark is removed.
 
     Args:
-        path: the file, UTF-8.
-        columns: the columns wanted, in the order wanted.
-        header: the columns of a file that has no header line; else the first line names them.
-        skip_short_rows: pass over rows with too few fields, with one warning in the log.
+        path: the file, in UTF-8.
+        columns: the columns to return, in this order.
+        header: the columns of a file without a header line; otherwise the first line names them.
+        skip_short_rows: skip rows with too few fields, and log one warning.
 
     Raises:
-        DataError: if the file cannot be read, is not text, a column is missing or there twice, or a
+        DataError: if the file cannot be read or is not text, a column is missing or repeated, or a
             row has a wrong number of fields.
     """
     try:
