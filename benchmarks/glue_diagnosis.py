@@ -21,15 +21,15 @@ import typer
 from torch import nn
 
 import otkd
+from otkd.files import write_json
 from otkd.functional.batch_transport import point_distances
 from otkd.integrations.models import describe
 from otkd.integrations.outputs import read_outputs
 from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
-from otkd.study import machine
+from otkd.study import provenance
 from otkd.study.experiment import Experiment
 from otkd.study.messages import quiet_libraries
 from otkd.study.protocols import load_protocol
-from otkd.study.results import write_json
 from otkd.study.settings import Settings
 from otkd.study.teachers import find_teacher, with_features
 from otkd.study.training import fit
@@ -148,8 +148,8 @@ def diagnose(task: str, data_dir: Path | None, results: Path) -> dict:
                 [name, *(f"{stage[name]:.3g}" for stage in stages.values())] for name in names
             ],
         },
-        "machine": machine.machine(),
-        "versions": machine.versions(),
+        "machine": provenance.machine(),
+        "versions": provenance.versions(),
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from otkd.study.machine import processor
+from otkd.study.provenance import processor
 
 
 def hardware() -> dict:

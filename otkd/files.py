@@ -1,14 +1,17 @@
-"""Atomic writes, and errors that name the file."""
+"""Writing files atomically, comparing them by hash, and errors that name the file."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # The name of an unfinished file. It is short, so that paths do not become too long.
 PARTIAL_PREFIX, PARTIAL_SUFFIX = ".otkd-", ".partial"
@@ -40,6 +43,41 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
             raise
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_digests(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files, by their path relative to ``folder``."""
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in sorted(paths)}
+
+
+def changed_file(folder: Path, digests: Mapping[str, str]) -> Path | None:
+    """The first file that differs from its hash in :func:`file_digests`, if any."""
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file() or file_digest(path) != digest:
+            return path
+    return None
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file in a folder and its subfolders."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 @contextmanager
 def errors_about(path: str | os.PathLike) -> Iterator[None]:
     """Turn errors of a failed write into an ``OSError`` whose ``filename`` is ``path``.
@@ -50,10 +88,11 @@ def errors_about(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name = os.path.basename(os.fsdecode(error.filename)) if _is_path(error.filename) else None
-        if error.errno is not None and (
-            error.filename is None or (name is not None and name.startswith(PARTIAL_PREFIX))
-        ):
+        name = error.filename
+        temporary = isinstance(name, (str, bytes)) and os.path.basename(
+            os.fsdecode(name)
+        ).startswith(PARTIAL_PREFIX)
+        if error.errno is not None and (name is None or temporary):
             error.filename, error.filename2 = os.fspath(path), None
         raise
     except Exception as error:
@@ -63,17 +102,13 @@ def errors_about(path: str | os.PathLike) -> Iterator[None]:
         raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
-def _is_path(name: object) -> bool:
-    return isinstance(name, (str, bytes))
-
-
 def _error_number(error: Exception, path: Path) -> int | None:
-    """The system's error number behind an error of a library that writes files itself."""
+    """The number of the system's error behind one of a library that writes files itself."""
     text = str(error)
     if type(error).__name__ == "SafetensorError" and (found := re.search(r"os error (\d+)", text)):
         return int(found[1])
     if isinstance(error, RuntimeError) and ("unexpected pos" in text or "StreamWriter" in text):
-        # torch.save does not keep the number, so look for the likely causes.
+        # torch.save does not report the number, so this checks the likely causes.
         return _likely_cause(path)
     return None
 
@@ -90,3 +125,36 @@ def _likely_cause(path: Path) -> int:
         return errno.EIO
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return errno.EIO if limit == resource.RLIM_INFINITY else errno.EFBIG
+
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space on the disk",
+    errno.EDQUOT: "Remove some of your files",
+    errno.EFBIG: "Raise the limit of a file's size (`ulimit -f`)",
+    errno.EACCES: "Check its owner and permissions",
+    errno.EPERM: "Check its owner and permissions",
+    errno.EROFS: "Choose another place",
+    errno.EISDIR: "Move that folder elsewhere",
+    errno.ENOTDIR: "Move the file in the path elsewhere",
+    errno.EEXIST: "Move what has this name elsewhere",
+    errno.ENOTEMPTY: "Move the folder's content elsewhere",
+    errno.ENOENT: "Check the path, which may be a symbolic link to nothing",
+    errno.ELOOP: "Check the path",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.EIO: "Check the disk",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "Close other programs",
+}
+
+
+def sentence(error: OSError) -> str:
+    """A sentence with the file, the system's reason and, if there is a usual one, the remedy."""
+    names = [
+        os.fsdecode(name)
+        for name in (error.filename, error.filename2)
+        if isinstance(name, (str, bytes, os.PathLike))
+    ]
+    reason = (error.strerror or str(error)).rstrip(".")
+    start = f"{' → '.join(names)}: {reason}." if names else f"{reason[:1].upper()}{reason[1:]}."
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{start} {remedy}, then run the command again." if remedy else start

@@ -15,7 +15,7 @@ from scipy import stats
 from otkd.study.messages import StudyError
 from otkd.study.protocols import Protocol, load_protocol
 from otkd.study.results import CorruptResultError, Result, read_result
-from otkd.study.stats import estimate
+from otkd.study.summary import estimate
 from otkd.tasks import Task, get_task, task_names
 
 if sys.version_info >= (3, 11):

@@ -5,16 +5,36 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import MISSING, fields
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
+from pydantic import ValidationError
 
-from otkd.study.settings import Settings
+from otkd.study.messages import StudyError
+from otkd.study.settings import Settings, option
+from otkd.study.validation import first_mistake
+
+_FLAGS = {"author": ["--author/--sound"]}
+_TASK = Annotated[str, typer.Argument(help="A GLUE task (cola, sst2, …) or rotten-tomatoes.")]
+_FIELDS = Settings.__pydantic_fields__  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def make_settings(values: dict[str, Any]) -> Settings:
+    """Settings from the command line.
+
+    Raises:
+        StudyError: naming an option whose value is not valid.
+    """
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        mistake = first_mistake(error, lambda place: option(str(place[0])))
+        raise StudyError(f"{mistake}.") from error
 
 
 def given_options(context: typer.Context) -> set[str]:
-    """The names of the options that the user gave, other than by leaving them at their default."""
+    """The names of the options that the user gave."""
     by_default = ("DEFAULT", "DEFAULT_MAP")
     return {
         name
@@ -26,35 +46,51 @@ def given_options(context: typer.Context) -> set[str]:
 def with_settings(
     command: Callable[..., None], *, without: Collection[str] = ()
 ) -> Callable[..., None]:
-    """Give ``command(settings, **own)`` the options of :class:`Settings` besides its own.
+    """Give ``command(settings, **own)`` the options of :class:`Settings` beside its own.
 
-    Typer builds the command line from a signature, so one is put together here; each option stays
-    written down once however many commands have it. Those of ``without`` keep their default.
+    Typer reads the options from a signature, so this makes one from the fields. The command gets
+    the values of the options as a dictionary. Those of ``without`` keep their default.
     """
-    names = [item.name for item in fields(Settings) if item.name not in without]
+    names = [name for name in _FIELDS if name not in without]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        command(Settings(**{name: values.pop(name) for name in names}), **values)
+        command({name: values.pop(name) for name in names}, **values)
 
-    hints = get_type_hints(Settings, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            item.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            annotation=hints[item.name],
-            default=inspect.Parameter.empty if item.default is MISSING else item.default,
-        )
-        for item in fields(Settings)
-        if item.name in names
-    ]
     own_hints = get_type_hints(command, include_extras=True)
     own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own_hints[parameter.name])
-        for parameter in list(inspect.signature(command).parameters.values())[1:]
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=own_hints[name])
+        for name, parameter in list(inspect.signature(command).parameters.items())[1:]
     ]
-    parameters = [shared[0], *own, *shared[1:]]
+    task, *shared = map(_parameter, names)
+    parameters = [task, *own, *shared]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     del run.__wrapped__  # type: ignore[attr-defined]
     return run
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    field = _FIELDS[name]
+    if name == "task":
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=_TASK)
+    # Choices are checked by the settings, like ranges, so that all errors read the same.
+    kind = str if get_origin(field.annotation) is Literal else field.annotation
+    panel = field.json_schema_extra["panel"]
+    described = typer.Option(*_FLAGS.get(name, ()), help=field.description, rich_help_panel=panel)
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=field.default,
+        annotation=Annotated[kind, described],
+    )
+
+
+OutputDir = Annotated[Path, typer.Option(help="Folder of the results.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Repeat runs with other settings or another teacher, and those that diverged.",
+    ),
+]

@@ -1,11 +1,11 @@
-"""What all runs of a command share: the task's rows, the models' sources, the settings."""
+"""What all runs of a task share: its rows, the sources of the models, the settings."""
 
 from __future__ import annotations
 
 import multiprocessing
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from otkd.files import write_json
 from otkd.study import models
-from otkd.study.evaluation import Predictor
 from otkd.study.messages import StudyError, notice
 from otkd.study.objectives import check_objectives, objective_options
-from otkd.study.precision import (
+from otkd.study.prediction import (
     PRECISION_FILE,
     Precision,
+    Predictor,
     measure_precision,
     read_precision,
     supports_bf16,
-    write_precision,
 )
 from otkd.study.training import Schedule, device
 from otkd.tasks import SAMPLE_SEED, encode, get_task, load_task
@@ -36,18 +36,23 @@ if TYPE_CHECKING:
     from otkd.study.settings import Settings
 
 _PROBE_ROWS = 16
+# The settings, beside data and models, that decide the logits of a teacher, and a student.
+_OF_TEACHER = ("teacher_epochs", "teacher_batch_size", "teacher_learning_rate", "teacher_seed")
+_OF_TEACHER += ("group_by_length", "freeze_embeddings")
+_OF_STUDENT = ("epochs", "learning_rate", "batch_size", "freeze_embeddings", "group_by_length")
+_OF_STUDENT += ("evaluate_every", "score")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a training and those that score it, as one tokenizer encodes them.
+    """The rows of a training and those that score it, encoded for a model.
 
     Attributes:
         train: training rows.
         dev: development rows by split.
         labels: their labels.
-        index: where the training rows are part of the task's, their places among these.
-        held_out: likewise the places of the rows that stand in for each development split.
+        index: places of the training rows among the task's, if they are only a part.
+        held_out: likewise the places of training rows used instead of each development split.
     """
 
     train: Dataset
@@ -66,13 +71,13 @@ class Rows:
 
 
 class Experiment:
-    """The parts of a command that do not depend on loss and seed, checked when it is made.
+    """The parts of a study of one task that do not depend on loss and seed, checked when made.
 
     Args:
         settings: shared by all losses.
         objectives: the losses with their own settings.
-        tuning: how their candidates are compared, if they have any.
-        folder: where the choice of precision is kept.
+        folder: of the results.
+        tuning: how the candidates of the losses are compared, if they have any.
 
     Raises:
         StudyError: for settings, losses or models that cannot work together.
@@ -87,14 +92,12 @@ class Experiment:
         tuning: Tuning | None = None,
     ):
         settings.check()
-        self.settings = settings
-        self.objectives = objectives
-        self.tuning = tuning
-        self.folder = folder
+        self.settings, self.objectives = settings, objectives
+        self.folder, self.tuning = folder, tuning
         self.task = get_task(settings.task)
         check_objectives(objectives, self.task.num_labels)
         if settings.precision == "bf16" and not supports_bf16():
-            raise StudyError("--precision bf16: the accelerator here does not support it.")
+            raise StudyError("--precision bf16: the accelerator does not support it.")
         self.data = load_task(
             self.task,
             settings.data_dir,
@@ -107,36 +110,34 @@ class Experiment:
             self._tokenizer(settings.student) if settings.student else self.teacher_tokenizer
         )
         if not settings.finetune_teacher:
-            config = models.load_config(self.teacher_source)
+            config = models.load("AutoConfig", self.teacher_source)
             models.check_is_classifier(self.teacher_source, config, self.task)
-        # Made once for their complaints, before an hour goes into a teacher.
+        # Their errors should come before the training of a teacher, which may take an hour.
         self.build_student(0)
         if any(objective.candidates for objective in objectives):
             self.train_rows(tuning=True)
 
     def _tokenizer(self, source: str) -> PreTrainedTokenizerBase:
-        tokenizer = models.load_tokenizer(source)
+        tokenizer = models.load("AutoTokenizer", source)
+        config = models.load("AutoConfig", source)
         if tokenizer.pad_token is None:
             raise StudyError(f"The tokenizer of {source!r} has no padding token.")
-        config = models.load_config(source)
+        length = self.settings.max_length
         special = tokenizer.num_special_tokens_to_add(pair=len(self.task.sentences) > 1)
         least = special + len(self.task.sentences)
-        if self.settings.max_length < least:
+        if length < least:
             raise StudyError(
-                f"--max-length {self.settings.max_length}: an input of {source!r} has at least "
-                f"{least} tokens, {special} of them of its own."
+                f"--max-length {length}: an input of {source!r} has at least {least} tokens, of "
+                f"which {special} are special tokens."
             )
         limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
         longest = min(limit for limit in limits if limit is not None)
-        if self.settings.max_length > longest:
-            raise StudyError(
-                f"--max-length {self.settings.max_length}: {source!r} reads at most {longest} "
-                "tokens."
-            )
+        if length > longest:
+            raise StudyError(f"--max-length {length}: {source!r} reads at most {longest} tokens.")
         return tokenizer
 
     def build_student(self, seed: int) -> PreTrainedModel:
-        """A student before its training; its head depends on the seed alone."""
+        """A student before its training; its head depends on the seed only."""
         chosen = self.settings
         model = models.build_student(
             self.teacher_source, chosen.student, chosen.student_layers, self.task, seed
@@ -147,9 +148,9 @@ class Experiment:
 
     @cached_property
     def teacher_settings(self) -> dict[str, Any]:
-        """Everything the teacher's logits depend on, by name."""
+        """Everything that the teacher's logits depend on, by name."""
         chosen = self.settings
-        values = {
+        return {
             "task": self.task.name,
             "data_digest": self.data.digest(),
             "train_rows": len(self.data.train),
@@ -159,13 +160,8 @@ class Experiment:
             "teacher": chosen.teacher or models.DEFAULT_ENCODER,
             "teacher_weights": models.source_digest(self.teacher_source),
             "finetune_teacher": chosen.finetune_teacher,
+            **_values(chosen, _OF_TEACHER if chosen.finetune_teacher else ()),
         }
-        if chosen.finetune_teacher:
-            for name in ("teacher_epochs", "teacher_batch_size", "teacher_learning_rate"):
-                values[name] = getattr(chosen, name)
-            for name in ("teacher_seed", "group_by_length", "freeze_embeddings"):
-                values[name] = getattr(chosen, name)
-        return values
 
     @cached_property
     def _student_weights(self) -> str | None:
@@ -174,33 +170,28 @@ class Experiment:
     def student_settings(
         self, objective: Objective, seed: int, *, tuning: bool = False
     ) -> dict[str, Any]:
-        """Everything a student depends on, by name."""
+        """Everything that a student depends on, by name."""
         chosen = objective.settings
         values = {**self.teacher_settings, "loss": objective.loss, "seed": seed}
-        for name in ("epochs", "learning_rate", "batch_size", "freeze_embeddings"):
-            values[name] = getattr(chosen, name)
-        for name in ("group_by_length", "evaluate_every", "score"):
-            values[name] = getattr(chosen, name)
+        values |= _values(chosen, _OF_STUDENT)
         if chosen.student is None:
             values["student_layers"] = chosen.student_layers
         else:
-            values["student"] = chosen.student
-            values["student_weights"] = self._student_weights
+            values |= {"student": chosen.student, "student_weights": self._student_weights}
         if tuning and self.tuning is not None:
-            values["tuning_rows"] = self.tuning.train_rows
-            values["held_out"] = self.tuning.held_out
+            values |= {"tuning_rows": self.tuning.train_rows, "held_out": self.tuning.held_out}
         options = objective_options(objective.loss, chosen)
         return values | {f"loss.{name}": value for name, value in options.items()}
 
     def as_run(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """``settings`` with the precision that is used where they leave it to the machine."""
+        """``settings`` with the precision in use instead of ``auto``."""
         return {**settings, "precision": self.precision.name}
 
     @cached_property
     def precision(self) -> Precision:
-        """The precision of every run, measured once if it is to be chosen."""
+        """The precision of every run; ``auto`` is measured once and kept in the folder."""
         if self.settings.precision != "auto":
-            return Precision(self.settings.precision, "as asked for")
+            return Precision(self.settings.precision, "as requested")
         path = self.folder / PRECISION_FILE
         precision = read_precision(path)
         if precision is None:
@@ -209,8 +200,8 @@ class Experiment:
             columns = [name for name in rows.column_names if name != "length"]
             batch = self.student_tokenizer.pad(rows.select_columns(columns)[:], return_tensors="pt")
             precision = measure_precision(self.build_student(0), dict(batch), device())
-            write_precision(path, precision)
-        if multiprocessing.parent_process() is None:  # its workers know it, too
+            write_json(path, asdict(precision))
+        if multiprocessing.parent_process() is None:  # workers would repeat it
             notice(f"Precision {precision.name}: {precision.reason}.")
         return precision
 
@@ -218,75 +209,66 @@ class Experiment:
         """The schedule of the teacher's training."""
         chosen = self.settings
         return Schedule(
-            epochs=chosen.teacher_epochs,
-            batch_size=chosen.teacher_batch_size,
-            learning_rate=chosen.teacher_learning_rate,
-            seed=chosen.teacher_seed,
-            bf16=self.precision.bf16,
-            group_by_length=chosen.group_by_length,
+            chosen.teacher_epochs,
+            chosen.teacher_batch_size,
+            chosen.teacher_learning_rate,
+            chosen.teacher_seed,
+            self.precision.bf16,
+            chosen.group_by_length,
         )
 
     def student_schedule(self, objective: Objective, seed: int) -> Schedule:
         """The schedule of a student's training."""
         chosen = objective.settings
         return Schedule(
-            epochs=chosen.epochs,
-            batch_size=chosen.batch_size,
-            learning_rate=chosen.learning_rate,
-            seed=seed,
-            bf16=self.precision.bf16,
-            group_by_length=chosen.group_by_length,
-            evaluate_every=chosen.evaluate_every,
+            chosen.epochs,
+            chosen.batch_size,
+            chosen.learning_rate,
+            seed,
+            self.precision.bf16,
+            chosen.group_by_length,
+            chosen.evaluate_every,
         )
 
     def train_rows(self, *, tuning: bool = False) -> int:
-        """Number of rows a student is trained on."""
-        if not tuning:
-            return len(self.data.train)
-        return len(self._tuning_split[0])
+        """Number of training rows of a student."""
+        return len(self._tuning_split[0] if tuning else self.data.train)
 
     @cached_property
     def teacher_rows(self) -> Rows:
-        """All rows as the teacher reads them."""
+        """All rows, encoded for the teacher."""
         return self._rows(self.teacher_tokenizer)
 
     @cached_property
     def student_rows(self) -> Rows:
-        """All rows as a student reads them."""
+        """All rows, encoded for a student."""
         if self.student_tokenizer is self.teacher_tokenizer:
             return self.teacher_rows
         return self._rows(self.student_tokenizer)
 
     def _rows(self, tokenizer: PreTrainedTokenizerBase) -> Rows:
-        train, *dev = (
-            encode(rows, tokenizer, self.settings.max_length)
-            for rows in (self.data.train, *self.data.dev.values())
-        )
+        length, bf16 = self.settings.max_length, self.precision.bf16
+        dev = {name: encode(rows, tokenizer, length) for name, rows in self.data.dev.items()}
         return Rows(
-            train,
-            {
-                name: Predictor(rows, tokenizer, bf16=self.precision.bf16)
-                for name, rows in zip(self.data.dev, dev, strict=True)
-            },
-            {name: torch.tensor(rows["label"][:]) for name, rows in self.data.dev.items()},
+            encode(self.data.train, tokenizer, length),
+            {name: Predictor(rows, tokenizer, bf16=bf16) for name, rows in dev.items()},
+            {name: torch.tensor(rows["labels"][:]) for name, rows in dev.items()},
         )
 
     @cached_property
     def tuning_rows(self) -> Rows:
-        """Some training rows to train on and some to score, as a student reads them."""
-        train, held_out = self._tuning_split
-        rows = self.student_rows.train
-        predictor = Predictor(
-            rows.select(held_out), self.student_tokenizer, bf16=self.precision.bf16
-        )
-        labels = torch.tensor(rows.select(held_out)["labels"][:])
-        # Whatever the task's development splits are called, these rows are in the place of each.
+        """Some training rows to train on and others to score, encoded for a student."""
+        index, held_out = self._tuning_split
+        train = self.student_rows.train
+        scored = train.select(held_out)
+        predictor = Predictor(scored, self.student_tokenizer, bf16=self.precision.bf16)
+        # The same rows are used instead of each of the task's development splits.
         splits = self.task.dev_splits
         return Rows(
-            rows.select(train),
+            train.select(index),
             dict.fromkeys(splits, predictor),
-            dict.fromkeys(splits, labels),
-            train,
+            dict.fromkeys(splits, torch.tensor(scored["labels"][:])),
+            index,
             held_out,
         )
 
@@ -303,3 +285,7 @@ class Experiment:
                 "training rows to train on."
             )
         return order[held_out:][: self.tuning.train_rows], order[:held_out]
+
+
+def _values(settings: Settings, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in names}

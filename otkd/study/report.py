@@ -1,4 +1,4 @@
-"""The table and the plot of a comparison. Neither names a winner."""
+"""The table, the explanation and the plot of a comparison. None of them names a winner."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from rich.table import Table
 
 from otkd.files import written_whole
 from otkd.study.results import Result
-from otkd.study.stats import Estimate, LossSummary, summarise
+from otkd.study.summary import Estimate, LossSummary, summarise
 from otkd.tasks import get_task
 
 _METRIC_TITLES = {"accuracy": "accuracy", "f1": "F1", "mcc": "MCC"}
+_NONE = "–"
 
 
 def metric_title(key: str) -> str:
@@ -23,65 +24,56 @@ def metric_title(key: str) -> str:
 
 
 def comparison_table(teacher: Result, results: Sequence[Result]) -> Table:
-    """The teacher, then each loss: mean ± 95 % interval over seeds, all in percent."""
-    summaries = summarise(results)
+    """The teacher, then each loss: mean ± 95 % interval over seeds, in percent."""
     table = Table(
         title=f"{get_task(teacher.task).title}: development scores × 100",
         title_justify="left",
     )
     table.add_column("loss", no_wrap=True)
-    for key in teacher.metrics:
-        table.add_column(metric_title(key), justify="right", no_wrap=True)
-    for heading in ("agreement", "s/step", "s/run"):
+    for heading in (*map(metric_title, teacher.metrics), "agreement", "s/step", "s/run"):
         table.add_column(heading, justify="right", no_wrap=True)
+    trained = (teacher.seconds_per_step, teacher.seconds) if teacher.steps else (None, None)
     table.add_row(
         "teacher",
         *(f"{value * 100:.1f}" for value in teacher.metrics.values()),
-        "–",
-        f"{teacher.seconds_per_step:.3f}" if teacher.steps else "–",
-        f"{teacher.seconds:.1f}" if teacher.steps else "–",
+        _NONE,
+        *_times(*trained),
         end_section=True,
     )
-    for summary in summaries:
+    for summary in summarise(results):
         scores = [_percent(value) for value in summary.metrics.values()]
         if summary.diverged:
-            scores = [_diverged(summary), *["–"] * (len(teacher.metrics) - 1)]
-        table.add_row(
-            summary.loss,
-            *scores,
-            "–" if summary.agreement is None else _percent(summary.agreement),
-            "–" if summary.seconds_per_step is None else f"{summary.seconds_per_step:.3f}",
-            "–" if summary.seconds is None else f"{summary.seconds:.1f}",
-        )
+            scores = [_diverged(summary), *[_NONE] * (len(teacher.metrics) - 1)]
+        agreement = _NONE if summary.agreement is None else _percent(summary.agreement)
+        times = _times(summary.seconds_per_step, summary.seconds)
+        table.add_row(summary.loss, *scores, agreement, *times)
     return table
 
 
 def explanation(teacher: Result, results: Sequence[Result]) -> str:
-    """What the numbers are, in a few sentences."""
+    """The meaning of the numbers in a few sentences."""
     summaries = summarise(results)
-    seeds = {each.loss: len(each.seeds) + len(each.diverged) for each in summaries}
-    counts = sorted(set(seeds.values()))
-    count = " or ".join(map(str, counts))
-    settings = results[0].settings
+    counts = sorted({len(each.seeds) + len(each.diverged) for each in summaries})
+    settings, epochs = results[0].settings, results[0].settings["epochs"]
     sentences = [
-        f"{count} {'seed' if counts == [1] else 'seeds'} a loss, {teacher.rows['train']:,} training"
-        f" and {teacher.rows['dev']:,} development rows, {_epochs(settings['epochs'])},"
-        f" {results[0].precision}.",
-        "± is the half-width of the 95 % t-interval over seeds"
-        + (" (– with one seed)." if counts[0] == 1 else "."),
+        f"{' or '.join(map(str, counts))} {'seed' if counts == [1] else 'seeds'} per loss, "
+        f"{teacher.rows['train']:,} training and {teacher.rows['dev']:,} development rows, "
+        f"{epochs} {'epoch' if epochs == 1 else 'epochs'}, {results[0].precision}.",
+        "± is half the width of the 95 % t-interval over seeds"
+        + (" (– for one seed)." if counts[0] == 1 else "."),
         *_divergence(summaries),
         *_objective(results),
-        "Agreement: development rows on which student and teacher choose the same class.",
+        "Agreement: share of development rows for which student and teacher predict the same "
+        "class.",
     ]
     if settings["freeze_embeddings"]:
-        sentences.append("The embeddings were kept frozen (--no-freeze-embeddings trains them).")
+        sentences.append("The embeddings were not trained (--no-freeze-embeddings trains them).")
     if len({tuple(run.versions.items()) for run in (teacher, *results)}) > 1:
-        sentences.append("The runs were made with different versions; each file has its own.")
+        sentences.append("The runs were made with different versions; each result has its own.")
     return " ".join(sentences)
 
 
 def _divergence(summaries: Sequence[LossSummary]) -> list[str]:
-    """Which runs diverged, and what that means for the table."""
     found = [
         f"{each.loss}, seed {run['seed']}, after {run['step']} steps ({run['reason']})"
         for each in summaries
@@ -90,7 +82,7 @@ def _divergence(summaries: Sequence[LossSummary]) -> list[str]:
     if not found:
         return []
     shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-    return [f"Diverged: {shown}. No mean is given over the other seeds of such a loss."]
+    return [f"Diverged: {shown}. Such a loss has no mean over its other seeds."]
 
 
 def _diverged(summary: LossSummary) -> str:
@@ -99,22 +91,21 @@ def _diverged(summary: LossSummary) -> str:
 
 
 def _objective(results: Sequence[Result]) -> list[str]:
-    """How losses and hard labels were weighed, as the result files have it."""
-    sentences = []
-    shared = [run for run in results if run.settings["loss"] not in ("ce", "sinkd")]
-    weights = {run.settings["loss.alpha"] for run in shared}
-    if weights:
-        shares = " or ".join(f"{w:g} · loss + {1 - w:g} · ce" for w in sorted(weights))
-        sentences.append(f"Objective: {shares}, where ce is the cross-entropy to the labels.")
-    own = [name for name in ("ce", "sinkd") if any(run.settings["loss"] == name for run in results)]
-    if weights and own:
-        alone = {"ce": "ce is that alone", "sinkd": "sinkd has a ce term of its own"}
-        sentences.append(f"{'; '.join(alone[name] for name in own)}.")
+    """The weights of losses and hard labels, from the settings in the result files."""
+    own = {"ce": "ce is used alone", "sinkd": "sinkd has a ce term of its own"}
+    used = {run.settings["loss"] for run in results}
+    weights = {run.settings["loss.alpha"] for run in results if run.settings["loss"] not in own}
+    if not weights:
+        return []
+    shares = " or ".join(f"{w:g} · loss + {1 - w:g} · ce" for w in sorted(weights))
+    sentences = [f"Objective: {shares}, where ce is the cross-entropy with the labels."]
+    if exceptions := [text for name, text in own.items() if name in used]:
+        sentences.append(f"{'; '.join(exceptions)}.")
     return sentences
 
 
 def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
-    """Draw a point per seed, mean and interval per loss, and the teacher's line."""
+    """Plot a point per seed, mean and interval per loss, and the teacher's score as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -127,18 +118,11 @@ def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
         points = [score * 100 for score in summary.scores]
         axes.plot([place] * len(points), points, "o", color="C0", alpha=0.45, markersize=5)
         mean = summary.metrics.get(teacher.headline)
-        if mean is None:
-            continue
-        axes.errorbar(
-            place + 0.18,
-            mean.mean * 100,
-            yerr=None if mean.interval is None else mean.interval * 100,
-            fmt="D",
-            color="C1",
-            capsize=4,
-            markersize=5,
-        )
-    # Stand-ins for the legend: one point and one mean, however many losses there are.
+        if mean is not None:
+            half = None if mean.interval is None else mean.interval * 100
+            style = {"fmt": "D", "color": "C1", "capsize": 4, "markersize": 5}
+            axes.errorbar(place + 0.18, mean.mean * 100, yerr=half, **style)
+    # Empty series for the legend: one entry each, however many losses there are.
     axes.plot([], [], "o", color="C0", alpha=0.45, label="seed")
     axes.plot([], [], "D", color="C1", label="mean, 95 % t-interval")
     names = [
@@ -154,9 +138,12 @@ def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
 
 
 def _percent(value: Estimate) -> str:
-    interval = "–" if value.interval is None else f"{value.interval * 100:.1f}"
+    interval = _NONE if value.interval is None else f"{value.interval * 100:.1f}"
     return f"{value.mean * 100:.1f} ± {interval}"
 
 
-def _epochs(count: int) -> str:
-    return f"{count} epoch" if count == 1 else f"{count} epochs"
+def _times(per_step: float | None, total: float | None) -> tuple[str, str]:
+    return (
+        _NONE if per_step is None else f"{per_step:.3f}",
+        _NONE if total is None else f"{total:.1f}",
+    )

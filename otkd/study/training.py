@@ -1,4 +1,4 @@
-"""Training with ``transformers.Trainer``: checkpoints, resuming, progress."""
+"""Training with ``transformers.Trainer``: checkpoints, resuming, progress, divergence."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from otkd.files import errors_about
 from otkd.integrations.transformers import DistillationTrainer
-from otkd.study.checkpoints import last_whole_checkpoint, seal
-from otkd.study.messages import notice
+from otkd.study.work import last_whole_checkpoint, seal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast to train, and how often to look at the outcome."""
+    """Duration and learning rate of a training, and how often to evaluate."""
 
     epochs: int
     batch_size: int
@@ -55,13 +54,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a training took, and its evaluations.
-
-    Attributes:
-        steps: optimiser steps.
-        seconds: time spent in them, without evaluations and checkpoints.
-        evaluations: the step of each evaluation and the metrics then.
-    """
+    """Steps and seconds of a training, without evaluations and checkpoints; its evaluations."""
 
     steps: int
     seconds: float
@@ -73,12 +66,7 @@ _NOT_FINITE = re.compile(r"\b(nans?|infs?|infinit\w*|(not|non)[- ]finite|overflo
 
 
 class DivergedError(ArithmeticError):
-    """A training that gives numbers that are not finite.
-
-    Attributes:
-        took: the training until then; its steps are those made before it failed.
-        reason: what is not finite.
-    """
+    """A number of a training is not finite: the ``reason``; ``took`` is the training until then."""
 
     def __init__(self, took: Fit, reason: str):
         super().__init__(f"after {took.steps} steps: {reason}")
@@ -86,7 +74,7 @@ class DivergedError(ArithmeticError):
 
 
 class _Progress(TrainerCallback, ExportableState):
-    """Reports steps; keeps the time spent in them and the evaluations, across interruptions too."""
+    """Reports steps. Its times and evaluations are in the checkpoints, so that they are resumed."""
 
     def __init__(
         self,
@@ -112,11 +100,10 @@ class _Progress(TrainerCallback, ExportableState):
         self._start = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        # Read before Trainer writes the checkpoint, whose time is no part of a step's.
+        # Before Trainer writes the checkpoint, whose time does not count.
         self.stop()
 
     def stop(self) -> None:
-        """Count the time since the epoch began, if one is under way."""
         if self._start is not None:
             self.seconds += time.perf_counter() - self._start
             self._start = None
@@ -135,7 +122,6 @@ class _Progress(TrainerCallback, ExportableState):
             self._start += time.perf_counter() - begun
 
     def took(self, steps: int) -> Fit:
-        """What the training took up to now."""
         self.stop()
         return Fit(steps, self.seconds, tuple(self.evaluations))
 
@@ -146,35 +132,26 @@ class _Watched:
     _logits: Tensor | None = None
 
     def watch(self, model: nn.Module) -> None:
-        """Keep the logits of the last call of ``model``, to tell why a step failed."""
+        """Keep the logits of the last call of ``model``, which tell why a step failed."""
         model.register_forward_hook(self._keep_logits)
 
     def _keep_logits(self, model: nn.Module, inputs: Any, outputs: Any) -> None:
         self._logits = getattr(outputs, "logits", None)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's step.
-
-        Raises:
-            FloatingPointError: if it gives a loss that is not finite, or fails because of a number
-                that is not.
-        """
+        """Trainer's step; ``FloatingPointError`` if it fails because of a number not finite."""
         try:
             loss = super().training_step(*args, **kwargs)  # pyright: ignore
         except Exception as error:
-            if self._is_finite(error):
+            finite = self._logits is None or bool(self._logits.isfinite().all())
+            named = isinstance(error, ArithmeticError) or _NOT_FINITE.search(str(error))
+            if finite and not named:
                 raise
             raise FloatingPointError(str(error)) from error
-        # In the place of logging_nan_inf_filter, which waits for the same number.
+        # Instead of logging_nan_inf_filter, which waits for the same number.
         if not loss.isfinite():
             raise FloatingPointError(f"the training loss is {loss.item()}")
         return loss
-
-    def _is_finite(self, error: Exception) -> bool:
-        """Whether an error has another cause than a number that is not finite."""
-        if isinstance(error, ArithmeticError) or _NOT_FINITE.search(str(error)):
-            return False
-        return self._logits is None or bool(self._logits.isfinite().all())
 
 
 class _WatchedTrainer(_Watched, Trainer):
@@ -198,20 +175,20 @@ def fit(
     evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
     on_steps: Callable[[int], None],
 ) -> Fit:
-    """Train ``model`` in place, going on from the last complete checkpoint in ``folder``.
+    """Train ``model`` in place, resuming from the last valid checkpoint in ``folder``.
 
     Args:
         model: a classifier.
         train: encoded rows (see :func:`otkd.tasks.encode`).
         tokenizer: pads the batches.
-        schedule: how long and how fast.
-        folder: where a checkpoint is kept after every epoch; for the caller to remove.
+        schedule: duration and learning rate.
+        folder: for a checkpoint after every epoch; the caller removes it.
         loss: an otkd loss against ``teacher``; without it, the model's own cross-entropy.
         teacher: stored logits, one entry per row of ``train``.
         callbacks: of the trainer.
-        evaluate: gives the metrics of a model; called every ``schedule.evaluate_every`` steps, if
-            any, and at the end.
-        on_steps: called with the number of steps just done or, at the start, done before.
+        evaluate: computes the metrics of a model, every ``schedule.evaluate_every`` steps and at
+            the end.
+        on_steps: called with the number of new steps and, at the start, of steps in the checkpoint.
 
     Raises:
         DivergedError: if the loss or the logits of an evaluation are not finite.
@@ -228,14 +205,14 @@ def fit(
     else:
         trainer = _WatchedDistillationTrainer(**options, loss=loss, teacher=teacher)
     trainer.watch(model)
-    checkpoint = last_whole_checkpoint(folder, notice)
+    checkpoint = last_whole_checkpoint(folder)
     saved = _saved_progress(checkpoint) if checkpoint else {}
     progress = _Progress(on_steps, evaluate, schedule.evaluate_every, saved)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(progress)
     try:
         with warnings.catch_warnings(), errors_about(folder):
-            # The scheduler is restored before the first step of a resumed run, as Trainer does it.
+            # Trainer restores the scheduler before the first step of a resumed run.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if evaluate is not None:
@@ -259,7 +236,7 @@ def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
         length_column_name="length",
         seed=schedule.seed,
         save_strategy="epoch",
-        save_total_limit=2,  # should the last one be damaged
+        save_total_limit=2,  # in case the last one is damaged
         bf16=schedule.bf16,
         use_cpu=device().type == "cpu",
         dataloader_pin_memory=device().type == "cuda",
@@ -268,13 +245,13 @@ def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
         report_to="none",
         logging_nan_inf_filter=False,
     )
-    # Several GPUs train several students; one process never spreads a batch over them.
+    # Several GPUs train several students; a batch is never distributed over them.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 def device() -> torch.device:
-    """Where training happens: the accelerator if there is one."""
+    """The accelerator if there is one, else the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

@@ -1,4 +1,4 @@
-"""Runs spread over processes: one a GPU, or some cores each."""
+"""Runs distributed over processes: one per GPU, or several that share the cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -18,61 +18,58 @@ from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import Empty
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from otkd.study.experiment import Experiment
 from otkd.study.messages import StudyError, quiet_libraries
-
-if TYPE_CHECKING:
-    from otkd.cli.progress import StepBar
 from otkd.study.results import Result
 from otkd.study.runs import Run, run_student
 from otkd.study.teachers import Teacher, find_teacher
 
-# Small encoders gain little from a second core; more than a few processes want much memory.
+# Small encoders gain little from a second core, and every process needs memory.
 _USUAL = 4
 _PATIENCE = 10.0
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def worker_count(asked: int | None) -> int:
-    """The number of processes to train in: as asked, else one a GPU, else one a core up to four.
+class Progress(Protocol):
+    """Shows the progress of a study."""
+
+    def plan(self, steps: int) -> None:
+        """Add steps to the total."""
+
+    def start(self, description: str) -> Callable[[int], None]:
+        """Name what is under way; the function that is returned counts its steps."""
+        ...
+
+    def finished(self, text: str) -> None:
+        """Report a finished run."""
+
+
+def worker_count(requested: int | None) -> int:
+    """The number of processes: as requested, or one per GPU, or one per core up to four.
 
     Raises:
         StudyError: if it is less than one, or more than there are cores or GPUs.
     """
     gpus = torch.cuda.device_count()
     most = gpus or os.cpu_count() or 1
-    if asked is None:
+    if requested is None:
         return gpus or min(most, _USUAL)
-    if not 1 <= asked <= most:
+    if not 1 <= requested <= most:
         raise StudyError(
             f"--workers must lie between 1 and {most}, the number of "
-            f"{'GPUs' if gpus else 'cores'} here; got {asked}."
+            f"{'GPUs' if gpus else 'cores'} of this machine; got {requested}."
         )
-    return asked
+    return requested
 
 
 def run_all(
-    experiment: Experiment,
-    teacher: Teacher,
-    teacher_folder: Path,
-    runs: Sequence[Run],
-    workers: int,
-    bar: StepBar,
+    experiment: Experiment, teacher: Teacher, runs: Sequence[Run], workers: int, bar: Progress
 ) -> Generator[tuple[Run, Result], None, None]:
-    """Distil every student; yields each as it is done.
-
-    Args:
-        experiment: what they share.
-        teacher: of all of them.
-        teacher_folder: where another process finds it.
-        runs: in the order in which they are begun.
-        workers: number of processes; 1 is this one.
-        bar: shows their steps.
-    """
+    """Train every student; yields each as it is done. One worker is this process."""
     if not runs:
         return
     bar.plan(sum(run.steps(experiment) for run in runs))
@@ -81,7 +78,7 @@ def run_all(
             on_steps = bar.start(f"{run} (run {number} of {len(runs)})")
             yield run, run_student(experiment, teacher, run, on_steps)
         return
-    with _pool(experiment, teacher_folder, min(workers, len(runs))) as (pool, steps):
+    with _pool(experiment, min(workers, len(runs))) as (pool, steps):
         with _no_interrupt():
             pending: dict[Future[Result], Run] = {pool.submit(_run, run): run for run in runs}
         processes = multiprocessing.active_children()
@@ -99,17 +96,14 @@ def run_all(
 
 def _drain(steps: Any) -> int:
     total = 0
-    try:
+    with suppress(Empty):
         while True:
             total += steps.get_nowait()
-    except Empty:
-        return total
+    return total
 
 
 @contextmanager
-def _pool(
-    experiment: Experiment, teacher_folder: Path, workers: int
-) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+def _pool(experiment: Experiment, workers: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     # Not forked: neither CUDA nor the threads of a numeric library survive that.
     context = multiprocessing.get_context("spawn")
     numbers, steps, notices = context.Queue(), context.Queue(), context.Queue()
@@ -120,7 +114,7 @@ def _pool(
         workers,
         mp_context=context,
         initializer=_start,
-        initargs=(shared, teacher_folder, workers, numbers, steps, notices),
+        initargs=(shared, workers, numbers, steps, notices),
     )
     # What the workers log is shown by this process, which has the progress bar.
     listener = logging.handlers.QueueListener(notices, *logging.getLogger("otkd").handlers)
@@ -129,7 +123,7 @@ def _pool(
         yield pool, steps
         pool.shutdown()
     finally:
-        # After a mistake or Ctrl-C the others must not go on: what they do is kept in checkpoints.
+        # After an error or Ctrl-C the others must stop: their work is kept in checkpoints.
         pool.shutdown(wait=False, cancel_futures=True)
         children = multiprocessing.active_children()
         for process in children:
@@ -143,32 +137,29 @@ def _pool(
 
 
 def _how_it_ended(processes: Sequence[BaseProcess]) -> str:
-    """What to say when a worker process ended by itself."""
+    """A message about a worker process that ended before its run."""
     for process in processes:
         process.join(_PATIENCE)
     codes = [process.exitcode for process in processes if process.exitcode]
-    # The others were ended because of the first.
+    # The other workers were terminated because of the first.
     code = next((code for code in codes if code != -signal.SIGTERM), codes[0] if codes else None)
-    if code is None:
-        how = "ended"
-    elif code < 0:
+    how = "ended" if code is None else f"ended with exit status {code}"
+    if code is not None and code < 0:
         how = f"was killed ({signal.Signals(-code).name})"
-    else:
-        how = f"ended with exit status {code}"
     return (
-        f"A worker process {how} before its run was finished, most often for want of memory. "
-        "Finished runs are kept: give the command again, with fewer --workers or a smaller "
-        "--batch-size."
+        f"A worker process {how} before its run was finished; the most frequent cause is too "
+        "little memory. Finished runs are kept: run the command again with fewer --workers or a "
+        "smaller --batch-size."
     )
 
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Start processes to which Ctrl-C in a terminal does not come: their parent decides."""
+    """Start processes that do not receive Ctrl-C from a terminal: their parent ends them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # Children inherit what is blocked; here it is delivered at the end of the block.
+    # Children inherit the mask; a signal to this process arrives at the end of the block.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -177,16 +168,16 @@ def _no_interrupt() -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Let this process end as soon as the one that started it ends, however that comes about."""
+    """End this process as soon as its parent ends, also if the parent is killed."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # On every system, if not always at once: while a library holds the interpreter, no thread runs.
+    # Works on every system, but not while a library holds the interpreter lock.
     threading.Thread(target=_outlive, args=(parent,), daemon=True).start()
-    # It may have ended before the system was told.
+    # The parent may have ended before the request to the system.
     if os.name == "posix" and os.getppid() != parent.pid:
         os._exit(1)
 
@@ -196,7 +187,7 @@ def _outlive(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-# What a worker process keeps between its runs, or why it cannot do any.
+# What a worker process keeps between its runs, or the error of its start.
 _worker: tuple[Experiment, Teacher, Any] | Exception | None = None
 
 
@@ -207,12 +198,12 @@ def _start(*shared: Any) -> None:
     try:
         _worker = _prepared(*shared)
     except Exception as error:
-        # Raised here it would be lost; the first run tells it to the parent.
+        # Raised here it would be lost; the first run reports it to the parent.
         _worker = error
 
 
 def _prepared(
-    shared: tuple, teacher_folder: Path, workers: int, numbers: Any, steps: Any, notices: Any
+    shared: tuple, workers: int, numbers: Any, steps: Any, notices: Any
 ) -> tuple[Experiment, Teacher, Any]:
     number = numbers.get()
     if torch.cuda.device_count() > 0:
@@ -226,11 +217,12 @@ def _prepared(
     logger.setLevel(logging.INFO)
     quiet_libraries()
     experiment = Experiment(*shared)
-    teacher = find_teacher(experiment, teacher_folder, overwrite=False)
+    folder: Path = experiment.folder / "teacher"
+    teacher = find_teacher(experiment, folder, overwrite=False)
     if teacher is None:
         raise StudyError(
-            f"The teacher in {teacher_folder} was changed by something else while its students "
-            "were trained. Give the command again."
+            f"The teacher in {folder} was changed by another program while its students were "
+            "trained. Run the command again."
         )
     return experiment, teacher, steps
 

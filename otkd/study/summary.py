@@ -1,11 +1,10 @@
-"""The numbers of a comparison, from its result files alone."""
+"""The statistics of a comparison, from its result files only."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from otkd.study.results import Result
@@ -16,7 +15,7 @@ class Estimate:
     """A mean over seeds; ``interval`` is half the width of its 95 % t-interval.
 
     The interval covers the variation between seeds (head, dropout, data order), not that between
-    samples of the task. With one seed it is None.
+    samples of the task. It is None for a single seed.
     """
 
     mean: float
@@ -29,14 +28,14 @@ class LossSummary:
 
     Attributes:
         loss: its name.
-        seeds: those whose training came to its end.
-        scores: the headline number of each of them.
-        metrics: mean and interval over all seeds; none where a seed diverged, as the mean of the
-            others would be that of a selection.
+        seeds: those that finished.
+        scores: the main metric of each of them.
+        metrics: mean and interval over all seeds; empty if a seed diverged, since a mean of the
+            others would be biased.
         agreement: likewise.
-        seconds_per_step: mean over the seeds that came to their end, or None.
+        seconds_per_step: mean over the seeds that finished, or None.
         seconds: likewise.
-        diverged: the other seeds, each with the ``step`` and the ``reason``.
+        diverged: the other seeds, each with ``seed``, ``step`` and ``reason``.
     """
 
     loss: str
@@ -53,27 +52,29 @@ def estimate(values: Sequence[float]) -> Estimate:
     """Mean and 95 % t-interval of independent values."""
     if len(values) < 2:
         return Estimate(fmean(values), None)
-    from scipy.special import stdtrit
+    from scipy import stats
 
-    quantile = float(stdtrit(len(values) - 1, 0.975))
-    return Estimate(fmean(values), quantile * stdev(values) / math.sqrt(len(values)))
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return Estimate(fmean(values), float(half))
 
 
 def summarise(results: Sequence[Result]) -> list[LossSummary]:
-    """One summary a loss, in the order in which the losses first appear."""
+    """One summary per loss, in the order in which the losses first appear."""
     summaries = []
     for loss in dict.fromkeys(result.loss for result in results):
         runs = sorted((run for run in results if run.loss == loss), key=lambda run: run.seed)
         ended = [run for run in runs if not run.diverged]
         whole = ended if len(ended) == len(runs) else []
         agreements = [run.agreement for run in whole if run.agreement is not None]
-        names = whole[0].metrics if whole else ()
         summaries.append(
             LossSummary(
                 loss,
                 tuple(run.seed for run in ended),
                 tuple(run.score for run in ended),
-                {name: estimate([run.metrics[name] for run in whole]) for name in names},
+                {
+                    name: estimate([run.metrics[name] for run in whole])
+                    for name in (whole[0].metrics if whole else ())
+                },
                 estimate(agreements) if agreements else None,
                 fmean(run.seconds_per_step for run in ended) if ended else None,
                 fmean(run.seconds for run in ended) if ended else None,
@@ -88,7 +89,7 @@ def summarise(results: Sequence[Result]) -> list[LossSummary]:
 
 
 def summary_json(teacher: Result, results: Sequence[Result]) -> dict[str, Any]:
-    """What ``summary.json`` holds."""
+    """The content of ``summary.json``."""
     return {
         "task": teacher.task,
         "headline": teacher.headline,
