@@ -243,24 +243,27 @@ def _find(name: str) -> Path:
 def _parse(name: str, content: Any) -> Protocol:
     file = _File.model_validate(content)
     check_file_names(file.losses, "[losses.{}]")
-    losses = {
-        key: _dumped(loss) | {"candidates": tuple(map(_dumped, loss.candidates))}
-        for key, loss in file.losses.items()
-    }
+    losses = {}
+    for key, loss in file.losses.items():
+        own = content["losses"][key]
+        tried = map(_values, loss.candidates, own.get("candidates", ()))
+        losses[key] = _values(loss, own) | {"candidates": tuple(tried)}
     if file.tuning is None and any(loss["candidates"] for loss in losses.values()):
         raise ValueError("its losses have candidates, but there is no [tuning] to compare them")
     tuning = None
     if file.tuning is not None:
-        values = _dumped(file.tuning)
+        values = _values(file.tuning, content["tuning"])
         tuning = Tuning(values.pop("train_rows"), values.pop("held_out"), values)
-    tasks = {get_task(task).name: _dumped(values) for task, values in file.tasks.items()}
-    return Protocol(
-        name, file.title or name, file.seeds, _dumped(file.settings), tasks, losses, tuning
-    )
+    tasks = {
+        get_task(task).name: _values(v, content["tasks"][task]) for task, v in file.tasks.items()
+    }
+    shared = _values(file.settings, content.get("settings", {}))
+    return Protocol(name, file.title or name, file.seeds, shared, tasks, losses, tuning)
 
 
-def _dumped(table: BaseModel) -> dict[str, Any]:
-    return table.model_dump(exclude_unset=True)
+def _values(table: BaseModel, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked values of the entries that are written in the file, in its order."""
+    return {name: getattr(table, name) for name in written}
 
 
 def _mistake(error: ValidationError) -> str:

@@ -286,7 +286,7 @@ def test_how_likely_a_guess_as_good_as_the_teacher_is(studies):
     numerator = np.linalg.det(table)
     phi = numerator / math.sqrt(np.prod(table.sum(0)) * np.prod(table.sum(1)))
     teacher = dataclasses.replace(
-        teacher, headline="mcc", metrics={"mcc": phi}, rows={"dev": int(table.sum())}
+        teacher, headline="mcc", metrics={"mcc": phi}, rows={"train": 1, "dev": int(table.sum())}
     )
     expected = stats.chi2_contingency(table, correction=False).pvalue
     assert chance_of_teacher(get_task("cola"), teacher) == pytest.approx(expected)
