@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from otkd.checks import as_class_labels
-from otkd.integrations.batches import find_targets, label_key, label_names_of, without_labels
+from otkd.integrations.batches import find_targets, label_key, label_names_of
 from otkd.integrations.counting import StepItems, counted_items, step_items
 from otkd.integrations.evaluation import Evaluation, cross_entropy
+from otkd.integrations.loss_parameters import LossParameters
 from otkd.integrations.model_refusals import (
     check_has_positions,
     check_labels_of,
     check_positions_of,
     check_stored_rows,
-    check_tokens,
-    fewer_tokens,
-    refuse_model,
-    refuse_pair,
 )
-from otkd.integrations.models import ModelDescription, describe, own_inputs
-from otkd.integrations.outputs import auxiliary_loss, read_outputs
+from otkd.integrations.pair import Pair
 from otkd.integrations.records import LossRecord
 from otkd.integrations.refusals import check_loss, refuse_training
 from otkd.integrations.stored import (
@@ -38,10 +32,7 @@ from otkd.integrations.stored import (
 )
 from otkd.losses.protocol import as_loss, teacher_for
 from otkd.reductions import ItemCounts
-from otkd.teachers import StoredTeacher, TopKTeacher, teacher_logits_of
-from otkd.teachers.protocol import teacher_features_of
-
-LOSS_STATE_NAME = "loss.pt"
+from otkd.teachers import StoredTeacher
 
 
 class DistillationTrainer(Trainer):
@@ -131,26 +122,21 @@ class DistillationTrainer(Trainer):
             has_other_objective=self.compute_loss_func is not None,
         )
 
-        self._student = describe(cast("nn.Module", self.model))
-        refuse_model(self._student, "student")
-        self._teacher: ModelDescription | None = None
-        self._vocabularies_differ = False
-        if self.teacher is not None:
-            self._teacher = describe(self.teacher)
-            refuse_model(self._teacher, "teacher")
-            refuse_pair(self._student, self._teacher, self.loss, shift=shift)
-            self._vocabularies_differ = fewer_tokens(self._student, self._teacher) is not None
-            if getattr(self.teacher, "hf_device_map", None) is None:
-                self.teacher.to(self.args.device)
+        student = cast("nn.Module", self.model)
+        self._pair = Pair(student, self.teacher, self._loss, shift=shift)
+        self._student = self._pair.student
+        if self.teacher is not None and getattr(self.teacher, "hf_device_map", None) is None:
+            self.teacher.to(self.args.device)
 
         self.shift = self._student.shifts if shift is None else shift
         self._label_names = label_names_of(self.label_names, self.args.label_names)
+        self._pair.label_names = self._label_names
         self._labels_seen = False
         # Tells Trainer that the loss is already divided by the items of all microbatches.
         self.model_accepts_loss_kwargs = True
-        self._learnable = [p for p in self.loss.parameters() if p.requires_grad]
-        if self._learnable:
-            self.add_callback(_ZeroGradients(self.loss))
+        self._loss_parameters = LossParameters(self.loss)
+        if self._loss_parameters.learnable:
+            self.add_callback(self._loss_parameters)
         self._records = LossRecord(skip_non_finite=self.args.logging_nan_inf_filter)
         self._evaluation: Evaluation | None = None
 
@@ -159,9 +145,8 @@ class DistillationTrainer(Trainer):
             super()._set_signature_columns_if_needed()
             # Keep the columns that only the teacher reads, such as segments, and the labels, which
             # decide which positions count even if no model reads them.
-            columns = {*cast("list[str]", self._signature_columns), *self._student.arguments}
+            columns = {*cast("list[str]", self._signature_columns), *self._pair.columns()}
             columns |= {TEACHER_KEY, "labels", "shift_labels", *self._label_names}
-            columns |= self._teacher.arguments if self._teacher is not None else set()
             self._signature_columns = sorted(columns)
 
     def _targets(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -203,8 +188,9 @@ class DistillationTrainer(Trainer):
             # Before the decoder's input is made from them.
             self._check_labels(labels, self._student.targets)
         # The teacher runs first, so that its activations are freed before the student's are stored.
-        teacher = self._teacher_outputs(inputs)
-        student, auxiliary = self._outputs(model, inputs, "student")
+        with self.accelerator.autocast():
+            teacher = self._pair.teacher_outputs(inputs, self.args.device)
+        student, auxiliary = self._pair.student_outputs(model, inputs)
         predictions = student["logits"]
         if teacher is not None and TEACHER_KEY in inputs:
             check_stored_rows(teacher["logits"].shape, predictions.shape)
@@ -274,47 +260,6 @@ class DistillationTrainer(Trainer):
         given = teacher_for(self.loss, stored, student["logits"])
         return self.loss(student["logits"], given, **options)
 
-    def _teacher_outputs(self, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        if TEACHER_KEY in inputs:
-            stored = inputs[TEACHER_KEY]
-            if isinstance(stored, TopKTeacher):
-                return {"logits": stored.to(self.args.device)}
-            outputs = {"logits": teacher_logits_of(stored, self.args.device)}
-            features = teacher_features_of(stored, self.args.device)
-            if features is not None and self._loss.needs_features:
-                outputs["features"] = features
-            return outputs
-        if self.teacher is None or self._teacher is None:
-            return None
-        if self._vocabularies_differ and "input_ids" in inputs:
-            check_tokens(self._student, self._teacher, inputs["input_ids"])
-        self.teacher.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            return self._outputs(self.teacher, inputs, "teacher")[0]
-
-    def _outputs(
-        self, model: nn.Module, inputs: Mapping[str, Any], role: str
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Logits, features if the loss needs them, and the auxiliary loss of ``model``."""
-        own, other = self._student, self._teacher
-        if role == "teacher":
-            own, other = cast("ModelDescription", other), own
-        key = label_key(inputs, self._label_names)
-        share = own_inputs(
-            model,
-            own,
-            without_labels(inputs, self._label_names),
-            other=() if other is None else other.arguments,
-            labels=None if key is None else as_class_labels(inputs[key]),
-        )
-        if role == "teacher" and "use_cache" in own.arguments:
-            share["use_cache"] = False
-        features = self._loss.needs_features
-        if features:
-            share["output_hidden_states"] = True
-        outputs = model(**share)
-        return read_outputs(outputs, own, role, features=features), auxiliary_loss(outputs, own)
-
     def _check_labels(self, labels: Tensor | None, classes: int | None) -> None:
         if labels is not None and classes is not None:
             # Synchronise the device in the first batch only.
@@ -378,28 +323,17 @@ class DistillationTrainer(Trainer):
         """
         given = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [p for p in self._learnable if id(p) not in held]
-        if missing and given:
-            raise ValueError(
-                "the optimizer that was passed does not contain the trainable parameters of loss"
-            )
-        if missing:
-            optimizer.add_param_group({"params": missing, "weight_decay": 0.0})
+        self._loss_parameters.add_to(optimizer, given=given)
         return optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._learnable and self.args.should_save:
-            torch.save(self.loss.state_dict(), os.path.join(output_dir, LOSS_STATE_NAME))
+        if self.args.should_save:
+            self._loss_parameters.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self._learnable and checkpoint is not None:
-            path = os.path.join(checkpoint, LOSS_STATE_NAME)
-            self.loss.load_state_dict(
-                torch.load(path, map_location=self.args.device, weights_only=True)
-            )
+        self._loss_parameters.load(checkpoint, self.args.device)
 
     def _record(
         self, logits: Tensor, labels: Tensor | None, mask: Tensor | None, items: object
@@ -421,13 +355,3 @@ class DistillationTrainer(Trainer):
         if "loss" in logs and "learning_rate" in logs:  # a training log, which all processes write
             logs.update(self._records.take())
         super().log(logs, start_time)
-
-
-class _ZeroGradients(TrainerCallback):
-    """Clears the gradients of the loss's parameters; Trainer clears only those of its model."""
-
-    def __init__(self, loss: nn.Module) -> None:
-        self.loss = loss
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.loss.zero_grad()

@@ -979,8 +979,10 @@ def test_a_deep_copy_is_a_teacher(arguments):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-6)
 
 
-def test_missing_transformers_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "otkd.integrations.transformers")
-    with pytest.raises(ImportError, match=r"pip install '\.\[train\]'"):
+@pytest.mark.parametrize("package", ["transformers", "accelerate"])
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for name in [name for name in sys.modules if name.startswith("otkd.integrations")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=rf"{package} cannot be found: pip install '\.\[train\]'"):
         importlib.import_module("otkd.integrations.transformers")
