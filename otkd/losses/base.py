@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
-from typing_extensions import TypedDict
 
 from otkd.checks import check_choice, check_logits, check_one_logits
 from otkd.compilation import outside_graphs
 from otkd.functional.report import Report
+from otkd.losses.settings import WholeSignature, as_pair, unknown_argument
 from otkd.reductions import REDUCTIONS, ItemCounts, counted_positions, reduce_positions
-from otkd.scalars import as_flag, as_positive, as_whole
+from otkd.scalars import as_flag, as_positive
 from otkd.teachers import StoredTeacher, TopKTeacher, teacher_logits_of
 from otkd.teachers.beside import evenly_spread_logits, logits_shaped_by
 from otkd.teachers.protocol import teacher_features_of
-
-
-class SettingsBesideTemperature(TypedDict, total=False):
-    """The common keyword arguments of every loss, except its temperature."""
-
-    teacher_temperature: float | None
-    rescale_t2: bool | None
-    reduction: str
-    vocab_size: int | tuple[int, int] | None
-
-
-class CommonSettings(SettingsBesideTemperature, total=False):
-    """The common keyword arguments of every loss; see :class:`DistillationLoss`."""
-
-    temperature: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,23 +42,6 @@ class Batch:
     student_features: Tensor | None = None
     teacher_features: Tensor | None = None
     stored: TopKTeacher | None = None
-
-
-class _WholeSignature:
-    """The signature shown by ``help()``: arguments of the base classes replace ``**common``."""
-
-    def __get__(self, loss: object, kind: type) -> inspect.Signature:
-        if loss is not None:  # the call of a loss has its own signature
-            raise AttributeError("__signature__")
-        own = inspect.signature(kind.__init__)
-        parameters = list(own.parameters.values())[1:]
-        whole = [p for p in parameters if p.kind != p.VAR_KEYWORD]
-        bases = (base for base in kind.__mro__[1:] if issubclass(base, DistillationLoss))
-        if len(whole) < len(parameters) and (base := next(bases, None)):
-            names = {p.name for p in whole}
-            inherited = inspect.signature(base).parameters.values()
-            whole += [p for p in inherited if p.kind == p.KEYWORD_ONLY and p.name not in names]
-        return own.replace(parameters=whole)
 
 
 class DistillationLoss(nn.Module, ABC):
@@ -104,7 +70,7 @@ class DistillationLoss(nn.Module, ABC):
     reads_stored: ClassVar[bool] = False
     rescales_by_default: ClassVar[bool] = True
 
-    __signature__ = _WholeSignature()
+    __signature__ = WholeSignature()
 
     def __init__(
         self,
@@ -288,27 +254,3 @@ class DistillationLoss(nn.Module, ABC):
     def extra_repr(self) -> str:
         """The common settings."""
         return f"temperature={self.temperature}, reduction={self.reduction!r}"
-
-
-def unknown_argument(owner: str, name: str, known: Collection[str]) -> str:
-    """The message for an unknown argument of ``owner``, with the most similar known one."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
-    return f"{owner} has no argument {name!r}: {hint}"
-
-
-def as_pair(vocab_size: int | tuple[int, int]) -> tuple[int, int]:
-    """The number of real tokens of student and teacher.
-
-    Raises:
-        ValueError: if it is neither a whole number of at least 1 nor a pair of them.
-    """
-    sizes = vocab_size if isinstance(vocab_size, Sequence) else (vocab_size, vocab_size)
-    try:
-        student, teacher = (as_whole("vocab_size", size) for size in sizes)
-    except (TypeError, ValueError):
-        raise ValueError(
-            "vocab_size must be a whole number of at least 1, or a pair (student, teacher) of "
-            f"them, got {vocab_size!r}"
-        ) from None
-    return student, teacher

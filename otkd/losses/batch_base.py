@@ -6,8 +6,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from otkd.functional.transport import distributions
-from otkd.losses.base import Batch, CommonSettings, DistillationLoss, SettingsBesideTemperature
+from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.gathering import GatheredBatch, spans_processes
+from otkd.losses.settings import CommonSettings, SettingsBesideTemperature
 from otkd.reductions import ItemCounts, reduce_positions
 from otkd.scalars import as_flag
 

@@ -12,8 +12,9 @@ from otkd.checks import as_class_labels, check_class_labels, check_finite_rows
 from otkd.functional import formulas
 from otkd.functional.rowwise import Formula, rowwise_divergence
 from otkd.functional.stored_rowwise import stored_divergence
-from otkd.losses.base import Batch, CommonSettings, DistillationLoss
+from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.registry import register_loss
+from otkd.losses.settings import CommonSettings
 from otkd.precision import compute_dtype
 from otkd.reductions import IGNORE_INDEX
 

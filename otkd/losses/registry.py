@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from otkd.checks import did_you_mean
-from otkd.losses.base import unknown_argument
 from otkd.losses.ground_cost import MissingCost
+from otkd.losses.settings import unknown_argument
 
 LOSSES: dict[str, type[nn.Module]] = {}
 _Class = TypeVar("_Class", bound=type[nn.Module])

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from otkd.functional.batch_transport import point_distances
-from otkd.losses.base import Batch, DistillationLoss, as_pair
+from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.batch import BatchSinkhornLoss
 from otkd.losses.batch_base import SINKD_TEMPERATURE, BatchLoss, BatchSettings
 from otkd.losses.divergences import CrossEntropyLoss, KLLoss
 from otkd.losses.registry import register_loss
+from otkd.losses.settings import as_pair
 from otkd.losses.weighted import WeightedLoss
 from otkd.precision import compute_dtype, without_autocast
 from otkd.scalars import as_number, as_positive, as_whole

@@ -13,10 +13,11 @@ from typing_extensions import Unpack
 from otkd.checks import check_choice
 from otkd.costs import Cost
 from otkd.functional.transport import sinkhorn_with_report, wasserstein_distance
-from otkd.losses.base import Batch, CommonSettings, DistillationLoss
+from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.explain import Explanation, explain_position
 from otkd.losses.ground_cost import make_cost
 from otkd.losses.registry import register_loss
+from otkd.losses.settings import CommonSettings
 from otkd.ot.options import Objective, SolverSettings
 from otkd.scalars import as_positive
 from otkd.supports import BACKENDS, Support, as_support, choose_support

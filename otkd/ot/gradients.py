@@ -29,8 +29,8 @@ from otkd.checks import refuse_second_derivative
 from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels.base import Kernel
 from otkd.ot.normal_form import NormalForm
+from otkd.ot.potentials import Potentials
 from otkd.ot.problem import Problem
-from otkd.ot.solver import Potentials
 from otkd.precision import without_autocast
 
 PullBack = Callable[[Tensor, Sequence[bool]], tuple[Tensor | None, ...]]

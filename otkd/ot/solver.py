@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from torch import Tensor
 from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels.base import Kernel
 from otkd.ot.newton import newton_potentials
+from otkd.ot.potentials import Potentials
 from otkd.ot.problem import Marginal, Problem
 
 _CHEAP = 2  # times as many iterations before Newton's method if some of them are plain
@@ -39,28 +39,6 @@ _SEEN = 0.1  # share of a row's mass that is missing in the plan
 _FEW_TARGETS = 10  # up to here a Newton step costs as much as an easy problem's iterations
 _FAST = 0.5  # error ratio of an iteration at which a handful of iterations is enough
 _MOST_TARGETS = 256  # above, Newton's method would take seconds
-
-
-@dataclass(frozen=True)
-class Potentials:
-    """Dual potentials and their distance from the optimum.
-
-    Attributes:
-        f, g: ``(B, n)``, ``(B, m)``; for balanced problems ⟨a, f⟩ = ⟨b, g⟩.
-        row_excess: ``Σ_j b_j·E_ij − 1`` with E the density of the plan against a⊗b, ``(B, n)``. It
-            is 0 where the row sum of the plan is the mass of a.
-        marginal_error: L1 distance between the row sums of the plan and those of the optimum,
-            ``(B,)``. The column sums are exact or, for symmetric problems, have the same error.
-        iterations: number of updates of both potentials.
-        converged: whether every marginal error is within the tolerance.
-    """
-
-    f: Tensor
-    g: Tensor
-    row_excess: Tensor
-    marginal_error: Tensor
-    iterations: int
-    converged: bool
 
 
 @torch.no_grad()

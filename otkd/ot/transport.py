@@ -9,9 +9,10 @@ from torch import Tensor
 from otkd.ot.gradients import dual_value, sharp_value
 from otkd.ot.normal_form import Ground, NormalForm
 from otkd.ot.options import SolverSettings
+from otkd.ot.potentials import Potentials
 from otkd.ot.problem import Problem
 from otkd.ot.solution import warn_not_converged
-from otkd.ot.solver import Potentials, solve_potentials
+from otkd.ot.solver import solve_potentials
 
 
 @dataclass(frozen=True)
