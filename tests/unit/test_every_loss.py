@@ -210,27 +210,25 @@ def evaluated(name, dtype, call, teacher, reduction):
     return evaluate(loss, *pair, **labels | CALLS[call])
 
 
-def cases(name, dtype):
-    """Every combination for the registered losses.
-
-    Losses that differ in their support and cost alone have every pair of call and teacher, half of
-    them in each lower precision. In float64 only autocast can make a difference to the reference.
-    """
+def pairs(dtype):
+    """Every pair of call and teacher, half of them in each of the lower precisions."""
     modes = (True,) if dtype == torch.float64 else (False, True)
-    if name in IN_FULL:
-        return list(itertools.product(CALLS, TEACHERS, REDUCTIONS, modes))
-    pairs = list(enumerate(itertools.product(CALLS, TEACHERS)))
-    place = DTYPES.index(dtype)
+    every = list(enumerate(itertools.product(CALLS, TEACHERS)))
     if dtype != torch.float64:
-        pairs = [(i, pair) for i, pair in pairs if (i + i // 4 + place) % 2]
-    return [(*pair, REDUCTIONS[(i + i // 4) % 4], modes[i // 2 % len(modes)]) for i, pair in pairs]
+        place = DTYPES.index(dtype)
+        every = [(i, pair) for i, pair in every if (i + i // 4 + place) % 2]
+    return [(*pair, REDUCTIONS[(i + i // 4) % 4], modes[i // 2 % len(modes)]) for i, pair in every]
 
 
-@every_dtype
-@every_loss
-def test_the_product(name, dtype):
+def product(dtype):
+    """Every combination. In float64 only autocast can make a difference to the reference."""
+    modes = (True,) if dtype == torch.float64 else (False, True)
+    return itertools.product(CALLS, TEACHERS, REDUCTIONS, modes)
+
+
+def check_cases(name, dtype, cases):
     slack, slope_slack = TOLERANCES[dtype]
-    for call, teacher, reduction, autocast in cases(name, dtype):
+    for call, teacher, reduction, autocast in cases:
         if teacher == "topk" and name.startswith("sinkhorn-clusters"):
             continue  # refused
         value, slope = expected(name, call, teacher, reduction)
@@ -243,6 +241,24 @@ def test_the_product(name, dtype):
         error = (gradient - slope).abs().max()
         assert error <= slope_slack * slope.abs().max() + 1e-12, (case, float(error))
         assert gradient[outside].eq(0).all(), case
+
+
+@every_dtype
+@every_loss
+def test_pairs_of_the_product(name, dtype):
+    check_cases(name, dtype, pairs(dtype))
+
+
+@pytest.mark.parametrize("name", sorted(IN_FULL))
+def test_the_product_in_half_precision(name):
+    check_cases(name, torch.bfloat16, product(torch.bfloat16))
+
+
+@pytest.mark.slow
+@every_dtype
+@pytest.mark.parametrize("name", sorted(IN_FULL))
+def test_the_product(name, dtype):
+    check_cases(name, dtype, product(dtype))
 
 
 # Extreme calls -----------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_a_divergence_obeys_the_laws_of_every_call(hellinger):
         law = divergence_laws.test_shift_permutation_and_sign.hypothesis.inner_test
         law(seed, hellinger)
     divergence_laws.test_gradcheck(hellinger)
-    loss_laws.test_the_product(hellinger, torch.float32)
+    loss_laws.test_pairs_of_the_product(hellinger, torch.float32)
     loss_laws.test_gradients_of_float16_survive_until_a_scaler_lifts_them(hellinger)
     stored_laws.test_zero_and_flat_where_student_and_teacher_are_the_same(hellinger)
     stored_laws.test_value_and_gradient_are_those_of_the_distributions_over_atoms(hellinger, 2.0)
@@ -100,7 +100,7 @@ def test_a_cost_obeys_the_laws_of_every_loss(monkeypatch, shown, support):
 
     name = f"circular-{support}"
     monkeypatch.setitem(loss_laws.BUILDERS, name, build)
-    loss_laws.test_the_product(name, torch.float32)
+    loss_laws.test_pairs_of_the_product(name, torch.float32)
     loss_laws.test_extreme_calls_are_finite(name, torch.float32)
     loss_laws.test_nothing_counted_is_zero(name, torch.float32)
 
@@ -136,6 +136,6 @@ def test_a_support_obeys_the_laws_of_every_loss(monkeypatch, shown):
         return otkd.SinkhornLoss("ordinal", support=support, **{**loss_laws.SOLVER, **options})
 
     monkeypatch.setitem(loss_laws.BUILDERS, "given tokens", build)
-    loss_laws.test_the_product("given tokens", torch.float32)
+    loss_laws.test_pairs_of_the_product("given tokens", torch.float32)
     loss_laws.test_nothing_counted_is_zero("given tokens", torch.float32)
     loss_laws.test_layout_and_mode_do_not_matter("given tokens", torch.float32)
