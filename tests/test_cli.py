@@ -157,7 +157,7 @@ def compared(teacher, glue, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared")
     result = otkd_command(
         *("compare", "rte", "--losses", "kl,sinkd", "--seeds", 1, "--output-dir", folder),
-        *("--data-dir", glue, "--teacher", teacher, *SMALL),
+        *("--data-dir", glue, "--teacher", teacher, "--workers", 1, *SMALL),
     )
     assert result.exit_code == 0, result.output
     return folder, result
@@ -325,7 +325,8 @@ def test_unfinished_students_of_another_teacher_begin_anew(tmp_path):
 
 
 def test_interrupted_comparison_goes_on_where_it_stopped(arguments, tmp_path):
-    compare = ["compare", "rte", "--losses", "ce,kl", "--seeds", 2, *arguments, "--epochs", 6]
+    compare = ["compare", "rte", "--losses", "ce,kl", "--seeds", 2, *arguments]
+    compare += ["--epochs", 6, "--workers", 1]
     first = tmp_path / "out" / "rte" / "ce" / "0.json"
     process = start_command(*compare)
     deadline = time.monotonic() + 120

@@ -333,7 +333,7 @@ def workers_of(process):
 def test_killed_workers_and_killed_parents(teacher, glue, tmp_path):
     command = ["compare", "rte", "--losses", "ce", "--seeds", 2, "--workers", 2, *SMALL]
     command += ["--teacher", teacher, "--data-dir", glue, "--output-dir", tmp_path]
-    command += ["--epochs", 20]
+    command += ["--epochs", 6]
     folder = tmp_path / "rte"
     process = start_command(*command, start_new_session=True)
     try:

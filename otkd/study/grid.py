@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -30,7 +30,7 @@ from otkd.study.teachers import (
     with_features,
 )
 from otkd.study.validation import checked
-from otkd.study.workers import Progress, run_all, worker_count
+from otkd.study.workers import Progress, Runner, worker_count
 from otkd.tasks import get_task
 
 Shown = Callable[[], AbstractContextManager[Progress]]
@@ -112,12 +112,13 @@ def _compare_task(
     folder, tried = experiment.folder, candidates(experiment)
     runs = runs_of(folder, experiment.objectives, seeds) if not tried else []
     teacher, done = _prepare(experiment, [*tried, *runs], bar, overwrite=overwrite)
-    done |= _do(experiment, teacher, tried, done, workers, bar)
-    if tried:
-        chosen = [best_candidate(objective, done) for objective in experiment.objectives]
-        runs = runs_of(folder, chosen, seeds)
-        done |= _find(experiment, teacher, runs, overwrite=overwrite)
-    done |= _do(experiment, teacher, runs, done, workers, bar)
+    with Runner(experiment, workers, bar) as runner:
+        done |= _do(experiment, teacher, tried, done, runner, bar)
+        if tried:
+            chosen = [best_candidate(objective, done) for objective in experiment.objectives]
+            runs = runs_of(folder, chosen, seeds)
+            done |= _find(experiment, teacher, runs, overwrite=overwrite)
+        done |= _do(experiment, teacher, runs, done, runner, bar)
     return Comparison(folder, teacher.result, [done[run] for run in runs])
 
 
@@ -146,7 +147,8 @@ def train(
     run = Run(objective, seed, result, output_dir / "student.work", model)
     with held(claim_of(experiment, [run])), progress() as bar:
         teacher, done = _prepare(experiment, [run], bar, overwrite=overwrite)
-        done |= _do(experiment, teacher, [run], done, 1, bar)
+        runner = Runner(experiment, 1, bar)
+        done |= _do(experiment, teacher, [run], done, runner, bar)
     if done[run].diverged:
         raise StudyError(
             f"The student {_outcome(done[run])}. It is not saved; {run.result} says so. Change "
@@ -214,7 +216,7 @@ def _do(
     teacher: Teacher,
     runs: Sequence[Run],
     done: dict[Run, Result],
-    workers: int,
+    runner: Runner,
     bar: Progress,
 ) -> dict[Run, Result]:
     pending = [run for run in runs if run not in done]
@@ -222,17 +224,15 @@ def _do(
         teacher = with_features(experiment, experiment.folder / "teacher", teacher)
     start = time.monotonic()
     finished: dict[Run, Result] = {}
-    # Closed at once if it is left early, so that no process continues without this one.
-    with closing(run_all(experiment, teacher, pending, workers, bar)) as outcomes:
-        for run, result in outcomes:
-            finished[run] = result
-            text = f"{experiment.task.name}: {run}: {_outcome(result)}"
-            if result.diverged:
-                notice(text)
-                continue
-            minutes = (time.monotonic() - start) / 60
-            left = minutes / len(finished) * (len(pending) - len(finished))
-            bar.finished(f"{text} ({len(finished)} of {len(pending)}, about {left:.0f} min left)")
+    for run, result in runner.run(teacher, pending):
+        finished[run] = result
+        text = f"{experiment.task.name}: {run}: {_outcome(result)}"
+        if result.diverged:
+            notice(text)
+            continue
+        minutes = (time.monotonic() - start) / 60
+        left = minutes / len(finished) * (len(pending) - len(finished))
+        bar.finished(f"{text} ({len(finished)} of {len(pending)}, about {left:.0f} min left)")
     return finished
 
 

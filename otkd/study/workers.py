@@ -10,20 +10,21 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import wait as wait_for_any
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from queue import Empty
 from typing import Any, Protocol
 
 import torch
+from typing_extensions import Self
 
 from otkd.study.experiment import Experiment
 from otkd.study.messages import StudyError, quiet_libraries
+from otkd.study.objectives import needs_features
 from otkd.study.results import Result
 from otkd.study.runs import Run, run_student
 from otkd.study.teachers import Teacher, find_teacher
@@ -66,19 +67,38 @@ def worker_count(requested: int | None) -> int:
     return requested
 
 
-def run_all(
-    experiment: Experiment, teacher: Teacher, runs: Sequence[Run], workers: int, bar: Progress
-) -> Generator[tuple[Run, Result], None, None]:
-    """Train every student; yields each as it is done. One worker is this process."""
-    if not runs:
-        return
-    bar.plan(sum(run.steps(experiment) for run in runs))
-    if workers == 1:
+class Runner:
+    """Trains the students of an experiment, in this process or in several others.
+
+    The processes start when they are first needed, since each takes seconds to import its
+    libraries, and end with the context.
+    """
+
+    def __init__(self, experiment: Experiment, workers: int, bar: Progress):
+        self._experiment, self._workers, self._bar = experiment, workers, bar
+        self._stack = ExitStack()
+        self._pool: tuple[ProcessPoolExecutor, Any] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def run(self, teacher: Teacher, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+        """Train every student; yields each as it is done."""
+        self._bar.plan(sum(run.steps(self._experiment) for run in runs))
+        if runs and self._workers > 1:
+            yield from self._run_in_pool(runs)
+            return
         for number, run in enumerate(runs, 1):
-            on_steps = bar.start(f"{run} (run {number} of {len(runs)})")
-            yield run, run_student(experiment, teacher, run, on_steps)
-        return
-    with _pool(experiment, min(workers, len(runs))) as (pool, steps):
+            on_steps = self._bar.start(f"{run} (run {number} of {len(runs)})")
+            yield run, run_student(self._experiment, teacher, run, on_steps)
+
+    def _run_in_pool(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+        if self._pool is None:
+            self._pool = self._stack.enter_context(_pool(self._experiment, self._workers))
+        pool, steps = self._pool
         with _no_interrupt():
             pending: dict[Future[Result], Run] = {pool.submit(_run, run): run for run in runs}
         processes = multiprocessing.active_children()
@@ -91,7 +111,7 @@ def run_all(
                     raise StudyError(_how_it_ended(processes)) from error
                 yield pending.pop(future), result
             finished = len(runs) - len(pending)
-            bar.start(f"{finished} of {len(runs)} runs done")(_drain(steps))
+            self._bar.start(f"{finished} of {len(runs)} runs done")(_drain(steps))
 
 
 def _drain(steps: Any) -> int:
@@ -217,19 +237,28 @@ def _prepared(
     logger.setLevel(logging.INFO)
     quiet_libraries()
     experiment = Experiment(*shared)
-    folder: Path = experiment.folder / "teacher"
+    return experiment, _find_teacher(experiment), steps
+
+
+def _find_teacher(experiment: Experiment) -> Teacher:
+    folder = experiment.folder / "teacher"
     teacher = find_teacher(experiment, folder, overwrite=False)
     if teacher is None:
         raise StudyError(
             f"The teacher in {folder} was changed by another program while its students were "
             "trained. Run the command again."
         )
-    return experiment, teacher, steps
+    return teacher
 
 
 def _run(run: Run) -> Result:
+    global _worker
     if isinstance(_worker, Exception):
         raise _worker
     assert _worker is not None
     experiment, teacher, steps = _worker
+    if needs_features(run.options) and teacher.features is None:
+        # They were computed after this process had started.
+        teacher = _find_teacher(experiment)
+        _worker = experiment, teacher, steps
     return run_student(experiment, teacher, run, steps.put)
