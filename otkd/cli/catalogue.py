@@ -1,4 +1,4 @@
-"""What the registry holds, read off the losses themselves."""
+"""The table of registered losses, from their constructors and docstrings."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from rich.table import Table
 import otkd
 from otkd.study.objectives import loss_parameters
 
-# Every loss takes these; the table says so once.
+# Every loss has these, which the caption says once.
 _COMMON = ("temperature", "teacher_temperature", "rescale_t2", "reduction", "vocab_size")
 _HIDDEN = ("max_iterations", "tolerance", "backend", "options", "soft_loss", "transport")
 
 
 def losses_table() -> Table:
-    """Name, one line, and arguments with their defaults, for every registered loss."""
+    """Name, first line of the docstring, and arguments with defaults of every registered loss."""
     table = Table(
         title="Losses",
         title_justify="left",
-        caption=f"All also take {', '.join(_COMMON)}.",
+        caption=f"All losses also have {', '.join(_COMMON)}.",
         caption_justify="left",
     )
     table.add_column("name", no_wrap=True)
-    table.add_column("what")
+    table.add_column("description")
     table.add_column("arguments")
     for name in otkd.list_losses():
         loss = otkd.loss_class(name)

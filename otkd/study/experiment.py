@@ -207,28 +207,15 @@ class Experiment:
 
     def teacher_schedule(self) -> Schedule:
         """The schedule of the teacher's training."""
-        chosen = self.settings
-        return Schedule(
-            chosen.teacher_epochs,
-            chosen.teacher_batch_size,
-            chosen.teacher_learning_rate,
-            chosen.teacher_seed,
-            self.precision.bf16,
-            chosen.group_by_length,
-        )
+        chosen, bf16 = self.settings, self.precision.bf16
+        pace = chosen.teacher_epochs, chosen.teacher_batch_size, chosen.teacher_learning_rate
+        return Schedule(*pace, chosen.teacher_seed, bf16, chosen.group_by_length)
 
     def student_schedule(self, objective: Objective, seed: int) -> Schedule:
         """The schedule of a student's training."""
-        chosen = objective.settings
-        return Schedule(
-            chosen.epochs,
-            chosen.batch_size,
-            chosen.learning_rate,
-            seed,
-            self.precision.bf16,
-            chosen.group_by_length,
-            chosen.evaluate_every,
-        )
+        chosen, bf16 = objective.settings, self.precision.bf16
+        pace = chosen.epochs, chosen.batch_size, chosen.learning_rate
+        return Schedule(*pace, seed, bf16, chosen.group_by_length, chosen.evaluate_every)
 
     def train_rows(self, *, tuning: bool = False) -> int:
         """Number of training rows of a student."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
+import codecs
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from otkd.tasks.tasks import DataError
 
@@ -22,8 +21,9 @@ def read_tsv(
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     """Yield ``(line number, values of columns)`` for each row of a tab-separated file.
 
-    Lines are counted from 1, including the header and empty lines. Quote characters are literal.
-    Empty lines are skipped, and a byte-order mark is removed.
+    Lines are counted from 1, including the header and empty lines. Quote characters are literal,
+    so that a row is its line split at tabs. Empty lines are skipped, and a byte-order mark is
+    removed. (pandas fills short rows with NaN and does not report the line of an invalid byte.)
 
     Args:
         path: the file, in UTF-8.
@@ -36,43 +36,43 @@ def read_tsv(
             row has a wrong number of fields.
     """
     try:
-        # Bytes that are not UTF-8 become surrogates, by which their line is found.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = csv.reader(_text_lines(path, file), delimiter="\t", quoting=csv.QUOTE_NONE)
-            try:
-                yield from _read_rows(path, rows, columns, header, skip_short_rows)
-            except csv.Error as error:
-                raise DataError(f"{path}, line {rows.line_num}: {error}.") from error
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
-
-
-def _read_rows(
-    path: Path,
-    rows: Any,
-    columns: Sequence[str],
-    header: Sequence[str] | None,
-    skip_short_rows: bool,
-) -> Iterator[tuple[int, tuple[str, ...]]]:
-    if header is None:
-        header = next(filter(None, rows), None)
-        if header is None:
-            raise DataError(f"{path} is empty; expected a header line.")
-        _check_header(f"{path}, line {rows.line_num}", header, columns)
-    wanted = [header.index(column) for column in columns]
     skipped = 0
-    for row in filter(None, rows):
-        if skip_short_rows and len(row) < len(header):
-            skipped += 1
+    for number, line in enumerate(lines, 1):
+        if not line:
             continue
-        if len(row) != len(header):
+        where = f"{path}, line {number}"
+        fields = _text(where, line).split("\t")
+        if header is None:
+            header = fields
+            _check_header(where, header, columns)
+        elif len(fields) == len(header):
+            yield number, tuple(fields[header.index(column)] for column in columns)
+        elif skip_short_rows and len(fields) < len(header):
+            skipped += 1
+        else:
             raise DataError(
-                f"{path}, line {rows.line_num}: {len(row)} tab-separated fields; "
-                f"expected {len(header)} ({', '.join(header)})."
+                f"{where}: {len(fields)} tab-separated fields; expected {len(header)} "
+                f"({', '.join(header)})."
             )
-        yield rows.line_num, tuple(row[index] for index in wanted)
+    if header is None:
+        raise DataError(f"{path} is empty; expected a header line.")
     if skipped:
         logger.warning("%s: left out %d lines with too few fields", path, skipped)
+
+
+def _text(where: str, line: bytes) -> str:
+    if b"\0" in line:
+        raise DataError(f"{where}: a NUL byte; expected UTF-8 text.")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        raise DataError(
+            f"{where}: the byte 0x{byte:02x} is not UTF-8 text; save the file as UTF-8."
+        ) from error
 
 
 def _check_header(where: str, header: Sequence[str], columns: Sequence[str]) -> None:
@@ -88,20 +88,3 @@ def _check_header(where: str, header: Sequence[str], columns: Sequence[str]) -> 
             f"{where}: the header has the column {twice[0]!r} {header.count(twice[0])} times; "
             "name each column once."
         )
-
-
-def _text_lines(path: Path, file: Iterable[str]) -> Iterator[str]:
-    """The lines of ``file``, unless one is not UTF-8 text."""
-    for number, line in enumerate(file, 1):
-        if "\0" in line:
-            raise DataError(f"{path}, line {number}: a NUL byte; expected UTF-8 text.")
-        if not line.isascii():
-            try:
-                line.encode("utf-8")
-            except UnicodeEncodeError as error:
-                byte = ord(line[error.start]) - 0xDC00
-                raise DataError(
-                    f"{path}, line {number}: the byte 0x{byte:02x} is not UTF-8 text; "
-                    "save the file as UTF-8."
-                ) from error
-        yield line
