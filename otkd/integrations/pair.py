@@ -19,7 +19,7 @@ from otkd.integrations.model_refusals import (
 from otkd.integrations.models import ModelDescription, describe, own_inputs
 from otkd.integrations.outputs import auxiliary_loss, read_outputs
 from otkd.integrations.stored import TEACHER_KEY
-from otkd.losses.protocol import Loss
+from otkd.losses.protocol import as_loss
 from otkd.teachers import TopKTeacher, teacher_logits_of
 from otkd.teachers.protocol import teacher_features_of
 
@@ -38,7 +38,7 @@ class Pair:
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, loss: Loss, *, shift: bool | None
+        self, student: nn.Module, teacher: nn.Module | None, loss: nn.Module, *, shift: bool | None
     ) -> None:
         self.student = describe(student)
         refuse_model(self.student, "student")
@@ -50,7 +50,7 @@ class Pair:
             refuse_model(self.teacher, "teacher")
             refuse_pair(self.student, self.teacher, loss, shift=shift)
             self._vocabularies_differ = fewer_tokens(self.student, self.teacher) is not None
-        self.needs_features = loss.needs_features
+        self.needs_features = as_loss(loss).needs_features
         self.label_names: tuple[str, ...] = ()
 
     def columns(self) -> set[str]:

@@ -123,7 +123,7 @@ class DistillationTrainer(Trainer):
         )
 
         student = cast("nn.Module", self.model)
-        self._pair = Pair(student, self.teacher, self._loss, shift=shift)
+        self._pair = Pair(student, self.teacher, self.loss, shift=shift)
         self._student = self._pair.student
         if self.teacher is not None and getattr(self.teacher, "hf_device_map", None) is None:
             self.teacher.to(self.args.device)
