@@ -58,7 +58,7 @@ class _Loss(_Tried):
     loss: str = ""
     title: str = ""
     curves: list = Field(default=[])
-    candidates: list[_Tried] = Field(default=[])
+    candidates: list[_Tried] = Field(default=[])  # pyright: ignore[reportInvalidTypeForm]
 
 
 class _Tuning(_Tried):
@@ -69,8 +69,8 @@ class _Tuning(_Tried):
 class _File(_Strict):
     title: str = ""
     seeds: Seeds = 5
-    settings: _Shared = _Shared()
-    tasks: dict[str, _Shared] = {}
+    settings: _Shared = _Shared()  # pyright: ignore[reportInvalidTypeForm]
+    tasks: dict[str, _Shared] = {}  # pyright: ignore[reportInvalidTypeForm]
     losses: dict[str, _Loss] = Field(min_length=1)
     tuning: _Tuning | None = None
 
