@@ -36,7 +36,7 @@ from otkd.study.summary import summarise, summary_json
 from otkd.study.work import last_whole_checkpoint
 from otkd.teachers import DenseTeacher
 from otkd.teachers.files import save_tensors
-from tests.test_cli import (  # noqa: F401
+from tests.studies.test_cli import (  # noqa: F401
     Stop,
     arguments,
     glue,
@@ -192,7 +192,7 @@ def test_a_result_of_another_loss_is_done_again(tmp_path, caplog):
 
 
 def test_committed_results_are_read():
-    root = Path(__file__).parents[1] / "benchmarks" / "results" / "glue"
+    root = Path(__file__).parents[2] / "benchmarks" / "results" / "glue"
     paths = [path for path in root.rglob("*.json") if path.stem.isdecimal()]
     paths += root.rglob("teacher/result.json")
     assert len(paths) > 100

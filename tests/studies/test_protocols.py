@@ -28,7 +28,7 @@ from otkd.study.runs import Run
 from otkd.study.settings import Settings
 from otkd.tasks import get_task, task_names
 from otkd.teachers import DenseTeacher
-from tests.test_cli import WORDS, make_result, otkd_command, said, save_bert, start_command
+from tests.studies.test_cli import WORDS, make_result, otkd_command, said, save_bert, start_command
 
 GLUE = [name for name in task_names() if name != "rotten-tomatoes"]
 HEADERS = {

@@ -28,7 +28,7 @@ from otkd.study.ownership import MARKER, Claim, check_own, mark, remove
 from otkd.study.protocols import load_protocol
 from otkd.study.results import read_result
 from otkd.study.work import claim
-from tests.test_cli import (  # noqa: F401
+from tests.studies.test_cli import (  # noqa: F401
     SMALL,
     arguments,
     glue,
@@ -39,7 +39,7 @@ from tests.test_cli import (  # noqa: F401
     start_command,
     teacher,
 )
-from tests.test_protocols import children_of
+from tests.studies.test_protocols import children_of
 
 CORES = os.cpu_count()
 
