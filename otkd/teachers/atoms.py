@@ -11,13 +11,13 @@ from otkd.precision import compute_dtype
 from otkd.teachers.slots import complete_positions
 
 if TYPE_CHECKING:
-    from otkd.teachers.topk import TopKTeacher
+    from otkd.teachers.masses import StoredMasses
 
 _ROUNDING = 32  # in units in the last place: the error of a few operations on a probability
 _STEEPEST = 1e5  # a mass of 0 has no rounding error, though its logarithm is −inf
 
 
-def atom_masses(teacher: TopKTeacher, dtype: torch.dtype | None = None) -> Tensor:
+def atom_masses(teacher: StoredMasses, dtype: torch.dtype | None = None) -> Tensor:
     """See :meth:`otkd.teachers.TopKTeacher.masses`."""
     stored, _, total, complete = _stored_masses(teacher, dtype)
     head = stored / torch.where(complete, total, total.clamp(min=1))
@@ -25,7 +25,7 @@ def atom_masses(teacher: TopKTeacher, dtype: torch.dtype | None = None) -> Tenso
     return torch.cat([head, (1 - total).clamp(min=0).masked_fill(complete, 0)], -1)
 
 
-def log_atom_masses(teacher: TopKTeacher) -> Tensor:
+def log_atom_masses(teacher: StoredMasses) -> Tensor:
     """See :meth:`otkd.teachers.TopKTeacher.log_atoms`."""
     _, empty, total, complete = _stored_masses(teacher)
     rest = (1 - total).clamp(min=torch.finfo(total.dtype).eps).masked_fill(complete, 0)
@@ -35,7 +35,7 @@ def log_atom_masses(teacher: TopKTeacher) -> Tensor:
 
 
 def _stored_masses(
-    teacher: TopKTeacher, dtype: torch.dtype | None = None
+    teacher: StoredMasses, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The stored masses, the empty slots, the sums of the masses, and the complete positions."""
     stored = teacher.log_masses.to(dtype or compute_dtype(teacher.log_masses)).exp()

@@ -12,7 +12,7 @@ from otkd.teachers.atoms import rounding_of, same_up_to_rounding
 from otkd.teachers.slots import Slots
 
 if TYPE_CHECKING:
-    from otkd.teachers.topk import TopKTeacher
+    from otkd.teachers.masses import StoredMasses
 
 
 def atoms_beside(logits: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def atoms_beside(logits: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
     return torch.cat([head, tail.masked_fill(largest <= lowest, -torch.inf)], -1), shares
 
 
-def evenly_spread_logits(teacher: TopKTeacher) -> Tensor:
+def evenly_spread_logits(teacher: StoredMasses) -> Tensor:
     """See :meth:`otkd.teachers.TopKTeacher.logits`."""
     log_atoms, slots = teacher.log_atoms(), teacher.slots
     logits = _log_even_share(teacher, log_atoms, slots).expand(teacher.shape).clone()
@@ -39,7 +39,7 @@ def evenly_spread_logits(teacher: TopKTeacher) -> Tensor:
 
 
 @torch.no_grad()
-def logits_shaped_by(teacher: TopKTeacher, student_logits: Tensor, temperature: float) -> Tensor:
+def logits_shaped_by(teacher: StoredMasses, student_logits: Tensor, temperature: float) -> Tensor:
     """See :meth:`otkd.teachers.TopKTeacher.logits_beside`."""
     student = student_logits.to(compute_dtype(student_logits))
     scaled, slots = student / temperature, teacher.slots
@@ -56,7 +56,7 @@ def logits_shaped_by(teacher: TopKTeacher, student_logits: Tensor, temperature: 
     return torch.where(same, student * (teacher.temperature / temperature), logits)
 
 
-def certainly_heavier(log_q: Tensor, teacher: TopKTeacher) -> Tensor:
+def certainly_heavier(log_q: Tensor, teacher: StoredMasses) -> Tensor:
     """Tokens that are not stored and certainly more probable in the student than in the teacher.
 
     In the teacher such a token has at most the mass of the tail, and at most that of the least
@@ -75,7 +75,7 @@ def certainly_heavier(log_q: Tensor, teacher: TopKTeacher) -> Tensor:
     return log_q.exp() > bound + 2 * rounding
 
 
-def _log_even_share(teacher: TopKTeacher, log_atoms: Tensor, slots: Slots) -> Tensor:
+def _log_even_share(teacher: StoredMasses, log_atoms: Tensor, slots: Slots) -> Tensor:
     """Log-probability of each other token if they share the tail evenly, ``(*batch, 1)``."""
     stored = (~slots.empty).sum(-1, keepdim=True)
     return log_atoms[..., -1:] - (teacher.vocab_size - stored).clamp(min=1).log()

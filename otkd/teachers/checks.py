@@ -11,6 +11,7 @@ from otkd.precision import compute_dtype
 from otkd.tensors import check_precision
 
 if TYPE_CHECKING:
+    from otkd.teachers.masses import StoredMasses
     from otkd.teachers.topk import TopKTeacher
 
 MASS_SLACK = 0.05
@@ -50,7 +51,7 @@ def check_shapes(teacher: TopKTeacher) -> None:
             )
 
 
-def check_distributions(teacher: TopKTeacher) -> None:
+def check_distributions(teacher: StoredMasses) -> None:
     """Raise ``ValueError`` unless every position is a distribution over distinct tokens."""
     flat = teacher.flatten()
     size = max(1, _BLOCK_ELEMENTS // teacher.k)
@@ -70,7 +71,7 @@ def check_self_term(teacher: TopKTeacher) -> None:
         )
 
 
-def _check_block(block: TopKTeacher) -> None:
+def _check_block(block: StoredMasses) -> None:
     # Tokens of empty slots, and at positions without a teacher, may have any value. They are
     # replaced by distinct negative numbers.
     nothing = block.slots.empty.all(-1)
