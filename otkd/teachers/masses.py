@@ -29,6 +29,9 @@ class StoredMasses(ABC):
     vocab_size: int
     temperature: float = 1.0
 
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
     @abstractmethod
     def __getitem__(self, index) -> Self:
         """The chosen examples."""

@@ -146,9 +146,6 @@ class TopKTeacher(StoredMasses):
         known = "" if self.self_settings is None else ", with self-term"
         return f"TopKTeacher({self.shape}, k={self.k}, temperature={self.temperature}{known})"
 
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
     def __getitem__(self, index) -> TopKTeacher:
         part = self._map(lambda tensor: tensor[index])
         if part.k != self.k:
