@@ -13,10 +13,10 @@ demo: $(VENV)/.demo  ## a real teacher and its students, every loss, in about fi
 	  --epochs 3 --max-train-rows 800 --output-dir $(OUTPUT)
 
 test: $(VENV)/.dev  ## the test suite
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist loadgroup
 
 test-fast: $(VENV)/.dev  ## the core alone, in about three minutes
-	$(BIN)/pytest -n auto tests/unit
+	$(BIN)/pytest -n auto --dist loadgroup tests/unit
 
 test-wheel: $(VENV)/.torch  ## the bare package, without any extra: every public module is imported
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
@@ -26,7 +26,7 @@ test-wheel: $(VENV)/.torch  ## the bare package, without any extra: every public
 	cd / && $(abspath $(VENV))-wheel/bin/python $(CURDIR)/tests/import_public_modules.py
 
 test-all: $(VENV)/.dev  ## with the tests that take minutes
-	$(BIN)/pytest -n auto -m ''
+	$(BIN)/pytest -n auto --dist loadgroup -m ''
 
 bench: $(VENV)/.dev  ## every benchmark that is not finished, and the pages about them; takes hours
 	for group in vocabulary batch divergences steps pareto limits gpu; do $(BIN)/python benchmarks/run.py $$group || exit; done
