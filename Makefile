@@ -15,7 +15,7 @@ demo: $(VENV)/.demo  ## a real teacher and its students, every loss, in about fi
 test: $(VENV)/.dev  ## the test suite
 	$(BIN)/pytest -n auto --dist loadgroup
 
-test-fast: $(VENV)/.dev  ## the core alone, in about three minutes
+test-fast: $(VENV)/.dev  ## the core alone, in about four minutes
 	$(BIN)/pytest -n auto --dist loadgroup tests/unit
 
 test-wheel: $(VENV)/.torch  ## the bare package, without any extra: every public module is imported
