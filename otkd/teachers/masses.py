@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from typing_extensions import Self
 
 from otkd.teachers.atoms import atom_masses, log_atom_masses
 from otkd.teachers.beside import evenly_spread_logits, logits_shaped_by
 from otkd.teachers.checks import check_distributions
 from otkd.teachers.slots import Slots, empty_slots
+
+Stored = TypeVar("Stored", bound="StoredMasses")
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,11 +35,11 @@ class StoredMasses(ABC):
         return self.tokens.shape[0]
 
     @abstractmethod
-    def __getitem__(self, index) -> Self:
+    def __getitem__(self: Stored, index) -> Stored:
         """The chosen examples."""
 
     @abstractmethod
-    def flatten(self) -> Self:
+    def flatten(self: Stored) -> Stored:
         """The same positions with one batch dimension."""
 
     @property
@@ -122,7 +124,7 @@ class StoredMasses(ABC):
         """A placeholder of NaN in the shape of :meth:`logits`, which takes no memory."""
         return self.log_masses.new_full((), torch.nan).expand(self.shape)
 
-    def validate(self, counted: Tensor | None = None) -> Self:
+    def validate(self: Stored, counted: Tensor | None = None) -> Stored:
         """Return the teacher itself if every position is a distribution over distinct tokens.
 
         Positions without a teacher may hold NaN masses, and empty slots any token.

@@ -174,7 +174,7 @@ def test_means_of_processes_are_of_those_that_count(runs, processes):
     assert log["loss"] == pytest.approx(torch.stack(means).mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("fault", ["positions", "batch"])
+@pytest.mark.parametrize("fault", ["positions", pytest.param("batch", marks=pytest.mark.slow)])
 def test_an_error_in_one_process_ends_all_of_them(tmp_path, fault):
     done = start(2, RUNS, tmp_path, fault)
     assert done.returncode != 0

@@ -16,7 +16,7 @@ from otkd.costs import DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost
 
 torch.manual_seed(0)
 called = set()
-for shape in ((), (3,), (2, 3)):
+for shape in ((), (2, 3)):
     x, y, wide = torch.randn(*shape, 5), torch.randn(*shape, 5), torch.randn(*shape, 7)
     mask = torch.ones(shape, dtype=torch.bool)
     matrix = (torch.arange(5.0)[:, None] - torch.arange(5.0)).abs()
