@@ -44,7 +44,9 @@ def as_support(support: str | Support) -> Support | None:
 
 
 def choose_support(n: int, m: int, backend: str = "auto") -> Support:
-    """:class:`Dense` up to 2048 tokens, :class:`TopK` above; the choice is logged.
+    """:class:`Dense` up to 2048 tokens, :class:`TopK` above.
+
+    Reports name the choice (``last_report.support``), and it is logged at level DEBUG.
 
     If only one of them has the backend, that one is chosen.
     """
@@ -52,5 +54,5 @@ def choose_support(n: int, m: int, backend: str = "auto") -> Support:
     if backend in Dense.backends + TopK.backends:
         dense = backend in Dense.backends
     support = Dense() if dense else TopK(64)
-    _logger.info("support='auto' chose %r for %d×%d tokens", support, n, m)
+    _logger.debug("support='auto' chose %r for %d×%d tokens", support, n, m)
     return support

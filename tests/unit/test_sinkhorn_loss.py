@@ -291,6 +291,17 @@ def test_auto_takes_the_heads_of_a_large_vocabulary():
     assert loss.last_report.support == repr(TopK(64))
 
 
+def test_the_automatic_choice_is_logged_for_those_who_ask(caplog):
+    """Every call makes it: at level INFO it would fill the output of a training."""
+    loss = otkd.SinkhornLoss("discrete")
+    with caplog.at_level("INFO", "otkd"):
+        loss(torch.randn(3, 5), torch.randn(3, 5))
+    assert not caplog.records
+    with caplog.at_level("DEBUG", "otkd"):
+        loss(torch.randn(3, 5), torch.randn(3, 5))
+    assert "chose Dense()" in caplog.text
+
+
 # Cost, report ------------------------------------------------------------------------------------
 
 
