@@ -76,3 +76,8 @@ def refuse_batched(what: str, gradient: Tensor) -> None:
             f"{what} supports one gradient at a time: compute the Jacobian with vectorize=False, "
             "or is_grads_batched=False"
         )
+
+
+def block_elements(device: torch.device, on_cpu: int, on_device: int) -> int:
+    """The number of elements in a block of work on ``device``: a cache is smaller than a GPU."""
+    return on_cpu if device.type == "cpu" else on_device

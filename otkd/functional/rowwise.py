@@ -32,7 +32,7 @@ from otkd.checks import (
     refuse_second_derivative,
 )
 from otkd.precision import compute_dtype, without_autocast
-from otkd.tensors import is_batched
+from otkd.tensors import block_elements, is_batched
 
 LOG_ZERO = -1e5
 """Floor of every log-probability: where KL is truly infinite it is finite and this steep."""
@@ -185,9 +185,9 @@ def _rows(logits: Tensor) -> Tensor:
     return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
 
 
-def _blocks(positions: int, vocab: int, mask: Tensor | None, device: str) -> Iterator:
+def _blocks(positions: int, vocab: int, mask: Tensor | None, device: torch.device) -> Iterator:
     """Slices of all positions, or index tensors of the counted ones, in blocks."""
-    elements = _BLOCK_ELEMENTS_ON_CPU if device == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
+    elements = block_elements(device, _BLOCK_ELEMENTS_ON_CPU, _BLOCK_ELEMENTS_ON_DEVICE)
     size = max(1, elements // vocab)
     if mask is None:
         for start in range(0, positions, size):
@@ -216,7 +216,7 @@ class _Rowwise(torch.autograd.Function):
             ctx.save_for_backward(gradient)
             ctx.dtype = student.dtype
         with without_autocast(student):
-            for rows in _blocks(positions, vocab, mask, student.device.type):
+            for rows in _blocks(positions, vocab, mask, student.device):
                 logits = _scaled(student[rows], temperature, dtype)
                 pair, spread = teacher.compare(logits, rows, formula)
                 block, weighted = formula(pair)

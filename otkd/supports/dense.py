@@ -16,6 +16,7 @@ from otkd.ot.kernels.keops import KeOpsCost, keops_works
 from otkd.ot.options import Objective
 from otkd.ot.problem import check_costs
 from otkd.supports.base import Block, Positions, Selection, Support, check_softmax
+from otkd.tensors import block_elements
 
 LARGEST_DENSE = 16_384
 """Largest vocabulary for which a dense cost matrix is made: 1 GiB in float32."""
@@ -83,8 +84,9 @@ class Dense(Support):
 
 def full_blocks(positions: Positions, costs: CostMatrices) -> Iterator[Block]:
     """The problems over all tokens; their costs are the same at every position."""
-    on_cpu = positions.student.device.type == "cpu"
-    elements = _BLOCK_ELEMENTS_ON_CPU if on_cpu else _BLOCK_ELEMENTS_ON_DEVICE
+    elements = block_elements(
+        positions.student.device, _BLOCK_ELEMENTS_ON_CPU, _BLOCK_ELEMENTS_ON_DEVICE
+    )
     vocab = max(positions.student.shape[-1], positions.teacher.shape[-1])
     for rows in positions.blocks(max(1, elements // vocab)):
         q, p = _distributions(positions, rows)

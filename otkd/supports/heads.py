@@ -10,7 +10,7 @@ from torch import Tensor
 from otkd.precision import without_autocast
 from otkd.supports.base import Positions, check_softmax, over_temperature
 from otkd.teachers.beside import certainly_heavier
-from otkd.tensors import refuse_batched
+from otkd.tensors import block_elements, refuse_batched
 
 _BLOCK_ELEMENTS_ON_CPU = 2**19  # about what a core's cache holds
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
@@ -73,7 +73,7 @@ class Atoms(NamedTuple):
 
 def block_size(vocab: int, device: torch.device) -> int:
     """The number of rows of logits in a block."""
-    elements = _BLOCK_ELEMENTS_ON_CPU if device.type == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
+    elements = block_elements(device, _BLOCK_ELEMENTS_ON_CPU, _BLOCK_ELEMENTS_ON_DEVICE)
     return max(1, elements // vocab)
 
 

@@ -29,6 +29,7 @@ from otkd.supports.stored import solve_self_term, stored_masses, stored_self_val
 from otkd.teachers import TopKTeacher
 from otkd.teachers.atoms import same_up_to_rounding
 from otkd.teachers.self_term import SelfTermSettings
+from otkd.tensors import block_elements
 
 _BLOCK_ELEMENTS_ON_CPU = 2**22
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
@@ -237,6 +238,6 @@ class TopK(Support):
 
 def _in_blocks(order: Tensor, n: int, m: int) -> Iterator[Tensor]:
     """The positions in this order, in blocks of about equal size with n and m tokens each."""
-    elements = _BLOCK_ELEMENTS_ON_CPU if order.device.type == "cpu" else _BLOCK_ELEMENTS_ON_DEVICE
+    elements = block_elements(order.device, _BLOCK_ELEMENTS_ON_CPU, _BLOCK_ELEMENTS_ON_DEVICE)
     count = -(-len(order) * (n + 1) * (m + 1) // elements)
     yield from order.split(-(-len(order) // max(1, min(count, len(order)))))

@@ -18,6 +18,7 @@ from otkd.costs.base import Side
 from otkd.ot.kernels.base import Kernel
 from otkd.ot.kernels.choice import dense_kernel
 from otkd.ot.kernels.lazy import LazyCost
+from otkd.tensors import block_elements
 
 _BLOCK_ELEMENTS_ON_CPU = 2**21
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
@@ -98,8 +99,7 @@ class BlockedCost(PointCost):
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their costs, ``(rows, m)``; exactly 0 between a token and itself."""
         x, y = self.points
-        on_cpu = x.device.type == "cpu"
-        elements = _BLOCK_ELEMENTS_ON_CPU if on_cpu else _BLOCK_ELEMENTS_ON_DEVICE
+        elements = block_elements(x.device, _BLOCK_ELEMENTS_ON_CPU, _BLOCK_ELEMENTS_ON_DEVICE)
         size = max(_FEWEST_ROWS, elements // len(y))
         for start in range(0, len(x), size):
             block = self.embedding_cost.distance(x[start : start + size], y)
