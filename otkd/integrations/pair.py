@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,13 +32,20 @@ class Pair:
         teacher: a model, or None if teacher logits are part of the batches.
         loss: decides whether features are read besides logits.
         shift: see :class:`~otkd.integrations.transformers.DistillationTrainer`.
+        label_names: the entries of a batch that are labels, which models do not get.
 
     Raises:
         ValueError: for models that cannot be trained, or cannot be the teacher of the other.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, loss: nn.Module, *, shift: bool | None
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        loss: nn.Module,
+        *,
+        shift: bool | None,
+        label_names: Sequence[str],
     ) -> None:
         self.student = describe(student)
         refuse_model(self.student, "student")
@@ -51,7 +58,7 @@ class Pair:
             refuse_pair(self.student, self.teacher, loss, shift=shift)
             self._vocabularies_differ = fewer_tokens(self.student, self.teacher) is not None
         self.needs_features = as_loss(loss).needs_features
-        self.label_names: tuple[str, ...] = ()
+        self.label_names = label_names
 
     def columns(self) -> set[str]:
         """The entries of an example that one of the two models reads."""

@@ -122,15 +122,19 @@ class DistillationTrainer(Trainer):
             has_other_objective=self.compute_loss_func is not None,
         )
 
-        student = cast("nn.Module", self.model)
-        self._pair = Pair(student, self.teacher, self.loss, shift=shift)
+        self._label_names = label_names_of(self.label_names, self.args.label_names)
+        self._pair = Pair(
+            cast("nn.Module", self.model),
+            self.teacher,
+            self.loss,
+            shift=shift,
+            label_names=self._label_names,
+        )
         self._student = self._pair.student
         if self.teacher is not None and getattr(self.teacher, "hf_device_map", None) is None:
             self.teacher.to(self.args.device)
 
         self.shift = self._student.shifts if shift is None else shift
-        self._label_names = label_names_of(self.label_names, self.args.label_names)
-        self._pair.label_names = self._label_names
         self._labels_seen = False
         # Tells Trainer that the loss is already divided by the items of all microbatches.
         self.model_accepts_loss_kwargs = True
