@@ -34,14 +34,6 @@ from tests.models import (
 LENGTHS = (9, 3, 7, 2, 8, 4, 6, 5)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def arguments(tmp_path):
     def build(**options):

@@ -61,15 +61,6 @@ def save_bert(folder, **config):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small a second thread costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """For runs this short it takes longer to start another process than to do them."""

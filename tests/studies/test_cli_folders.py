@@ -33,7 +33,6 @@ from tests.studies.test_cli import (  # noqa: F401
     arguments,
     glue,
     one_process,
-    one_thread,
     otkd_command,
     said,
     start_command,

@@ -42,7 +42,6 @@ from tests.studies.test_cli import (  # noqa: F401
     glue,
     make_result,
     one_process,
-    one_thread,
     otkd_command,
     said,
     teacher,

@@ -44,15 +44,6 @@ QUICK = ("--epochs", 1, "--teacher-epochs", 1, "--max-length", 32, "--student-la
 QUICK += ("--precision", "fp32")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small a second thread costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return save_bert(tmp_path_factory.mktemp("models") / "bert")
