@@ -99,7 +99,7 @@ class Runner:
         if self._pool is None:
             self._pool = self._stack.enter_context(_pool(self._experiment, self._workers))
         pool, steps = self._pool
-        with _no_interrupt():
+        with _undisturbed_start():
             pending: dict[Future[Result], Run] = {pool.submit(_run, run): run for run in runs}
         processes = multiprocessing.active_children()
         while pending:
@@ -174,17 +174,34 @@ def _how_it_ended(processes: Sequence[BaseProcess]) -> str:
 
 
 @contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Start processes that do not receive Ctrl-C from a terminal: their parent ends them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
+def _undisturbed_start() -> Iterator[None]:
+    """Start processes completely, and so that Ctrl-C in a terminal does not reach them.
+
+    A process whose parent is interrupted while it hands over the work would end with a traceback.
+    Therefore signals to this process wait for the end of the block.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals interrupt the main thread only
         return
-    # Children inherit the mask; a signal to this process arrives at the end of the block.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    received: list[int] = []
+    # Those that this process handles; an ignored signal, as under nohup, stays ignored.
+    handled = [number for number in signal.valid_signals() if callable(signal.getsignal(number))]
+    handlers = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in handled
+    }
+    # Children inherit the mask, and not the handlers: their parent ends them with SIGTERM.
+    masked = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if masked else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def _end_with_parent() -> None:
