@@ -1,16 +1,22 @@
-"""The outputs of student and teacher that a loss compares."""
+"""A student and its teacher: from the entries of a batch to what a loss compares."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from otkd.checks import as_class_labels
-from otkd.integrations.batches import label_key, without_labels
+from otkd.integrations.batches import find_targets, label_key, without_labels
+from otkd.integrations.comparison import Comparison
 from otkd.integrations.model_refusals import (
+    check_has_positions,
+    check_labels_of,
+    check_positions_of,
+    check_stored_rows,
     check_tokens,
     fewer_tokens,
     refuse_model,
@@ -18,7 +24,7 @@ from otkd.integrations.model_refusals import (
 )
 from otkd.integrations.models import ModelDescription, describe, own_inputs
 from otkd.integrations.outputs import auxiliary_loss, read_outputs
-from otkd.integrations.stored import TEACHER_KEY
+from otkd.integrations.stored import TEACHER_KEY, fit_length
 from otkd.losses.protocol import as_loss
 from otkd.teachers import TopKTeacher, teacher_logits_of
 from otkd.teachers.protocol import teacher_features_of
@@ -59,13 +65,70 @@ class Pair:
             self._vocabularies_differ = fewer_tokens(self.student, self.teacher) is not None
         self.needs_features = as_loss(loss).needs_features
         self.label_names = label_names
+        self.shift = self.student.shifts if shift is None else shift
+        self._labels_seen = False
 
     def columns(self) -> set[str]:
         """The entries of an example that one of the two models reads."""
         own = self.teacher.arguments if self.teacher is not None else ()
         return {*self.student.arguments, *own}
 
-    def student_outputs(
+    def targets(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Labels, or without them the attention mask, aligned with the loss's logits."""
+        return find_targets(
+            inputs,
+            shift=self.shift,
+            mask_name=self.student.mask_name,
+            label_names=self.label_names,
+        )
+
+    def compare(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        device: torch.device,
+        autocast: AbstractContextManager,
+    ) -> Comparison:
+        """Run both models, and align and check their outputs, labels and mask.
+
+        Args:
+            model: the student as Trainer wrapped it.
+            inputs: the batch.
+            device: of the training; stored logits are moved to it.
+            autocast: the precision in which the teacher runs.
+
+        Raises:
+            ValueError: if outputs, stored logits, labels and mask do not belong together.
+        """
+        labels, mask = self.targets(inputs)
+        if model.training and self.student.decodes:
+            # Before the decoder's input is made from them.
+            self._check_labels(labels, self.student.targets)
+        # The teacher runs first, so that its activations are freed before the student's are stored.
+        with autocast:
+            teacher = self._teacher_outputs(inputs, device)
+        student, auxiliary = self._student_outputs(model, inputs)
+        predictions = student["logits"]
+        if teacher is not None and TEACHER_KEY in inputs:
+            check_stored_rows(teacher["logits"].shape, predictions.shape)
+            teacher = {name: fit_length(x, predictions) for name, x in teacher.items()}
+        if self.shift and inputs.get("shift_labels") is None:
+            check_has_positions(self.student, predictions)
+            student = {name: values[:, :-1] for name, values in student.items()}
+            teacher = teacher and {name: values[:, :-1] for name, values in teacher.items()}
+        check_positions_of(self.student, student["logits"], labels, mask)
+        self._check_labels(labels, predictions.shape[-1])
+        self._labels_seen = True
+        # A mask over tokens does not apply to the single row of logits of a classifier.
+        mask = mask if predictions.ndim > 2 else None
+        return Comparison(student, teacher, labels, mask, predictions, auxiliary)
+
+    def _check_labels(self, labels: Tensor | None, classes: int | None) -> None:
+        if labels is not None and classes is not None:
+            # Synchronise the device in the first batch only.
+            check_labels_of(self.student, labels if self._labels_seen else labels.cpu(), classes)
+
+    def _student_outputs(
         self, model: nn.Module, inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Logits, and features if the loss needs them; and the auxiliary loss of the model."""
@@ -74,7 +137,7 @@ class Pair:
         read = read_outputs(outputs, self.student, "student", features=self.needs_features)
         return read, auxiliary_loss(outputs, self.student)
 
-    def teacher_outputs(
+    def _teacher_outputs(
         self, inputs: Mapping[str, Any], device: torch.device
     ) -> dict[str, Any] | None:
         """Logits, and features if the loss needs them; None if there is no teacher."""

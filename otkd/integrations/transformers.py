@@ -9,16 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from otkd.integrations.batches import find_targets, label_key, label_names_of
+from otkd.integrations.batches import label_key, label_names_of
 from otkd.integrations.counting import StepItems, counted_items, step_items
 from otkd.integrations.evaluation import Evaluation, cross_entropy
 from otkd.integrations.loss_parameters import LossParameters
-from otkd.integrations.model_refusals import (
-    check_has_positions,
-    check_labels_of,
-    check_positions_of,
-    check_stored_rows,
-)
 from otkd.integrations.pair import Pair
 from otkd.integrations.records import LossRecord
 from otkd.integrations.refusals import check_loss, refuse_training
@@ -27,10 +21,9 @@ from otkd.integrations.stored import (
     TeacherCollator,
     WithTeacher,
     as_stored_teacher,
-    fit_length,
     with_eval_teacher,
 )
-from otkd.losses.protocol import as_loss, teacher_for
+from otkd.losses.protocol import as_loss
 from otkd.reductions import ItemCounts
 from otkd.teachers import StoredTeacher
 
@@ -122,20 +115,16 @@ class DistillationTrainer(Trainer):
             has_other_objective=self.compute_loss_func is not None,
         )
 
-        self._label_names = label_names_of(self.label_names, self.args.label_names)
         self._pair = Pair(
             cast("nn.Module", self.model),
             self.teacher,
             self.loss,
             shift=shift,
-            label_names=self._label_names,
+            label_names=label_names_of(self.label_names, self.args.label_names),
         )
-        self._student = self._pair.student
         if self.teacher is not None and getattr(self.teacher, "hf_device_map", None) is None:
             self.teacher.to(self.args.device)
 
-        self.shift = self._student.shifts if shift is None else shift
-        self._labels_seen = False
         # Tells Trainer that the loss is already divided by the items of all microbatches.
         self.model_accepts_loss_kwargs = True
         self._loss_parameters = LossParameters(self.loss)
@@ -144,27 +133,23 @@ class DistillationTrainer(Trainer):
         self._records = LossRecord(skip_non_finite=self.args.logging_nan_inf_filter)
         self._evaluation: Evaluation | None = None
 
+    @property
+    def shift(self) -> bool:
+        """Whether logits are paired with the next label."""
+        return self._pair.shift
+
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             # Keep the columns that only the teacher reads, such as segments, and the labels, which
             # decide which positions count even if no model reads them.
             columns = {*cast("list[str]", self._signature_columns), *self._pair.columns()}
-            columns |= {TEACHER_KEY, "labels", "shift_labels", *self._label_names}
+            columns |= {TEACHER_KEY, "labels", "shift_labels", *self._pair.label_names}
             self._signature_columns = sorted(columns)
-
-    def _targets(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-        """Labels, or without them the attention mask, aligned with the loss's logits."""
-        return find_targets(
-            inputs,
-            shift=self.shift,
-            mask_name=self._student.mask_name,
-            label_names=self._label_names,
-        )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         return step_items(
-            [(batch, *self._targets(batch)) for batch in batch_samples],
+            [(batch, *self._pair.targets(batch)) for batch in batch_samples],
             shift=self.shift,
             device=device,
             accelerator=self.accelerator,
@@ -186,88 +171,29 @@ class DistillationTrainer(Trainer):
         Raises:
             ValueError: in training, if the loss needs a teacher and the batch has none.
         """
-        labels, mask = self._targets(inputs)
-        shift = self.shift and inputs.get("shift_labels") is None
-        if model.training and self._student.decodes:
-            # Before the decoder's input is made from them.
-            self._check_labels(labels, self._student.targets)
-        # The teacher runs first, so that its activations are freed before the student's are stored.
-        with self.accelerator.autocast():
-            teacher = self._pair.teacher_outputs(inputs, self.args.device)
-        student, auxiliary = self._pair.student_outputs(model, inputs)
-        predictions = student["logits"]
-        if teacher is not None and TEACHER_KEY in inputs:
-            check_stored_rows(teacher["logits"].shape, predictions.shape)
-            teacher = {name: fit_length(x, predictions) for name, x in teacher.items()}
-        if shift:
-            check_has_positions(self._student, predictions)
-            student = {name: values[:, :-1] for name, values in student.items()}
-            teacher = teacher and {name: values[:, :-1] for name, values in teacher.items()}
-        check_positions_of(self._student, student["logits"], labels, mask)
-        self._check_labels(labels, predictions.shape[-1])
-        self._labels_seen = True
-
-        # A mask over tokens does not apply to the single row of logits of a classifier.
-        mask = mask if predictions.ndim > 2 else None
-        if self._evaluation is not None:
-            rows = slice(self._evaluation.own_rows(len(predictions)))
-            student = {name: values[rows] for name, values in student.items()}
-            teacher = teacher and {name: values[rows] for name, values in teacher.items()}
-            labels, mask = (None if x is None else x[rows] for x in (labels, mask))
-        objective = len(student["logits"]) > 0 and self._has_objective(
-            teacher, labels, training=model.training
+        compared = self._pair.compare(
+            model, inputs, self.args.device, autocast=self.accelerator.autocast()
         )
+        predictions = compared.predictions
         if self._evaluation is not None:
-            self._evaluation.see(student["logits"], labels, mask, has_objective=objective)
+            compared = compared.first(self._evaluation.own_rows(len(predictions)))
+        logits, labels, mask = compared.student["logits"], compared.labels, compared.mask
+        objective = len(logits) > 0 and compared.suffices(self.loss, training=model.training)
+        if self._evaluation is not None:
+            self._evaluation.see(logits, labels, mask, has_objective=objective)
         if objective:
             items = num_items_in_batch
-            items = items.of(student["logits"]) if isinstance(items, StepItems) else items
-            loss = self._objective(student, teacher, labels, mask, items)
+            items = items.of(logits) if isinstance(items, StepItems) else items
+            loss = compared.value(self.loss, items)
             if model.training:
-                loss = loss * self._record(student["logits"], labels, mask, items)
-                if auxiliary is not None:
-                    loss = loss + self._auxiliary(auxiliary, items)
+                loss = loss * self._record(logits, labels, mask, items)
+                if compared.auxiliary is not None:
+                    loss = loss + self._auxiliary(compared.auxiliary, items)
         else:
             # Without its teacher, an evaluation reports only the hard-label cross-entropy.
-            hard = teacher is None and labels is not None
-            loss = cross_entropy(student["logits"], cast("Tensor", labels)) if hard else None
+            hard = labels if compared.teacher is None else None
+            loss = None if hard is None else cross_entropy(logits, hard)
         return (loss, {"logits": predictions}) if return_outputs else loss
-
-    def _has_objective(
-        self, teacher: Mapping[str, Any] | None, labels: Tensor | None, *, training: bool
-    ) -> bool:
-        """Whether a batch has everything that the loss needs; in training, raise if it does not."""
-        lacks_teacher = teacher is None and self._loss.needs_teacher
-        if training and lacks_teacher:
-            raise ValueError(
-                f"the batch has no {TEACHER_KEY!r} and there is no teacher model, but "
-                f"{type(self.loss).__name__} needs a teacher"
-            )
-        lacks_labels = labels is None and self._loss.needs_labels
-        return training or not (lacks_teacher or lacks_labels)
-
-    def _objective(
-        self,
-        student: Mapping[str, Any],
-        teacher: Mapping[str, Any] | None,
-        labels: Tensor | None,
-        mask: Tensor | None,
-        items: ItemCounts | Tensor | float | None,
-    ) -> Tensor:
-        if isinstance(items, ItemCounts) and "sequence_mean" not in self._loss.reductions:
-            items = items.positions  # losses of other libraries accept only this number
-        options: dict[str, Any] = {"labels": labels, "mask": mask, "num_items_in_batch": items}
-        if teacher is not None and "features" in teacher:
-            options["student_features"] = student["features"]
-            options["teacher_features"] = teacher["features"]
-        stored = None if teacher is None else teacher["logits"]
-        given = teacher_for(self.loss, stored, student["logits"])
-        return self.loss(student["logits"], given, **options)
-
-    def _check_labels(self, labels: Tensor | None, classes: int | None) -> None:
-        if labels is not None and classes is not None:
-            # Synchronise the device in the first batch only.
-            check_labels_of(self._student, labels if self._labels_seen else labels.cpu(), classes)
 
     def _auxiliary(self, value: Tensor, items: object) -> Tensor:
         """A microbatch's share of the auxiliary loss, which is averaged over microbatches."""
@@ -286,7 +212,7 @@ class DistillationTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        logits, key = outputs["logits"], label_key(inputs, self._label_names)
+        logits, key = outputs["logits"], label_key(inputs, self._pair.label_names)
         labels = None if key is None else inputs[key]
         if self._evaluation is not None:
             self._evaluation.add(loss)
