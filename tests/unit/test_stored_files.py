@@ -137,7 +137,7 @@ for call in (
     try:
         call()
     except ImportError as error:
-        assert "safetensors is not installed: pip install" in str(error), error
+        assert "safetensors, which is not installed: pip install" in str(error), error
     else:
         raise AssertionError("it did")
 import os
