@@ -29,6 +29,10 @@ def tvd(log_q, log_p):
     return (log_q.exp() - log_p.exp()).abs().sum(-1) / 2
 
 
+def hellinger(log_q, log_p):
+    return 2 - 2 * ((log_q + log_p) / 2).exp().sum(-1)
+
+
 def skew_kl(log_q, log_p, alpha=0.1):
     return kl((alpha * log_p.exp() + (1 - alpha) * log_q.exp()).log(), log_p)
 

@@ -8,6 +8,7 @@ from otkd.functional.batch_transport import batch_sinkhorn_distance
 from otkd.functional.divergences import (
     adaptive_kl_divergence,
     alpha_beta_divergence,
+    hellinger_divergence,
     jensen_shannon_divergence,
     kl_divergence,
     reverse_kl_divergence,
@@ -22,6 +23,7 @@ __all__ = [
     "adaptive_kl_divergence",
     "alpha_beta_divergence",
     "batch_sinkhorn_distance",
+    "hellinger_divergence",
     "jensen_shannon_divergence",
     "kl_divergence",
     "reverse_kl_divergence",

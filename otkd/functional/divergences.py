@@ -1,7 +1,8 @@
 """Divergences between next-token distributions, p of the teacher and q of the student.
 
 Each is a function ``f(student_logits, teacher_logits, *, temperature=1.0, …)`` that returns one
-value per position, ``(*batch,)``, in nats (TVD and ULD: in probability). Common arguments:
+value per position, ``(*batch,)``, in nats (TVD, ULD and Hellinger without a unit). Common
+arguments:
 
     student_logits: ``(*batch, vocab)``, any floating dtype. Computations use float32, or float64
         for float64 logits.
@@ -121,6 +122,31 @@ def total_variation_distance(
     )
 
 
+def hellinger_divergence(
+    student_logits: Float[Tensor, "*batch vocab"],
+    teacher_logits: Float[Tensor, "*batch vocab"],
+    *,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    mask: Shaped[Tensor, "*batch"] | None = None,
+) -> Float[Tensor, "*batch"]:
+    """Σ(√q − √p)² = 2 − 2·Σ√(qp), the squared Hellinger distance; symmetric, between 0 and 2.
+
+    Many authors halve it. Its derivative in q is infinite where q = 0 < p, but q·∂D/∂q = q − √(qp),
+    and with it the gradient in the logits, tends to 0 with q.
+
+    Source: Sason and Verdú (2016), "f-Divergence Inequalities".
+    """
+    return rowwise_divergence(
+        formulas.Hellinger(),
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        mask=mask,
+    )
+
+
 def skew_kl_divergence(
     student_logits: Float[Tensor, "*batch vocab"],
     teacher_logits: Float[Tensor, "*batch vocab"],
@@ -218,7 +244,7 @@ def alpha_beta_divergence(
 ) -> Float[Tensor, "*batch"]:
     """−1/(αβ)·Σ[p^α·q^β − α/(α+β)·p^(α+β) − β/(α+β)·q^(α+β)], and its continuous limits.
 
-    (1, 0) is KL(p‖q), (0, 1) is KL(q‖p), (½, ½) is four times the squared Hellinger distance, and
+    (1, 0) is KL(p‖q), (0, 1) is KL(q‖p), (½, ½) is twice :func:`hellinger_divergence`, and
     (1, 1) is half the squared Euclidean distance. With a negative exponent the divergence is
     unbounded at small probabilities; if it overflows, an error is raised.
 

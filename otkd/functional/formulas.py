@@ -75,6 +75,18 @@ class TotalVariation(Formula):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Hellinger(Formula):
+    """See :func:`otkd.functional.hellinger_divergence`."""
+
+    def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """See :class:`~otkd.functional.rowwise.Formula`."""
+        # Roots from logarithms: they are accurate also where q or p underflows.
+        root = (pair.log_q / 2).exp_()
+        difference = root - (pair.log_p / 2).exp_()
+        return difference.square().sum(-1), root.mul_(difference)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SkewKL(Formula):
     """See :func:`otkd.functional.skew_kl_divergence`."""
 

@@ -132,6 +132,23 @@ class TVDLoss(DivergenceLoss):
         super().__init__(formulas.TotalVariation(), **common)
 
 
+@register_loss("hellinger")
+class HellingerLoss(DivergenceLoss):
+    """Σ(√q − √p)², squared Hellinger distance; symmetric and bounded.
+
+    See :func:`otkd.functional.hellinger_divergence` for the formula and
+    :class:`~otkd.losses.base.DistillationLoss` for the arguments.
+
+    Example:
+        >>> student, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+        >>> otkd.HellingerLoss()(student, teacher)
+        tensor(0.0574)
+    """
+
+    def __init__(self, **common: Unpack[CommonSettings]) -> None:
+        super().__init__(formulas.Hellinger(), **common)
+
+
 @register_loss("skl")
 class SkewKLLoss(DivergenceLoss):
     """KL(p‖α·p + (1−α)·q), the skew KL of DistiLLM; bounded.

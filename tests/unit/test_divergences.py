@@ -24,6 +24,7 @@ CASES = {
     "jsd": (F.jensen_shannon_divergence, naive.jsd, {}),
     "jsd-0.1": (F.jensen_shannon_divergence, naive.jsd, {"beta": 0.1}),
     "tvd": (F.total_variation_distance, naive.tvd, {}),
+    "hellinger": (F.hellinger_divergence, naive.hellinger, {}),
     "skl": (F.skew_kl_divergence, naive.skew_kl, {}),
     "skl-0": (F.skew_kl_divergence, naive.skew_kl, {"alpha": 0.0}),
     "skl-0.6": (F.skew_kl_divergence, naive.skew_kl, {"alpha": 0.6}),
@@ -163,8 +164,8 @@ def test_names_of_the_same_divergence():
         ):
             close(x, y, rtol=1e-9, atol=1e-9)
     p, q = teacher.softmax(-1), student.softmax(-1)
-    hellinger = (p.sqrt() - q.sqrt()).square().sum(-1) / 2
-    close(F.alpha_beta_divergence(student, teacher), 4 * hellinger)
+    hellinger = F.hellinger_divergence(student, teacher)
+    close(F.alpha_beta_divergence(student, teacher), 2 * hellinger)
     close(F.alpha_beta_divergence(student, teacher, alpha=1, beta=1), (p - q).square().sum(-1) / 2)
 
 
@@ -196,6 +197,7 @@ def test_disjoint_distributions(dtype):
     teacher = student.flip(0)
     close(F.jensen_shannon_divergence(student, teacher), torch.tensor(math.log(2)))
     close(F.total_variation_distance(student, teacher), torch.tensor(1.0))
+    close(F.hellinger_divergence(student, teacher), torch.tensor(2.0))
     close(F.skew_kl_divergence(student, teacher), torch.tensor(-math.log(0.1)))
     close(F.skew_reverse_kl_divergence(student, teacher), torch.tensor(-math.log(0.1)))
     close(F.alpha_beta_divergence(student, teacher), torch.tensor(4.0))
@@ -404,6 +406,7 @@ LOSSES = {
     otkd.ReverseKLLoss: F.reverse_kl_divergence,
     otkd.JSDLoss: F.jensen_shannon_divergence,
     otkd.TVDLoss: F.total_variation_distance,
+    otkd.HellingerLoss: F.hellinger_divergence,
     otkd.SkewKLLoss: F.skew_kl_divergence,
     otkd.SkewReverseKLLoss: F.skew_reverse_kl_divergence,
     otkd.AdaptiveKLLoss: F.adaptive_kl_divergence,
@@ -439,7 +442,10 @@ def test_each_loss_is_its_function(loss):
 @pytest.mark.parametrize("vocab", [2, 9, 1000])
 @pytest.mark.parametrize(
     "loss",
-    [otkd.JSDLoss(), otkd.TVDLoss(), otkd.UniversalLogitLoss(), otkd.AlphaBetaLoss(0.3, 0.3)],
+    [
+        *(otkd.JSDLoss(), otkd.TVDLoss(), otkd.HellingerLoss()),
+        *(otkd.UniversalLogitLoss(), otkd.AlphaBetaLoss(0.3, 0.3)),
+    ],
     ids=lambda loss: type(loss).__name__,
 )
 def test_symmetric_divergences_are_so_to_the_last_bit(loss, vocab):

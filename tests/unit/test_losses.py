@@ -336,7 +336,7 @@ def test_vocab_size_slices_the_padding(name):
 
 
 RESCALED = {
-    **dict.fromkeys(["kl", "rkl", "jsd", "skl", "srkl", "akl", "alpha_beta"], True),
+    **dict.fromkeys(["kl", "rkl", "jsd", "hellinger", "skl", "srkl", "akl", "alpha_beta"], True),
     **dict.fromkeys(["ce", "tvd", "uld", "sinkhorn", "wasserstein", "batch_sinkhorn"], False),
 }
 
@@ -575,7 +575,7 @@ def test_debiasing_warns_where_the_divergence_may_be_negative():
 
 def test_registry():
     contract = "ce kl rkl jsd tvd skl srkl akl alpha_beta sinkhorn wasserstein batch_sinkhorn"
-    assert set(otkd.list_losses()) == {*contract.split(), "sinkd", "uld"}
+    assert set(otkd.list_losses()) == {*contract.split(), "sinkd", "uld", "hellinger"}
     loss = otkd.get_loss("jsd", beta=0.1, temperature=2)
     assert isinstance(loss, otkd.JSDLoss)
     assert (loss.formula.beta, loss.temperature) == (0.1, 2)

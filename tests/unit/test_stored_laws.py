@@ -42,7 +42,8 @@ F_DIVERGENCES = {
     "tvd": otkd.TVDLoss,
     "skl": otkd.SkewKLLoss,
     "srkl": otkd.SkewReverseKLLoss,
-    "hellinger": otkd.AlphaBetaLoss,
+    "hellinger": otkd.HellingerLoss,
+    "alpha half": otkd.AlphaBetaLoss,
     "alpha": lambda **o: otkd.AlphaBetaLoss(1.7, -0.7, **o),
 }
 OTHERS = {
