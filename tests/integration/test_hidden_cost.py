@@ -204,13 +204,13 @@ def test_only_this_cost_asks_for_features():
 # Stored teachers and the trainer ------------------------------------------------------------------
 
 
-def test_a_signal_keeps_features_with_its_logits(tmp_path):
-    signal = otkd.DenseTeacher(torch.randn(6, 3), torch.randn(6, 4).half())
-    signal.save(tmp_path / "signal.safetensors")
-    loaded = otkd.DenseTeacher.load(tmp_path / "signal.safetensors")
-    assert torch.equal(loaded.features, signal.features)
+def test_a_stored_teacher_keeps_features_with_its_logits(tmp_path):
+    stored = otkd.DenseTeacher(torch.randn(6, 3), torch.randn(6, 4).half())
+    stored.save(tmp_path / "teacher.safetensors")
+    loaded = otkd.DenseTeacher.load(tmp_path / "teacher.safetensors")
+    assert torch.equal(loaded.features, stored.features)
     part = loaded[torch.tensor([4, 1])]
-    assert torch.equal(part.features, signal.features[[4, 1]])
+    assert torch.equal(part.features, stored.features[[4, 1]])
     assert part.to("cpu").features is part.features
     with pytest.raises(ValueError, match="features must have shape"):
         otkd.DenseTeacher(torch.randn(6, 3), torch.randn(5, 4))
@@ -218,12 +218,12 @@ def test_a_signal_keeps_features_with_its_logits(tmp_path):
         otkd.DenseTeacher(torch.randn(6, 3), torch.ones(6, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="on the device of the logits, cpu, got meta"):
         otkd.DenseTeacher(torch.randn(6, 3), torch.randn(6, 4, device="meta"))
-    moved = signal.to("meta")
+    moved = stored.to("meta")
     assert moved.values.device.type == moved.features.device.type == "meta"
     batch = {name: values.detach().float() for name, values in sample(samples=6, width=4).items()}
     loss = otkd.BatchSinkhornLoss(cost="hidden")
-    found = loss(batch["student_logits"], signal, student_features=batch["student_features"])
-    given = batch | {"teacher_features": signal.features, "teacher_logits": signal.values}
+    found = loss(batch["student_logits"], stored, student_features=batch["student_features"])
+    given = batch | {"teacher_features": stored.features, "teacher_logits": stored.values}
     assert torch.equal(found, loss(**given))
 
 
@@ -241,9 +241,9 @@ def test_a_stored_teacher_teaches_as_the_model_does(arguments, projected):  # no
     loss = otkd.SinKDLoss(
         transport=otkd.BatchSinkhornLoss(cost="hidden", debias=True, projection=projection)
     )
-    signal = otkd.DenseTeacher(stored_logits(teacher, examples), states(teacher, examples))
+    stored = otkd.DenseTeacher(stored_logits(teacher, examples), states(teacher, examples))
     found = []
-    for given in (teacher, signal):
+    for given in (teacher, stored):
         trainer = DistillationTrainer(
             tiny_bert(0), arguments(), train_dataset=examples, data_collator=pad,
             teacher=given, loss=copy.deepcopy(loss),
@@ -251,8 +251,8 @@ def test_a_stored_teacher_teaches_as_the_model_does(arguments, projected):  # no
         trainer.train()
         found.append((weights(trainer.model), weights(trainer.loss)) if projected else
                      (weights(trainer.model),))  # fmt: skip
-    for stored, live in zip(*found, strict=True):
-        close(stored, live, rtol=1e-4, atol=1e-6)
+    for from_stored, live in zip(*found, strict=True):
+        close(from_stored, live, rtol=1e-4, atol=1e-6)
     assert not torch.equal(found[0][0], weights(tiny_bert(0)))
 
 
@@ -300,7 +300,7 @@ def test_evaluation_with_stored_states(arguments):  # noqa: F811
     assert found[0] > 1e-3
 
 
-def test_a_signal_without_features_is_refused_before_training(arguments):  # noqa: F811
+def test_a_stored_teacher_without_features_is_refused_before_training(arguments):  # noqa: F811
     examples = sentences()
     with pytest.raises(ValueError, match=r"DenseTeacher\(logits, features\)"):
         DistillationTrainer(

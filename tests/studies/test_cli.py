@@ -535,7 +535,7 @@ def training_parts(teacher, glue):
 def test_training_resumes_from_the_last_complete_epoch(training_parts, tmp_path):
     make_student, rows, tokenizer = training_parts
     schedule = training.Schedule(epochs=3, batch_size=8, learning_rate=1e-3, seed=0, bf16=False)
-    signal = DenseTeacher(torch.arange(40.0)[:, None].expand(40, 2))
+    stored = DenseTeacher(torch.arange(40.0)[:, None].expand(40, 2))
 
     def run(folder, stop_after=None):
         done, student, order = [], make_student(), RowOrder()
@@ -548,7 +548,7 @@ def test_training_resumes_from_the_last_complete_epoch(training_parts, tmp_path)
         try:
             took = training.fit(
                 student, rows, tokenizer, schedule, folder,
-                loss=order, teacher=signal, on_steps=on_steps,
+                loss=order, teacher=stored, on_steps=on_steps,
             )  # fmt: skip
         except Stop:
             took = None

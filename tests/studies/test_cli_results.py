@@ -350,7 +350,7 @@ def fitted(parts, folder, *, loss=None, stop_after=None, features=None, **option
     make_student, rows, tokenizer = parts
     student, done = make_student(), []
     torch.manual_seed(5)
-    signal = DenseTeacher(torch.randn(40, 2), features)
+    stored = DenseTeacher(torch.randn(40, 2), features)
     schedule = training.Schedule(
         **{"epochs": 3, "batch_size": 8, "learning_rate": 1e-3, "seed": 0, "bf16": False, **options}
     )
@@ -364,7 +364,7 @@ def fitted(parts, folder, *, loss=None, stop_after=None, features=None, **option
     with contextlib.suppress(Stop):
         took = training.fit(
             student, rows, tokenizer, schedule, folder,
-            loss=loss, teacher=signal if loss is not None else None, on_steps=on_steps,
+            loss=loss, teacher=stored if loss is not None else None, on_steps=on_steps,
             evaluate=lambda model: {"norm": model.classifier.weight.norm().item()},
         )  # fmt: skip
     return student.state_dict(), took and took.evaluations, done

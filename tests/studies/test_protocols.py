@@ -499,7 +499,7 @@ def experiment(teacher, glue, tmp_path_factory):
 
 def test_evaluations_and_temperatures_survive_an_interruption(experiment, tmp_path):
     schedule = training.Schedule(3, 8, 1e-3, seed=0, bf16=False, evaluate_every=2)
-    signal = DenseTeacher(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)))
+    stored = DenseTeacher(torch.randn(40, 2, generator=torch.Generator().manual_seed(0)))
 
     def run(folder, stop_after=None):
         loss = otkd.KLLoss(temperature=4)
@@ -519,7 +519,7 @@ def test_evaluations_and_temperatures_survive_an_interruption(experiment, tmp_pa
         try:
             took = training.fit(
                 student, experiment.student_rows.train, experiment.student_tokenizer, schedule,
-                folder, loss=loss, teacher=signal, callbacks=[TemperatureAnnealing(loss)],
+                folder, loss=loss, teacher=stored, callbacks=[TemperatureAnnealing(loss)],
                 evaluate=evaluate, on_steps=on_steps,
             )  # fmt: skip
         except Stop:

@@ -11,15 +11,15 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_round_trip(tmp_path, dtype):
-    signal = DenseTeacher(logits(1, 4, 3, 5, dtype=dtype).requires_grad_())
+    stored = DenseTeacher(logits(1, 4, 3, 5, dtype=dtype).requires_grad_())
     path = tmp_path / "new" / "teacher.safetensors"
-    signal.save(path)
+    stored.save(path)
     loaded = DenseTeacher.load(str(path))
-    assert torch.equal(loaded.logits(), signal.values)
+    assert torch.equal(loaded.logits(), stored.values)
     assert loaded.values.dtype == dtype
     assert not loaded.values.requires_grad
-    DenseTeacher(signal.values.mT[1:]).save(path)  # not contiguous, over an older file
-    assert torch.equal(DenseTeacher.load(path).values, signal.values.mT[1:])
+    DenseTeacher(stored.values.mT[1:]).save(path)  # not contiguous, over an older file
+    assert torch.equal(DenseTeacher.load(path).values, stored.values.mT[1:])
     assert [file.name for file in path.parent.iterdir()] == ["teacher.safetensors"]
 
 
@@ -59,18 +59,18 @@ def test_bad_files(tmp_path):
 
 def test_indexing():
     values = logits(1, 6, 3, 5)
-    signal = DenseTeacher(values)
-    assert len(signal) == 6
+    stored = DenseTeacher(values)
+    assert len(stored) == 6
     for index in (2, slice(1, 4), torch.tensor([5, 0, 0]), torch.arange(6) % 2 == 0, [1, 3]):
-        part = signal[index]
+        part = stored[index]
         assert isinstance(part, DenseTeacher)
         assert torch.equal(part.logits(), values[index])
     with pytest.raises(IndexError):
-        signal[6]
-    assert signal.to("cpu") is signal
-    assert signal.to(torch.device("meta")).values.device.type == "meta"
+        stored[6]
+    assert stored.to("cpu") is stored
+    assert stored.to(torch.device("meta")).values.device.type == "meta"
     with pytest.raises(AttributeError):
-        signal.values = values
+        stored.values = values
 
 
 @pytest.mark.parametrize("values", [torch.ones(2, 3, dtype=torch.int64), torch.tensor(1.0)])
@@ -80,7 +80,7 @@ def test_refused_values(values):
 
 
 class Recomputed:
-    """A teacher signal of another kind: logits that are made when they are asked for."""
+    """A stored teacher of another kind: logits that are made when they are asked for."""
 
     def __init__(self, seeds, device="cpu"):
         self.seeds, self.device = seeds, device
@@ -100,15 +100,15 @@ class Recomputed:
 
 
 def test_any_object_of_the_protocol_is_a_teacher():
-    signal = Recomputed([4, 5, 6, 7])
-    assert isinstance(signal, StoredTeacher)
+    stored = Recomputed([4, 5, 6, 7])
+    assert isinstance(stored, StoredTeacher)
     assert isinstance(DenseTeacher(torch.ones(2, 3)), StoredTeacher)
     student = logits(1, 2, 3, 5).requires_grad_()
     for name in ("kl", "batch_sinkhorn", "uld"):
-        value = otkd.get_loss(name)(student, signal[1:3])
+        value = otkd.get_loss(name)(student, stored[1:3])
         expected = otkd.get_loss(name)(student, torch.stack([logits(s, 3, 5) for s in (5, 6)]))
         torch.testing.assert_close(value, expected)
-    assert not teacher_logits_of(signal, torch.device("cpu")).requires_grad
+    assert not teacher_logits_of(stored, torch.device("cpu")).requires_grad
 
 
 def test_teacher_logits():

@@ -120,15 +120,15 @@ def test_reports_of_the_terms_can_be_reached_by_name():
 @pytest.mark.parametrize("nested", [False, True])
 def test_every_term_gets_a_stored_teacher_in_the_form_that_it_reads(nested):
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
-    signal, foreign = TopKTeacher.from_logits(teacher, 4), Foreign()
+    stored, foreign = TopKTeacher.from_logits(teacher, 4), Foreign()
     terms = {"sinkhorn": (1.0, sinkhorn()), "mine": (2.0, foreign), "ce": (1.0, "ce")}
     loss = otkd.WeightedLoss(terms)
     if nested:
         loss = otkd.WeightedLoss({"all": (1.0, loss)})
     labels = torch.tensor([1, 2, 3])
-    value = loss(student, signal, labels=labels)
-    expected = sinkhorn()(student, signal) + otkd.get_loss("ce")(student, labels=labels)
-    close(value, expected + 2 * (student - signal.logits_beside(student)).square().mean())
+    value = loss(student, stored, labels=labels)
+    expected = sinkhorn()(student, stored) + otkd.get_loss("ce")(student, labels=labels)
+    close(value, expected + 2 * (student - stored.logits_beside(student)).square().mean())
     loss(student, DenseTeacher(teacher), labels=labels)
     assert foreign.seen == [torch.Tensor, torch.Tensor]
 
@@ -153,9 +153,9 @@ def test_a_foreign_module_is_adapted():
     assert as_loss(around).reductions == {"sum"}
     around.needs_labels = around.reads_stored = True
     assert as_loss(around).needs_labels
-    signal = TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
-    assert teacher_for(around, signal, logits(1, 3, VOCAB)) is signal
-    assert isinstance(teacher_for(Foreign(), signal, logits(1, 3, VOCAB)), torch.Tensor)
+    stored = TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
+    assert teacher_for(around, stored, logits(1, 3, VOCAB)) is stored
+    assert isinstance(teacher_for(Foreign(), stored, logits(1, 3, VOCAB)), torch.Tensor)
     assert teacher_for(Foreign(), None, logits(1, 3, VOCAB)) is None
 
 

@@ -203,12 +203,12 @@ def test_low_precision_is_computed_in_float32(name, dtype):
 
 
 @every_loss
-def test_a_stored_signal_in_the_place_of_teacher_logits(name):
+def test_a_stored_teacher_in_the_place_of_teacher_logits(name):
     data = Data()
-    signal = otkd.DenseTeacher(data.teacher)
+    stored = otkd.DenseTeacher(data.teacher)
     loss = BUILDERS[name]()
     expected = evaluate(loss, data.student, data.teacher, **data.options())
-    same(evaluate(loss, data.student, signal, **data.options()), expected, rtol=0, atol=0)
+    same(evaluate(loss, data.student, stored, **data.options()), expected, rtol=0, atol=0)
     half = otkd.DenseTeacher(data.teacher.bfloat16())
     expected = evaluate(loss, data.student, data.teacher.bfloat16(), **data.options())
     same(evaluate(loss, data.student, half, **data.options()), expected, rtol=0, atol=0)

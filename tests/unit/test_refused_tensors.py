@@ -133,10 +133,10 @@ def test_embeddings_costs_and_stored_logits_likewise(build):
 
 def test_stored_teachers_of_too_few_digits():
     dense = points(1, VOCAB, 3).float()
-    signal = otkd.TopKTeacher.from_logits(dense, 2)
+    stored = otkd.TopKTeacher.from_logits(dense, 2)
     for build in (
         lambda: otkd.DenseTeacher(dense.to(torch.float8_e5m2)),
-        lambda: dataclasses.replace(signal, log_masses=signal.log_masses.to(torch.float8_e5m2)),
+        lambda: dataclasses.replace(stored, log_masses=stored.log_masses.to(torch.float8_e5m2)),
     ):
         with pytest.raises(TypeError, match=r"must be float64, .* got torch\.float8_e5m2: convert"):
             build()

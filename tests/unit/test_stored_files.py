@@ -1,4 +1,4 @@
-"""Stored teachers that come from somewhere else: files, servers, hand-made signals."""
+"""Stored teachers from elsewhere: from files, from servers, and made by hand."""
 
 import dataclasses
 import subprocess
@@ -53,26 +53,26 @@ def swapped(tensor):
 )
 def test_a_file_that_was_changed_is_refused(tmp_path, change):
     path = tmp_path / "teacher.safetensors"
-    signal = topk_loss().with_self_term(TopKTeacher.from_logits(logits(1, 4, VOCAB), 3))
-    signal.save(path)
+    stored = topk_loss().with_self_term(TopKTeacher.from_logits(logits(1, 4, VOCAB), 3))
+    stored.save(path)
     tensors, metadata = contents(path)
     safetensors.torch.save_file(change(dict(tensors), metadata), path, metadata)
     with pytest.raises(ValueError, match=r"changed after it was saved.*store the teacher again"):
         TopKTeacher.load(path)
-    safetensors.torch.save_file(tensors, path, contents_of_saved(signal, tmp_path))
-    assert torch.equal(TopKTeacher.load(path).self_potential, signal.self_potential)
+    safetensors.torch.save_file(tensors, path, contents_of_saved(stored, tmp_path))
+    assert torch.equal(TopKTeacher.load(path).self_potential, stored.self_potential)
 
 
-def contents_of_saved(signal, folder):
-    signal.save(folder / "other.safetensors")
+def contents_of_saved(stored, folder):
+    stored.save(folder / "other.safetensors")
     return contents(folder / "other.safetensors")[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_dense_file_that_was_changed_is_refused(tmp_path, dtype):
     path = tmp_path / "teacher.safetensors"
-    signal = DenseTeacher(logits(1, 4, VOCAB, dtype=dtype), logits(2, 4, 5, dtype=dtype))
-    signal.save(path)
+    stored = DenseTeacher(logits(1, 4, VOCAB, dtype=dtype), logits(2, 4, 5, dtype=dtype))
+    stored.save(path)
     tensors, metadata = contents(path)
     for name in tensors:
         changed = tensors | {name: swapped(tensors[name])}
@@ -85,14 +85,14 @@ def test_a_dense_file_that_was_changed_is_refused(tmp_path, dtype):
 
 def test_a_file_of_an_older_version_is_read_if_it_is_sound(tmp_path):
     path = tmp_path / "teacher.safetensors"
-    signal = topk_loss().with_self_term(
+    stored = topk_loss().with_self_term(
         TopKTeacher.from_logits(logits(1, 4, 2, VOCAB), 3).with_length(3)
     )
-    signal.save(path)
+    stored.save(path)
     tensors, metadata = contents(path)
     del metadata["checksum"]
     safetensors.torch.save_file(tensors, path, metadata)
-    assert torch.equal(TopKTeacher.load(path).tokens, signal.tokens)
+    assert torch.equal(TopKTeacher.load(path).tokens, stored.tokens)
     for value in (torch.nan, torch.inf):
         tensors["self_potential"][2, 1, 0] = value
         safetensors.torch.save_file(tensors, path, metadata)
@@ -104,10 +104,10 @@ def test_a_file_of_an_older_version_is_read_if_it_is_sound(tmp_path):
 
 def test_a_self_term_of_other_masses_is_not_used():
     student, loss = logits(3, 8, VOCAB), topk_loss()
-    signal = loss.with_self_term(TopKTeacher.from_logits(logits(1, 8, VOCAB), 3))
-    expected = loss(student, dataclasses.replace(signal, self_potential=None, self_settings=None))
-    close(loss(student, signal), expected, rtol=1e-3, atol=1e-4)
-    potential = signal.self_potential
+    stored = loss.with_self_term(TopKTeacher.from_logits(logits(1, 8, VOCAB), 3))
+    expected = loss(student, dataclasses.replace(stored, self_potential=None, self_settings=None))
+    close(loss(student, stored), expected, rtol=1e-3, atol=1e-4)
+    potential = stored.self_potential
     for other in (
         swapped(potential),
         potential.flip(0),
@@ -117,7 +117,7 @@ def test_a_self_term_of_other_masses_is_not_used():
         with pytest.warns(
             UserWarning, match="does not belong to these masses; compute it again with"
         ):
-            found = loss(student, dataclasses.replace(signal, self_potential=other))
+            found = loss(student, dataclasses.replace(stored, self_potential=other))
         close(found, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -127,9 +127,9 @@ import sys
 sys.modules["safetensors"] = None
 import torch
 from otkd.teachers import DenseTeacher, TopKTeacher
-signal = TopKTeacher.from_logits(torch.ones(2, 3), 2)
+stored = TopKTeacher.from_logits(torch.ones(2, 3), 2)
 for call in (
-    lambda: signal.save("new/a"),
+    lambda: stored.save("new/a"),
     lambda: DenseTeacher(torch.ones(2, 3)).save("new/a"),
     lambda: TopKTeacher.load("a"),
     lambda: DenseTeacher.load("a"),
@@ -164,26 +164,26 @@ def test_logprobs_of_a_server():
         ]
         for i, example in enumerate(counts)
     ]
-    signal = TopKTeacher.from_logprobs(entries, VOCAB, dtype=torch.float64)
-    assert signal.shape == (2, 3, VOCAB)
-    assert signal.k == 5
+    stored = TopKTeacher.from_logprobs(entries, VOCAB, dtype=torch.float64)
+    assert stored.shape == (2, 3, VOCAB)
+    assert stored.k == 5
     student = logits(2, 2, 3, VOCAB)
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     for make in (otkd.KLLoss, otkd.ReverseKLLoss, otkd.UniversalLogitLoss):
         loss = make(reduction="none")
-        found = loss(student, signal, mask=mask)
+        found = loss(student, stored, mask=mask)
         for i, example in enumerate(counts):
             for j, count in enumerate(example):
                 alone = loss(student[i, j], TopKTeacher.from_logits(teacher[i, j], count))
                 close(found[i, j], alone, rtol=1e-6, atol=1e-9)
         with pytest.raises(ValueError, match=r"1 of 6 positions|not finite"):
-            loss(student, signal)  # the second example ends before
+            loss(student, stored)  # the second example ends before
     pairs = [[list(entry.items()) for entry in example] for example in entries]
     objects = [[{t: Logprob(x) for t, x in e.items()} for e in example] for example in entries]
     for other in (pairs, objects):
         same = TopKTeacher.from_logprobs(other, VOCAB, dtype=torch.float64)
-        assert torch.equal(same.tokens, signal.tokens)
-        close(same.log_masses, signal.log_masses, equal_nan=True)
+        assert torch.equal(same.tokens, stored.tokens)
+        close(same.log_masses, stored.log_masses, equal_nan=True)
     one = TopKTeacher.from_logprobs([None, *entries[0][1:]], VOCAB)
     assert one.shape == (3, VOCAB)
     assert one.log_masses[0].isnan().all()
@@ -192,7 +192,7 @@ def test_logprobs_of_a_server():
     assert TopKTeacher.from_logprobs([None, None], VOCAB).log_masses.isnan().all()
 
 
-def test_a_ragged_signal_in_a_file_and_in_a_batch(tmp_path):
+def test_a_ragged_teacher_in_a_file_and_in_a_batch(tmp_path):
     entries = [[{3: -0.1}], [{1: -1.0, 2: -2.0, 0: -3.0}]]
     whole = TopKTeacher.from_logprobs(entries, VOCAB)
     parts = [TopKTeacher.from_logprobs([entry], VOCAB) for entry in entries]

@@ -68,13 +68,13 @@ TRANSPORT = {
 LOSSES = DIVERGENCES | TRANSPORT
 
 
-def ragged(signal, counts, tokens=-1):
+def ragged(stored, counts, tokens=-1):
     """The first ``counts`` tokens of each position alone."""
-    empty = torch.arange(signal.k) >= torch.as_tensor(counts).unsqueeze(-1)
+    empty = torch.arange(stored.k) >= torch.as_tensor(counts).unsqueeze(-1)
     return dataclasses.replace(
-        signal,
-        tokens=signal.tokens.masked_fill(empty, tokens),
-        log_masses=signal.log_masses.masked_fill(empty, -torch.inf),
+        stored,
+        tokens=stored.tokens.masked_fill(empty, tokens),
+        log_masses=stored.log_masses.masked_fill(empty, -torch.inf),
     )
 
 
@@ -93,18 +93,18 @@ def test_zero_and_flat_where_student_and_teacher_are_the_same(name):
         loss = LOSSES[name](reduction="none", **({} if dtype == torch.float64 else coarse))
         student = logits(1, 3, VOCAB, dtype=dtype, scale=1.5)
         for k in (4,) if name == "wasserstein" else (1, 4, VOCAB - 1, VOCAB):
-            signal = TopKTeacher.from_logits(student, k)
-            few = ragged(signal, [k, 1, max(1, k // 2)], tokens=0)
+            stored = TopKTeacher.from_logits(student, k)
+            few = ragged(stored, [k, 1, max(1, k // 2)], tokens=0)
             # A server adds the token that was sampled, which may be a light one.
             added = dataclasses.replace(
-                signal, tokens=signal.tokens.clone(), log_masses=signal.log_masses.clone()
+                stored, tokens=stored.tokens.clone(), log_masses=stored.log_masses.clone()
             )
             lightest = student.argmin(-1)
             if k < VOCAB and name != "uld":
                 added.tokens[:, -1] = lightest
-                normalised = student.to(signal.log_masses.dtype).log_softmax(-1)
+                normalised = student.to(stored.log_masses.dtype).log_softmax(-1)
                 added.log_masses[:, -1] = normalised.gather(-1, lightest[:, None])[:, 0]
-            for teacher in (signal, few, added):
+            for teacher in (stored, few, added):
                 value, gradient = value_and_gradient(loss, student, teacher)
                 # What float32 leaves of 1 − Σp counts more in logarithms that no mass weighs.
                 loose = iterates or name in ("logarithms", "ratio")
@@ -151,8 +151,8 @@ def test_value_and_gradient_are_those_of_the_distributions_over_atoms(name, temp
     loss = LOSSES[name](reduction="none", temperature=temperature, rescale_t2=False)
     plain = LOSSES[name](reduction="none", rescale_t2=False)
     student, teacher = logits(1, 3, VOCAB).requires_grad_(), logits(2, 3, VOCAB)
-    signal = TopKTeacher.from_logits(teacher, 4, temperature)
-    tokens = signal.tokens.long()
+    stored = TopKTeacher.from_logits(teacher, 4, temperature)
+    tokens = stored.tokens.long()
     q, p = (atoms((x / temperature).softmax(-1), tokens) for x in (student, teacher))
     if name.startswith("akl"):  # of which the tail is no part of the head
         p = p[..., :] if p[..., -1].max() < p[..., 0].min() else p
@@ -165,7 +165,7 @@ def test_value_and_gradient_are_those_of_the_distributions_over_atoms(name, temp
         expected = plain(q.log(), p.log())
     (slope,) = torch.autograd.grad(expected.sum(), student)
     close(
-        value_and_gradient(loss, student, signal), (expected.detach(), slope), rtol=1e-7, atol=1e-9
+        value_and_gradient(loss, student, stored), (expected.detach(), slope), rtol=1e-7, atol=1e-9
     )
 
 
@@ -181,11 +181,11 @@ def test_ranks_are_compared_between_any_two_vocabularies():
             assert gradient.isfinite().all()
             before = value
         close(value, dense)
-    student, signal = (
+    student, stored = (
         logits(1, 4, VOCAB).requires_grad_(),
         TopKTeacher.from_logits(logits(2, 4, 20), 3),
     )
-    assert torch.autograd.gradcheck(lambda s: loss(s, signal), student)
+    assert torch.autograd.gradcheck(lambda s: loss(s, stored), student)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -193,12 +193,12 @@ def test_a_ragged_position_is_one_of_fewer_tokens(name):
     loss = LOSSES[name](reduction="none")
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
     counts = [5, 1, 3]
-    signal = TopKTeacher.from_logits(teacher, 5)
+    stored = TopKTeacher.from_logits(teacher, 5)
     mask = torch.tensor([True, False, True])
     broken = student.clone()
     broken[1] = torch.nan
     for tokens in (-1, 0, 7):
-        teacher_rows = ragged(signal, counts, tokens)
+        teacher_rows = ragged(stored, counts, tokens)
         found = value_and_gradient(loss, student, teacher_rows)
         if name == "samples":
             assert found[1].isfinite().all()
@@ -242,7 +242,7 @@ def test_padded_vocabularies_are_the_same_to_every_form_of_teacher(name):
     heavy = TopKTeacher.from_logits(teacher, VOCAB)
     close(loss(student, heavy), value, rtol=1e-6, atol=1e-8)
     # Otherwise it must not be stored.
-    stored = value_and_gradient(
+    cut = value_and_gradient(
         plain, student[:, :size], TopKTeacher.from_logits(teacher[:, :size], 4)
     )
     for form in (
@@ -251,7 +251,7 @@ def test_padded_vocabularies_are_the_same_to_every_form_of_teacher(name):
         TopKTeacher.from_logits(teacher[:, :size], 4),
     ):
         value, gradient = value_and_gradient(loss, student, form)
-        close((value, gradient[:, :size]), stored, rtol=1e-6, atol=1e-8)
+        close((value, gradient[:, :size]), cut, rtol=1e-6, atol=1e-8)
     heavy = teacher.clone()
     heavy[:, -1] = 9
     with pytest.raises(ValueError, match=r"mass on padding tokens \(from 9 on\).*rebuild"):
@@ -263,14 +263,14 @@ def test_padded_vocabularies_are_the_same_to_every_form_of_teacher(name):
     assert loss(student, TopKTeacher.from_logits(only_there, 4), mask=mask).isfinite().all()
 
 
-def test_a_cut_signal_keeps_its_self_term():
+def test_a_cut_teacher_keeps_its_self_term():
     loss = sinkhorn(TopK(3), VOCAB - 3)(vocab_size=VOCAB - 3, reduction="none")
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
     teacher[:, VOCAB - 3 :] = -torch.inf
-    signal = TopKTeacher.from_logits(teacher, VOCAB - 1).sliced(VOCAB - 3)
-    assert signal.k == signal.vocab_size == VOCAB - 3
-    kept = loss.with_self_term(signal)
-    close(loss(student, kept), loss(student, signal), rtol=1e-6, atol=1e-8)
+    stored = TopKTeacher.from_logits(teacher, VOCAB - 1).sliced(VOCAB - 3)
+    assert stored.k == stored.vocab_size == VOCAB - 3
+    kept = loss.with_self_term(stored)
+    close(loss(student, kept), loss(student, stored), rtol=1e-6, atol=1e-8)
     few = ragged(TopKTeacher.from_logits(teacher[:, : VOCAB - 3], 5), [5, 1, 3])
     kept = loss.with_self_term(few)
     with warnings.catch_warnings():
@@ -286,15 +286,15 @@ def test_a_cut_signal_keeps_its_self_term():
 
 
 @pytest.mark.parametrize("name", [*F_DIVERGENCES, "akl", "squared", "uld", "dense", "topk"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_masses_of_any_precision(name, stored):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+def test_masses_of_any_precision(name, precision):
     options = {"tolerance": 1e-4} if name in TRANSPORT else {}
     loss = LOSSES[name](reduction="none", **options)
     student, teacher = logits(1, 3, VOCAB, dtype=torch.float32), logits(2, 3, VOCAB)
     exact = loss(student.double(), TopKTeacher.from_logits(teacher, 5))
-    found = loss(student, TopKTeacher.from_logits(teacher, 5, dtype=stored))
+    found = loss(student, TopKTeacher.from_logits(teacher, 5, dtype=precision))
     close(found.double(), exact, rtol=0.1, atol=0.05)
-    half = loss(student.to(torch.bfloat16), TopKTeacher.from_logits(teacher, 5, dtype=stored))
+    half = loss(student.to(torch.bfloat16), TopKTeacher.from_logits(teacher, 5, dtype=precision))
     assert half.dtype == torch.float32
     assert half.isfinite().all()
 
@@ -319,9 +319,9 @@ def test_extreme_logits(name):
 
 def test_the_mass_left_over_is_shared_as_the_student_shares_it():
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
-    signal = TopKTeacher.from_logits(teacher, 4, 2.0)
-    q, p = (student / 0.5).softmax(-1), (signal.logits_beside(student, 0.5) / 2.0).softmax(-1)
-    tokens = signal.tokens.long()
+    stored = TopKTeacher.from_logits(teacher, 4, 2.0)
+    q, p = (student / 0.5).softmax(-1), (stored.logits_beside(student, 0.5) / 2.0).softmax(-1)
+    tokens = stored.tokens.long()
     close(p.gather(-1, tokens), (teacher / 2.0).softmax(-1).gather(-1, tokens))
     ratios = (p / q).scatter(-1, tokens, torch.nan)
     close(ratios.nan_to_num(0).amax(-1), ratios.nan_to_num(torch.inf).amin(-1))
@@ -330,12 +330,12 @@ def test_the_mass_left_over_is_shared_as_the_student_shares_it():
     assert torch.equal(TopKTeacher.from_logits(student, 4).logits_beside(student), student)
     # Where the student has none on the others they share evenly.
     alone = torch.full_like(student, -torch.inf).scatter(-1, tokens, 0.0)
-    close(signal.logits_beside(alone).softmax(-1), signal.logits().softmax(-1))
+    close(stored.logits_beside(alone).softmax(-1), stored.logits().softmax(-1))
 
 
 def test_a_position_must_have_something():
-    signal = TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
-    nothing = ragged(signal, [4, 0, 2])
+    stored = TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
+    nothing = ragged(stored, [4, 0, 2])
     mask = torch.tensor([1, 0, 1])
     for name, make in LOSSES.items():
         loss = make(reduction="none")
@@ -344,5 +344,5 @@ def test_a_position_must_have_something():
         if name != "samples":
             close(
                 loss(logits(1, 3, VOCAB), nothing, mask=mask),
-                loss(logits(1, 3, VOCAB), ragged(signal, [4, 1, 2]), mask=mask),
+                loss(logits(1, 3, VOCAB), ragged(stored, [4, 1, 2]), mask=mask),
             )

@@ -89,12 +89,12 @@ def test_value_and_gradient_are_those_of_the_definition(seed, k, stored, heat):
 def test_with_every_token_stored_it_is_the_loss_over_all_of_them(k, options):
     student, teacher = logits(1, 3, 2, VOCAB), logits(2, 3, 2, VOCAB)
     mask = torch.tensor([[True, True], [False, True], [True, False]])
-    signal = TopKTeacher.from_logits(teacher, VOCAB + 5)
-    assert signal.k == VOCAB
+    stored = TopKTeacher.from_logits(teacher, VOCAB + 5)
+    assert stored.k == VOCAB
     broken = student.masked_fill(~mask[..., None], torch.nan)
     for loss in (topk_loss(k, **options), topk_loss(k, **options, teacher_temperature=1.0)):
         live = value_and_gradient(topk_loss(VOCAB, **options), student, teacher, mask=mask)
-        found = value_and_gradient(loss, broken, signal, mask=mask)
+        found = value_and_gradient(loss, broken, stored, mask=mask)
         close(found, live, rtol=1e-6, atol=1e-8)
 
 
@@ -109,22 +109,22 @@ def test_heads_of_both_sides_alike_are_the_loss_of_live_logits():
     close(found, live, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize(("k", "stored"), [(1, 1), (2, 5), (5, 5), (VOCAB, VOCAB)])
+@pytest.mark.parametrize(("k", "count"), [(1, 1), (2, 5), (5, 5), (VOCAB, VOCAB)])
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "atol", "slope"), [(torch.float64, 1e-8, 1e-7), (torch.float16, 1e-4, 1e-2)]
 )
-def test_no_loss_where_the_student_is_the_teacher(k, stored, kept, dtype, atol, slope):
+def test_no_loss_where_the_student_is_the_teacher(k, count, kept, dtype, atol, slope):
     teacher = logits(5, 6, VOCAB)
     loss = topk_loss(k, tolerance=1e-9 if dtype == torch.float64 else 1e-6)
-    signal = TopKTeacher.from_logits(teacher, stored, dtype=dtype)
+    stored = TopKTeacher.from_logits(teacher, count, dtype=dtype)
     if kept:
-        signal = loss.with_self_term(signal)
-    value, gradient = value_and_gradient(loss, teacher, signal)
+        stored = loss.with_self_term(stored)
+    value, gradient = value_and_gradient(loss, teacher, stored)
     close(value, torch.zeros(6, dtype=torch.float64), rtol=0, atol=atol)
     assert gradient.abs().max() < slope
-    if stored < VOCAB:  # tells the teacher from another one
-        assert (loss(logits(6, 6, VOCAB), signal) > 0.01).all()
+    if count < VOCAB:  # tells the teacher from another one
+        assert (loss(logits(6, 6, VOCAB), stored) > 0.01).all()
 
 
 @pytest.fixture
@@ -151,15 +151,15 @@ def test_a_stored_self_term_is_not_solved_again(solves, two, tmp_path):
     teacher[0, 1] = torch.nan
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[0, 1] = False
-    loss, signal = topk_loss(4, cost), TopKTeacher.from_logits(teacher, 5)
-    expected = value_and_gradient(loss, student, signal, mask=mask)
+    loss, stored = topk_loss(4, cost), TopKTeacher.from_logits(teacher, 5)
+    expected = value_and_gradient(loss, student, stored, mask=mask)
     assert len(solves) == 3
-    kept = loss.with_self_term(signal)
+    kept = loss.with_self_term(stored)
     assert solves[3:] == [11]
     assert kept.self_potential.shape == (3, 4, 6)
     assert kept.self_potential.isnan().any(-1).nonzero().tolist() == [[0, 1]]
-    kept.save(tmp_path / "signal.safetensors")
-    for one in (kept, TopKTeacher.load(tmp_path / "signal.safetensors")):
+    kept.save(tmp_path / "teacher.safetensors")
+    for one in (kept, TopKTeacher.load(tmp_path / "teacher.safetensors")):
         del solves[:]
         found = value_and_gradient(loss, student, one, mask=mask)
         assert solves == [11, 11]
@@ -167,23 +167,23 @@ def test_a_stored_self_term_is_not_solved_again(solves, two, tmp_path):
         close(found, expected, rtol=1e-6, atol=1e-8)
     assert loss.last_report.support == repr(loss.support)
     assert 0 < loss.last_report.worst_coverage < 1
-    # A student's head of any width, and any part of the signal.
+    # A student's head of any width, and any part of the stored teacher.
     wider = topk_loss(7, cost)
-    expected = wider(student[1:, 2], signal[1:, 2])
+    expected = wider(student[1:, 2], stored[1:, 2])
     close(wider(student[1:, 2], kept[1:, 2]), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_a_stored_self_term_early_stopped_is_what_a_step_would_solve():
     student, teacher = logits(1, 5, VOCAB), logits(2, 5, VOCAB)
     loss = topk_loss(4, tolerance=1e-2, epsilon=0.05)
-    signal = TopKTeacher.from_logits(teacher, VOCAB)
-    close(loss(student, loss.with_self_term(signal)), loss(student, signal), rtol=1e-3, atol=1e-5)
+    stored = TopKTeacher.from_logits(teacher, VOCAB)
+    close(loss(student, loss.with_self_term(stored)), loss(student, stored), rtol=1e-3, atol=1e-5)
 
 
 def test_a_self_term_of_other_settings_is_solved_again(solves):
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
-    signal = TopKTeacher.from_logits(teacher, 5)
-    kept = topk_loss().with_self_term(signal)
+    stored = TopKTeacher.from_logits(teacher, 5)
+    kept = topk_loss().with_self_term(stored)
     learnable = EmbeddingCost(torch.nn.Parameter(embedding()), learnable=True)
     others = {
         "another cost or epsilon": [{"epsilon": 0.3}, {"cost": EmbeddingCost(embedding(9))}],
@@ -194,7 +194,7 @@ def test_a_self_term_of_other_settings_is_solved_again(solves):
     for reason, cases in others.items():
         for options in cases:
             loss = topk_loss(**options)
-            expected = loss(student, signal)
+            expected = loss(student, stored)
             del solves[:]
             with pytest.warns(
                 UserWarning, match=f"not used, and is solved in every step instead: .*{reason}"
@@ -202,7 +202,7 @@ def test_a_self_term_of_other_settings_is_solved_again(solves):
                 close(loss(student, kept), expected, rtol=0, atol=0)
             assert len(solves) == 3
     loss = topk_loss(debias=False)  # has no such term: nothing to say
-    close(loss(student, kept), loss(student, signal), rtol=0, atol=0)
+    close(loss(student, kept), loss(student, stored), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -229,19 +229,19 @@ def test_self_terms_that_cannot_be_kept(options, reason):
 @given(seed=seeds, k=st.integers(1, VOCAB), heat=st.sampled_from([0.5, 1.0, 3.0]))
 def test_what_is_stored(seed, k, heat):
     teacher = logits(seed, 2, 3, VOCAB)
-    signal = TopKTeacher.from_logits(teacher, k, heat)
+    stored = TopKTeacher.from_logits(teacher, k, heat)
     p = (teacher / heat).softmax(-1)
-    assert signal.tokens.dtype == torch.int32
-    assert signal.shape == teacher.shape
-    close(signal.log_masses, p.gather(-1, signal.tokens.long()).log())
-    close(signal.log_masses, p.sort(descending=True).values[..., :k].log())
-    close(signal.tail_mass, 1 - signal.log_masses.exp().sum(-1), rtol=0, atol=1e-12)
-    close(signal.masses().sum(-1), torch.ones(2, 3, dtype=torch.float64))
-    dense = signal.logits()
+    assert stored.tokens.dtype == torch.int32
+    assert stored.shape == teacher.shape
+    close(stored.log_masses, p.gather(-1, stored.tokens.long()).log())
+    close(stored.log_masses, p.sort(descending=True).values[..., :k].log())
+    close(stored.tail_mass, 1 - stored.log_masses.exp().sum(-1), rtol=0, atol=1e-12)
+    close(stored.masses().sum(-1), torch.ones(2, 3, dtype=torch.float64))
+    dense = stored.logits()
     q = (dense / heat).softmax(-1)
-    close(q.gather(-1, signal.tokens.long()), signal.log_masses.exp())
-    others = q.scatter(-1, signal.tokens.long(), torch.nan).flatten(0, 1)
-    for row, rest in zip(others, signal.tail_mass.flatten(), strict=True):
+    close(q.gather(-1, stored.tokens.long()), stored.log_masses.exp())
+    others = q.scatter(-1, stored.tokens.long(), torch.nan).flatten(0, 1)
+    for row, rest in zip(others, stored.tail_mass.flatten(), strict=True):
         even = row[~row.isnan()]
         close(even, (rest / max(1, VOCAB - k)).expand(VOCAB - k), rtol=1e-6, atol=1e-12)
 
@@ -250,102 +250,102 @@ def test_logits_with_every_token_stored_are_the_teachers():
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
     teacher[1, 4] = -torch.inf
     for heat in (1.0, 3.0):
-        signal = TopKTeacher.from_logits(teacher, VOCAB, heat)
+        stored = TopKTeacher.from_logits(teacher, VOCAB, heat)
         for name in ("kl", "rkl", "jsd", "uld"):
             loss = otkd.get_loss(name, temperature=heat)
-            close(loss(student, signal), loss(student, teacher), rtol=1e-6, atol=1e-9)
+            close(loss(student, stored), loss(student, teacher), rtol=1e-6, atol=1e-9)
         dense = otkd.SinkhornLoss(EmbeddingCost(embedding()), temperature=heat)
-        assert torch.isfinite(dense(student, signal))
+        assert torch.isfinite(dense(student, stored))
         assert dense.last_report.support.startswith("Dense(")
-        close(dense(student, signal), dense(student, teacher))
+        close(dense(student, stored), dense(student, teacher))
 
 
 def test_a_tail_of_several_atoms_is_not_stored():
     loss = otkd.SinkhornLoss(EmbeddingCost(embedding()), support=TopK(2, clusters=3))
-    student, signal = logits(1, 2, VOCAB), TopKTeacher.from_logits(logits(2, 2, VOCAB), 4)
+    student, stored = logits(1, 2, VOCAB), TopKTeacher.from_logits(logits(2, 2, VOCAB), 4)
     for call in (loss, loss.explain):
         with pytest.raises(ValueError, match=r"use TopK\(clusters=1\)"):
-            call(student, signal)
+            call(student, stored)
 
 
-def test_auto_support_reads_the_signal_where_it_chooses_topk():
+def test_auto_support_reads_a_stored_teacher_where_it_chooses_topk():
     vocab = 2100
     cost = EmbeddingCost(embedding(7, vocab))
     student, teacher = logits(1, 2, vocab, scale=4), logits(2, 2, vocab, scale=4)
-    signal = TopKTeacher.from_logits(teacher, 40)
+    stored = TopKTeacher.from_logits(teacher, 40)
     auto = otkd.SinkhornLoss(cost, reduction="none")
-    found = value_and_gradient(auto, student, signal)
+    found = value_and_gradient(auto, student, stored)
     expected = value_and_gradient(
-        otkd.SinkhornLoss(cost, reduction="none", support=TopK(64)), student, signal
+        otkd.SinkhornLoss(cost, reduction="none", support=TopK(64)), student, stored
     )
     close(found, expected, rtol=0, atol=0)
-    spread = auto(student, signal.logits())
+    spread = auto(student, stored.logits())
     assert (found[0] - spread).abs().min() > 1e-5  # not by way of dense logits
 
 
 def test_padded_vocabularies():
     student, teacher = logits(1, 3, VOCAB + 4), logits(2, 3, VOCAB)
-    signal = TopKTeacher.from_logits(teacher, 5)
+    stored = TopKTeacher.from_logits(teacher, 5)
     loss = topk_loss(vocab_size=VOCAB)
-    close(loss(student, signal), topk_loss()(student[:, :VOCAB], signal), rtol=0, atol=0)
+    close(loss(student, stored), topk_loss()(student[:, :VOCAB], stored), rtol=0, atol=0)
     padded = TopKTeacher.from_logits(logits(2, 3, VOCAB + 4), 5)
     with pytest.raises(ValueError, match=r"mass on padding tokens \(from 12 on\).*rebuild it from"):
         loss(student, padded)
     with pytest.raises(ValueError, match="the student has 16 tokens and the teacher 12"):
-        topk_loss()(student, signal)
+        topk_loss()(student, stored)
     with pytest.raises(ValueError, match="same batch shape"):
-        topk_loss()(student[:2, :VOCAB], signal)
+        topk_loss()(student[:2, :VOCAB], stored)
 
 
 def test_another_temperature_raises():
-    student, signal = logits(1, 3, VOCAB), TopKTeacher.from_logits(logits(2, 3, VOCAB), 5, 2.0)
+    student, stored = logits(1, 3, VOCAB), TopKTeacher.from_logits(logits(2, 3, VOCAB), 5, 2.0)
     cost = EmbeddingCost(embedding())
     for loss in (topk_loss(), otkd.KLLoss(), otkd.SinkhornLoss(cost, temperature=2.1)):
         with pytest.raises(
             ValueError, match=r"at temperature 2.0, but .* set teacher_temperature=2.0"
         ):
-            loss(student, signal)
+            loss(student, stored)
     with pytest.raises(ValueError, match=r"at temperature 2\.0"):
-        topk_loss().with_self_term(signal)
+        topk_loss().with_self_term(stored)
     hot = topk_loss(teacher_temperature=2.0)
-    assert torch.isfinite(hot(student, hot.with_self_term(signal))).all()
-    assert torch.isfinite(otkd.KLLoss(temperature=2.0)(student, signal))
+    assert torch.isfinite(hot(student, hot.with_self_term(stored))).all()
+    assert torch.isfinite(otkd.KLLoss(temperature=2.0)(student, stored))
 
 
 def test_tokens_of_no_mass_and_masses_above_one():
     teacher = logits(2, 2, VOCAB)
     teacher[0, 2:] = -torch.inf
-    signal = TopKTeacher.from_logits(teacher, 4)
-    assert signal.tail_mass[0] == 0
+    stored = TopKTeacher.from_logits(teacher, 4)
+    assert stored.tail_mass[0] == 0
     student = logits(1, 2, VOCAB)
-    value, gradient = value_and_gradient(topk_loss(), student, signal)
+    value, gradient = value_and_gradient(topk_loss(), student, stored)
     assert torch.isfinite(value).all()
     assert torch.isfinite(gradient).all()
-    assert torch.isfinite(otkd.KLLoss()(student, signal))
-    above = dataclasses.replace(signal, log_masses=signal.log_masses + 0.02)  # a rounding
-    close(above.masses()[0], signal.masses()[0])
+    assert torch.isfinite(otkd.KLLoss()(student, stored))
+    above = dataclasses.replace(stored, log_masses=stored.log_masses + 0.02)  # a rounding
+    close(above.masses()[0], stored.masses()[0])
     close(above.masses().sum(-1), torch.ones(2, dtype=torch.float64))
 
 
 def test_damaged_positions_that_count_raise():
     student = logits(1, 3, VOCAB)
-    loss, signal = topk_loss(), TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
+    loss, stored = topk_loss(), TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
     mask = torch.tensor([True, False, True])
 
     def changed(**changes):
-        parts = {"tokens": signal.tokens.clone(), "log_masses": signal.log_masses.clone()}
+        parts = {"tokens": stored.tokens.clone(), "log_masses": stored.log_masses.clone()}
         for name, (place, value) in changes.items():
             parts[name][1, place] = value
-        return dataclasses.replace(signal, **parts)
+        return dataclasses.replace(stored, **parts)
 
-    expected = loss(student, signal, mask=mask)
+    expected = loss(student, stored, mask=mask)
     cases = [
         ("no softmax|without a softmax", changed(log_masses=(2, torch.nan))),
         ("no softmax|without a softmax", changed(log_masses=(slice(None), -torch.inf))),
         ("add up to", changed(log_masses=(slice(None), 0.0))),
         ("tokens from -2 to", changed(tokens=(0, -2))),
         ("to 12, but its vocabulary has 12 tokens", changed(tokens=(0, VOCAB))),
-        ("a repeated token", changed(tokens=(0, signal.tokens[1, 1].item()))),
+        ("a repeated token", changed(tokens=(0, stored.tokens[1, 1].item()))),
     ]
     for message, broken in cases:
         with pytest.raises(ValueError, match=message):
@@ -354,37 +354,37 @@ def test_damaged_positions_that_count_raise():
 
 
 def test_indexing():
-    signal = topk_loss().with_self_term(TopKTeacher.from_logits(logits(1, 6, 3, VOCAB), 4))
-    assert isinstance(signal, StoredTeacher)
-    assert len(signal) == 6
+    stored = topk_loss().with_self_term(TopKTeacher.from_logits(logits(1, 6, 3, VOCAB), 4))
+    assert isinstance(stored, StoredTeacher)
+    assert len(stored) == 6
     names = ("tokens", "log_masses", "self_potential")
     boolean = torch.arange(6) % 2 == 0
     for index in (2, slice(1, 4), torch.tensor([5, 0, 0]), boolean, [1, 3], (slice(None), 1)):
-        part = signal[index]
+        part = stored[index]
         for name in names:
-            assert torch.equal(getattr(part, name), getattr(signal, name)[index])
-        assert part.self_settings == signal.self_settings
-        close(part.logits(), signal.logits()[index])
+            assert torch.equal(getattr(part, name), getattr(stored, name)[index])
+        assert part.self_settings == stored.self_settings
+        close(part.logits(), stored.logits()[index])
     with pytest.raises(IndexError):
-        signal[6]
+        stored[6]
     for index in ((..., slice(2)), (0, 0, slice(1))):
         with pytest.raises((IndexError, ValueError)):
-            signal[index]
-    assert signal.to("cpu") is signal
-    moved = signal.to(torch.device("meta"))
+            stored[index]
+    assert stored.to("cpu") is stored
+    moved = stored.to(torch.device("meta"))
     assert {getattr(moved, name).device.type for name in names} == {"meta"}
     with pytest.raises(AttributeError):
-        signal.vocab_size = 3
+        stored.vocab_size = 3
 
 
 def test_length():
-    signal = topk_loss().with_self_term(TopKTeacher.from_logits(logits(1, 2, 4, VOCAB), 3))
-    short, long = signal.with_length(3), signal.with_length(6)
+    stored = topk_loss().with_self_term(TopKTeacher.from_logits(logits(1, 2, 4, VOCAB), 3))
+    short, long = stored.with_length(3), stored.with_length(6)
     student = logits(2, 2, 6, VOCAB)
     mask = torch.arange(6).expand(2, 6) < 4
-    close(topk_loss()(student[:, :3], short), topk_loss()(student[:, :3], signal[:, :3]))
+    close(topk_loss()(student[:, :3], short), topk_loss()(student[:, :3], stored[:, :3]))
     found = topk_loss()(student, long, mask=mask)
-    close(found[:, :4], topk_loss()(student[:, :4], signal), rtol=1e-6, atol=1e-9)
+    close(found[:, :4], topk_loss()(student[:, :4], stored), rtol=1e-6, atol=1e-9)
     with pytest.raises(ValueError, match="without a softmax"):
         topk_loss()(student, long)
 
@@ -392,11 +392,11 @@ def test_length():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kept", [False, True])
 def test_round_trip(tmp_path, dtype, kept):
-    signal = TopKTeacher.from_logits(logits(1, 4, 3, VOCAB), 5, 1.7, dtype=dtype)
+    stored = TopKTeacher.from_logits(logits(1, 4, 3, VOCAB), 5, 1.7, dtype=dtype)
     if kept:
-        signal = topk_loss(temperature=1.7, tolerance=1e-4).with_self_term(signal)
+        stored = topk_loss(temperature=1.7, tolerance=1e-4).with_self_term(stored)
     path = tmp_path / "new" / "teacher.safetensors"
-    for one in (signal, signal[:, 1]):  # the second over the first
+    for one in (stored, stored[:, 1]):  # the second over the first
         one.save(path)
         loaded = TopKTeacher.load(os.fspath(path))
         for field in dataclasses.fields(TopKTeacher):
@@ -432,8 +432,8 @@ def test_bad_files(tmp_path):
     path = tmp_path / "teacher.safetensors"
     with pytest.raises(FileNotFoundError):
         TopKTeacher.load(path)
-    signal = TopKTeacher.from_logits(logits(1, 2, VOCAB), 3)
-    signal.save(path)
+    stored = TopKTeacher.from_logits(logits(1, 2, VOCAB), 3)
+    stored.save(path)
     whole = path.read_bytes()
     for content in (b"", b"not a table", whole[:-5], whole[:40]):
         path.write_bytes(content)
@@ -442,11 +442,11 @@ def test_bad_files(tmp_path):
     DenseTeacher(torch.ones(2, 3)).save(path)
     with pytest.raises(ValueError, match=r"holds \['logits'\], but no tensor named 'tokens'"):
         TopKTeacher.load(path)
-    signal.save(path)
+    stored.save(path)
     with pytest.raises(ValueError, match="but no tensor named 'logits'"):
         DenseTeacher.load(path)
 
-    tensors = {"tokens": signal.tokens, "log_masses": signal.log_masses}
+    tensors = {"tokens": stored.tokens, "log_masses": stored.log_masses}
     settings = {"vocab_size": str(VOCAB), "temperature": "1.0"}
     twice = torch.tensor([[1, 2, 1], [3, 4, 5]])
     bad = [
@@ -491,29 +491,29 @@ def test_refused_arguments():
         TopKTeacher.from_logits(logits(1, 2, VOCAB), 2, -1.0)
     with pytest.raises(TypeError, match="floating-point"):
         TopKTeacher.from_logits(torch.ones(2, 3, dtype=torch.int64), 2)
-    signal = topk_loss().with_self_term(TopKTeacher.from_logits(logits(1, 2, VOCAB), 3))
+    stored = topk_loss().with_self_term(TopKTeacher.from_logits(logits(1, 2, VOCAB), 3))
     with pytest.raises(ValueError, match=r"shape \(2, 4\), one for every token and the tail"):
-        dataclasses.replace(signal, self_potential=signal.self_potential[:, 1:])
+        dataclasses.replace(stored, self_potential=stored.self_potential[:, 1:])
 
 
 def test_any_cost_with_a_matrix_reads_it():
     matrix = MatrixCost(EmbeddingCost(embedding())(VOCAB, VOCAB))
-    student, signal = logits(1, 3, VOCAB), TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
+    student, stored = logits(1, 3, VOCAB), TopKTeacher.from_logits(logits(2, 3, VOCAB), 4)
     for cost in ("discrete", "ordinal", matrix):
         loss = topk_loss(cost=cost)
-        kept = loss.with_self_term(signal)
-        close(loss(student, kept), loss(student, signal), rtol=1e-6, atol=1e-8)
+        kept = loss.with_self_term(stored)
+        close(loss(student, kept), loss(student, stored), rtol=1e-6, atol=1e-8)
         if cost is matrix:
-            expected = topk_loss()(student, signal)
-            close(loss(student, signal), expected, rtol=1e-5, atol=1e-6)
+            expected = topk_loss()(student, stored)
+            close(loss(student, stored), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_weighted_loss_hands_the_signal_on():
+def test_a_weighted_loss_hands_a_stored_teacher_on():
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
-    signal = TopKTeacher.from_logits(teacher, 4)
+    stored = TopKTeacher.from_logits(teacher, 4)
     terms = {"kl": (0.5, otkd.KLLoss()), "sinkhorn": (2.0, topk_loss(reduction="mean"))}
-    expected = sum(weight * loss(student, signal) for weight, loss in terms.values())
-    close(otkd.WeightedLoss(terms)(student, signal), expected)
+    expected = sum(weight * loss(student, stored) for weight, loss in terms.values())
+    close(otkd.WeightedLoss(terms)(student, stored), expected)
 
 
 def test_the_trainer_takes_it_as_a_teacher(tmp_path):
@@ -537,7 +537,7 @@ def test_the_trainer_takes_it_as_a_teacher(tmp_path):
     with torch.no_grad():
         teacher = tiny_llama(1).eval()(input_ids=pad(examples)["input_ids"]).logits
 
-    def weights(signal, k=3):
+    def weights(given, k=3):
         trainer = DistillationTrainer(
             tiny_llama(0),
             transformers.TrainingArguments(
@@ -554,7 +554,7 @@ def test_the_trainer_takes_it_as_a_teacher(tmp_path):
             train_dataset=examples,
             data_collator=pad,
             loss=otkd.SinkhornLoss("discrete", support=TopK(k)),
-            teacher=signal,
+            teacher=given,
         )
         with warnings.catch_warnings():
             # A self-term that does not fit would be told.
@@ -584,10 +584,10 @@ def test_other_losses_refuse_what_is_no_distribution():
         ("tokens from", {"tokens": tokens + VOCAB - 2}),
     ):
         parts = {"tokens": tokens, "log_masses": torch.zeros(2, 3) - 5, **changes}
-        signal = TopKTeacher(**parts, vocab_size=VOCAB)
+        stored = TopKTeacher(**parts, vocab_size=VOCAB)
         for loss in (otkd.KLLoss(), topk_loss()):
             with pytest.raises(ValueError, match=message):
-                loss(student, signal)
+                loss(student, stored)
 
 
 def test_stored_positions_that_do_not_count_may_hold_anything():
@@ -600,7 +600,7 @@ def test_stored_positions_that_do_not_count_may_hold_anything():
         close(loss(student, padded, mask=mask), loss(student, sound, mask=mask))
 
 
-def test_signals_of_batches_become_one():
+def test_stored_teachers_of_batches_become_one():
     teacher, loss = logits(1, 5, 3, VOCAB), topk_loss()
     whole = TopKTeacher.from_logits(teacher, 4)
     parts = [TopKTeacher.from_logits(teacher[rows], 4) for rows in (slice(0, 2), slice(2, 5))]
