@@ -99,7 +99,7 @@ def kept_memory(settings: Settings) -> dict:
 
     glibc's allocator returns large blocks to the system, and new ones have to be cleared before
     they are used. For losses with many temporaries that is most of the time; transport over the
-    heaviest tokens has few. The problems are those of `divergences` and of `vocabulary/topk`.
+    most probable tokens has few. The problems are those of `divergences` and of `vocabulary/topk`.
     """
     with keeping_memory() as kept:
         if not kept:

@@ -15,7 +15,7 @@ from torch import Tensor
 EMBEDDINGS = ("iid", "clustered")
 LOGITS = ("zipf", "dirichlet", "flat")
 
-ZIPF_EXPONENT = 1.5  # the 64 heaviest ranks hold 0.90 of the mass in any vocabulary
+ZIPF_EXPONENT = 1.5  # the 64 most probable ranks hold 0.90 of the mass in any vocabulary
 NOISE = 0.5  # standard deviation: student from the ranks' logits, teacher from the student
 HEAD = 64
 COVERAGE = {"dirichlet": 0.9, "flat": 0.62}
@@ -40,7 +40,8 @@ class Spec:
     """What a problem is drawn from: the same spec gives the same tensors in every process.
 
     - ``zipf``: the logit of rank r is −1.5·log r, ranks permuted at each position, plus noise.
-    - ``dirichlet``: independent normals, scaled so that the 64 heaviest hold about 0.9 of the mass.
+    - ``dirichlet``: independent normals, scaled so that the 64 most probable tokens hold about
+      0.9 of the mass.
     - ``flat``: the same with about 0.6.
 
     The teacher is the student plus noise. The embedding is independent normals (``iid``) or normals
@@ -84,7 +85,7 @@ def build(spec: Spec) -> Problem:
 
 
 def coverage(logits: Tensor, k: int = HEAD) -> float:
-    """Mean mass of the k heaviest tokens."""
+    """Mean mass of the k most probable tokens."""
     blocks = (x.float().softmax(-1).topk(min(k, x.shape[-1])).values for x in logits.split(16))
     return torch.cat([block.sum(-1) for block in blocks]).mean().item()
 
@@ -115,7 +116,7 @@ def _sampler(spec: Spec, generator: torch.Generator) -> Callable[[int], Tensor]:
 
 
 def _scale_for(mass: float, vocab: int) -> float:
-    """σ for which the 64 heaviest of exp(σ·normal) hold this mass: Φ(σ − Φ⁻¹(1 − 64/V)) = mass."""
+    """σ for which the 64 largest of exp(σ·normal) hold this mass: Φ(σ − Φ⁻¹(1 − 64/V)) = mass."""
     normal = NormalDist()
     share = min(HEAD / vocab, 0.5)
     scale = normal.inv_cdf(1 - share) + normal.inv_cdf(mass)

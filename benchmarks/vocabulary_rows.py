@@ -117,7 +117,7 @@ def classes(settings: Settings) -> dict:
 
 
 def topk(settings: Settings, vocab: int = 32_000) -> dict:
-    """The 64 heaviest of 32,000 tokens, against `F.kl_div`, `KLLoss` and `UniversalLogitLoss`."""
+    """The 64 most probable of 32,000 tokens; peers `F.kl_div`, `KLLoss`, `UniversalLogitLoss`."""
     sizes = settings.pick((vocab, 512, 256), (3000, 16, 16))
     specs = [
         Spec(*sizes, logits, "clustered", settings.seed)
@@ -165,7 +165,7 @@ def topk_large(settings: Settings) -> dict:
 
 
 def sizes(settings: Settings) -> dict:
-    """The 64 heaviest of 32,000 to 262,144 tokens, at 1,024 to 8,192 positions."""
+    """The 64 most probable of 32,000 to 262,144 tokens, at 1,024 to 8,192 positions."""
     full = ((32_000, 8192), (128_000, 2048), (262_144, 1024))
     peers = [
         Peer("otkd", "otkd_sinkhorn", {"k": 64}),
