@@ -64,6 +64,7 @@ _OF_LOGARITHMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = 
 }
 _OF_PROBABILITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "TVDLoss": lambda q, p: (q - p).abs().sum(-1) / 2,
+    "HellingerLoss": lambda q, p: (q.sqrt() - p.sqrt()).square().sum(-1),
     # α = β = ½.
     "AlphaBetaLoss": lambda q, p: 4 * ((p + q) / 2 - p.sqrt() * q.sqrt()).sum(-1),
     "UniversalLogitLoss": lambda q, p: (
