@@ -7,7 +7,6 @@ import inspect
 from rich.table import Table
 
 import otkd
-from otkd.study.objectives import loss_parameters
 
 # Every loss has these, which the caption says once.
 _COMMON = ("temperature", "teacher_temperature", "rescale_t2", "reduction", "vocab_size")
@@ -29,7 +28,7 @@ def losses_table() -> Table:
         loss = otkd.loss_class(name)
         arguments = [
             argument if parameter.default is parameter.empty else f"{argument}={parameter.default}"
-            for argument, parameter in loss_parameters(loss).items()
+            for argument, parameter in inspect.signature(loss).parameters.items()
             if argument not in _COMMON and argument not in _HIDDEN
         ]
         table.add_row(name, (inspect.getdoc(loss) or "").splitlines()[0], ", ".join(arguments))

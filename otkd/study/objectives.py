@@ -24,21 +24,6 @@ NEED_CLASS_ROWS = ("sinkhorn", "wasserstein")
 _TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "sample_cost", "debias", "iterations")
 
 
-def loss_parameters(loss: type) -> dict[str, inspect.Parameter]:
-    """The constructor's parameters by name, with those that it passes on to its base classes."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in loss.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        parameters = [*inspect.signature(vars(base)["__init__"]).parameters.values()][1:]
-        for each in parameters:
-            if each.kind is not each.VAR_KEYWORD:
-                found.setdefault(each.name, each)
-        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-            break
-    return found
-
-
 def objective_options(name: str, settings: Settings) -> dict[str, Any]:
     """The options that the objective called ``name`` depends on, for result files.
 
@@ -56,7 +41,7 @@ def objective_options(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def _option_names(name: str, author: bool) -> list[str]:
-    takes = loss_parameters(otkd.loss_class(name))
+    takes = inspect.signature(otkd.loss_class(name)).parameters
     if name == "ce":
         return []
     names = ["alpha"]
