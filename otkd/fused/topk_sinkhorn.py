@@ -8,7 +8,6 @@ torch implementation: the costs of :mod:`otkd.supports.topk`, solved by
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,11 +25,6 @@ LARGEST_HEAD = 128
 _SMALLEST_BLOCK = 16  # of tl.dot
 _BLOCK_WIDTH = 16
 _ROWS_PER_WARP = 8
-
-
-def has_triton() -> bool:
-    """Whether the package triton is installed; it is not imported."""
-    return find_spec("triton") is not None
 
 
 @torch.no_grad()

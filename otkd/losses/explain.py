@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -96,8 +95,7 @@ def explain_position(
         raise ValueError(f"top must be a number of moves or None for all, got {top!r}")
     two = not cost.one_vocabulary
     source_names, target_names = _tokenizers(tokenizer, two=two)
-    mask = torch.zeros(math.prod(shape), dtype=torch.bool, device=batch.student_logits.device)
-    mask[_flat_index(position, shape)] = True
+    mask = _mask_of(position, shape).to(batch.student_logits.device)
     with torch.no_grad():
         positions, support = counted_positions_of(
             batch.student_logits,
@@ -108,7 +106,7 @@ def explain_position(
             backend="auto",  # other backends may not store the costs
             temperature=temperature,
             teacher_temperature=teacher_temperature,
-            mask=mask.reshape(shape),
+            mask=mask,
             stored=batch.stored,
         )
         (block,) = support.select(positions, cost, objective, "auto").blocks
@@ -165,21 +163,21 @@ def _tokens(block: Block) -> tuple[Tensor, ...]:
     return tuple(sides)
 
 
-def _flat_index(position: int | Sequence[int], shape: tuple[int, ...]) -> int:
-    if isinstance(position, Sequence):
-        places, sizes = [int(place) for place in position], list(shape)
-    else:
-        places, sizes = [int(position)], [math.prod(shape)]
-    if len(places) != len(sizes):
+def _mask_of(position: int | Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """True at one position, given by its index in each dimension or in the flattened batch."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    several = isinstance(position, Sequence)
+    places = tuple(map(int, position)) if several else (int(position),)
+    chosen = mask if several else mask.view(-1)
+    if len(places) != chosen.ndim:
         raise IndexError(
-            f"position {position} does not have the {len(sizes)} dimensions of {shape}"
+            f"position {position} does not have the {chosen.ndim} dimensions of {shape}"
         )
-    flat = 0
-    for place, size in zip(places, sizes, strict=True):
-        if not -size <= place < size:
-            raise IndexError(f"there is no position {position} in a batch of shape {shape}")
-        flat = flat * size + place % size
-    return flat
+    try:
+        chosen[places] = True
+    except IndexError as error:
+        raise IndexError(f"there is no position {position} in a batch of shape {shape}") from error
+    return mask
 
 
 def _tokenizers(tokenizer: Any, *, two: bool) -> tuple[Any, Any]:

@@ -30,20 +30,14 @@ class SoftCrossEntropyLoss(KLLoss):
         return super().per_position(batch) + self._teacher_entropy(batch)
 
     def _teacher_entropy(self, batch: Batch) -> Tensor:
+        dtype = compute_dtype(batch.student_logits)
         if batch.stored is not None:
-            log_p = batch.stored.log_atoms().to(compute_dtype(batch.student_logits))
-            if batch.counted is not None:
-                log_p = log_p.masked_fill(~batch.counted.unsqueeze(-1), 0.0)
+            log_p = batch.stored.log_atoms().to(dtype)
         else:
-            logits = batch.teacher_logits
-            if batch.counted is not None:
-                logits = logits.masked_fill(~batch.counted.unsqueeze(-1), 0.0)
-            scaled = logits.to(compute_dtype(batch.student_logits)) / (
-                self.teacher_temperature or self.temperature
-            )
-            log_p = scaled.log_softmax(-1)
+            temperature = self.teacher_temperature or self.temperature
+            log_p = (batch.teacher_logits.to(dtype) / temperature).log_softmax(-1)
         entropy = -(log_p.exp() * log_p.clamp(min=-1e30)).sum(-1)
-        return entropy if batch.counted is None else entropy * batch.counted
+        return entropy if batch.counted is None else entropy.masked_fill(~batch.counted, 0)
 
 
 class UnrolledBatchSinkhornLoss(BatchLoss):

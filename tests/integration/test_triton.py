@@ -13,13 +13,14 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from otkd.costs import CostMatrices, EmbeddingCost
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
-from otkd.fused.topk_sinkhorn import LARGEST_HEAD, TopKSinkhorn, has_triton, topk_sinkhorn
+from otkd.fused.topk_sinkhorn import LARGEST_HEAD, TopKSinkhorn, topk_sinkhorn
 from otkd.ot.divergence import solve_divergence
 from tests import naive
 from tests.problems import generator, masses, objective_and_solver, points
@@ -30,7 +31,7 @@ TWINS = 5, 7  # two tokens with one embedding
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.usefixtures("seeded")
-needs_triton = pytest.mark.skipif(not has_triton(), reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 
 
 @dataclass(frozen=True)
