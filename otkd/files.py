@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,46 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def folder_written_whole(folder: str | os.PathLike) -> Iterator[Path]:
+    """Context with a new folder beside ``folder`` to write to, which is renamed to it at the end.
+
+    A reader sees either the complete folder or none. Of several processes that write it at once,
+    the first that ends provides the folder, and those of the others are discarded.
+
+    Raises:
+        OSError: if the folder cannot be written; its ``filename`` is ``folder``.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
+    with errors_about(folder):
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for path in files_below(partial):
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path | None:
+    """The folder for files that can be computed again.
+
+    It is ``cache_dir``, else ``$OTKD_CACHE``, else ``~/.cache/otkd``; None if neither of the first
+    two is given and the user has no home folder.
+    """
+    try:
+        return Path(cache_dir or os.environ.get("OTKD_CACHE") or "~/.cache/otkd").expanduser()
+    except RuntimeError:
+        return None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from otkd.extras import missing
 from otkd.files import file_digest
 from otkd.study.messages import StudyError
+from otkd.tasks.causal_lm import evenly_spaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,8 +148,8 @@ def keep_layers(model: PreTrainedModel, layers: int) -> None:
     total = len(found)
     if layers > total:
         raise StudyError(f"--student-layers {layers}: the teacher has only {total} layers.")
-    kept = [round(index * (total - 1) / max(layers - 1, 1)) for index in range(layers)]
-    setattr(parent, name, nn.ModuleList(found[index] for index in kept))
+    kept = nn.ModuleList(found[index] for index in evenly_spaced(total, layers))
+    setattr(parent, name, kept)
     model.config.num_hidden_layers = layers
 
 

