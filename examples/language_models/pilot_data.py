@@ -60,6 +60,7 @@ class Material:
         progress: Callable[[str, int], Callable[[int], None]],
     ) -> None:
         self._protocol, self._progress = protocol, progress
+        self._parts: dict[str, Sequences] = {}
         self.teacher, self._tokenizer = _load_teacher(teacher)
         cache = cache_folder()
         if cache is None:
@@ -80,11 +81,9 @@ class Material:
 
     def sequences(self, part: Part) -> Sequences:
         """The sequences of a part; no review is in two parts."""
-        return self._parts[part] if part in self._parts else self._read(part)
-
-    @cached_property
-    def _parts(self) -> dict[str, Sequences]:
-        return {}
+        if part not in self._parts:
+            self._parts[part] = self._read(part)
+        return self._parts[part]
 
     @cached_property
     def _tokens(self) -> dict[str, Tensor]:
@@ -118,16 +117,15 @@ class Material:
         folder = self.cache / "states" / self._key(inputs)
         paths = [folder / f"{start}.safetensors" for start in range(0, len(inputs), _SHARD)]
         absent = [path for path in paths if not path.is_file()]
-        advance = self._progress("teacher", len(absent)) if absent else None
-        for path in absent:
-            start = int(path.stem)
-            with written_whole(path) as partial:
-                partial.write_bytes(save({"states": self._states(inputs[start : start + _SHARD])}))
-            assert advance is not None
-            advance(1)
+        if absent:
+            advance = self._progress("teacher", len(absent))
+            for path in absent:
+                rows = inputs[int(path.stem) :][:_SHARD]
+                with written_whole(path) as partial:
+                    partial.write_bytes(save({"states": self._states(rows)}))
+                advance(1)
         states = torch.cat([load_file(path)["states"] for path in paths])
-        self._parts[part] = Sequences(inputs, labels, states)
-        return self._parts[part]
+        return Sequences(inputs, labels, states)
 
     def _states(self, inputs: Tensor) -> Tensor:
         base: nn.Module = self.teacher.base_model
@@ -136,12 +134,10 @@ class Material:
 
     def _key(self, content: Tensor | int) -> str:
         digest = hashlib.sha256(self.digest.encode())
-        digest.update(str(content).encode() if isinstance(content, int) else _bytes(content))
+        digest.update(
+            content.numpy().data if isinstance(content, Tensor) else str(content).encode()
+        )
         return digest.hexdigest()[:16]
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.numpy().data
 
 
 def _load_teacher(folder: Path | None) -> tuple[Any, Any]:
