@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from hypothesis import strategies as st
 
-from otkd.ot.options import Objective, SolverSettings
+from otkd.ot.options import Objective, SolverSettings, as_penalties
 from tests import naive
 
 KINDS = ("shared", "per_item", "rectangular", "zero_masses")
@@ -97,4 +97,6 @@ def objective_and_solver(**options):
     """An objective and the settings of its solver, from the options of both."""
     names = {field.name for field in dataclasses.fields(SolverSettings)}
     solver = SolverSettings(**{name: x for name, x in options.items() if name in names})
-    return Objective(**{name: x for name, x in options.items() if name not in names}), solver
+    chosen = {name: x for name, x in options.items() if name not in names}
+    chosen["penalties"] = as_penalties(chosen.pop("marginal_relaxation", None))
+    return Objective(**chosen), solver

@@ -11,9 +11,7 @@ _CHECKED_SIZE = 1024
 def check_self_cost(cost: Tensor) -> None:
     """Raise ``ValueError`` unless ``cost`` is square, symmetric and zero on the diagonal."""
     cost = cost.detach()
-    advice = (
-        "; for two sets of points pass (C_ab, C_aa, C_bb) or a cost object, or use debias=False"
-    )
+    advice = "; for two sets of points pass (C_ab, C_aa, C_bb) or a cost object, or use debias=None"
     if cost.shape[-1] != cost.shape[-2]:
         raise ValueError(
             "a debiased divergence needs the cost within each side: a single cost must be square, "

@@ -171,7 +171,7 @@ class MatrixCost(Cost):
         if sides[0] == sides[1] and self.bridges_vocabularies:
             raise ValueError(
                 f"a matrix of shape {tuple(self.matrix.shape)} does not define the costs within a "
-                "side, which debiasing needs: use debias=False or EmbeddingCost(source, target)"
+                "side, which debiasing needs: use debias=None or EmbeddingCost(source, target)"
             )
         matrix = self.matrix.mT if sides == ("target", "source") else self.matrix
         return matrix.to(dtype)[x.unsqueeze(-1), y.unsqueeze(-2)]

@@ -18,6 +18,7 @@ from otkd.functional.divergences import (
     universal_logit_distance,
 )
 from otkd.functional.transport import sinkhorn_divergence, wasserstein_distance
+from otkd.functional.transport_kl import transport_kl_divergence
 
 __all__ = [
     "adaptive_kl_divergence",
@@ -31,6 +32,7 @@ __all__ = [
     "skew_kl_divergence",
     "skew_reverse_kl_divergence",
     "total_variation_distance",
+    "transport_kl_divergence",
     "universal_logit_distance",
     "wasserstein_distance",
 ]

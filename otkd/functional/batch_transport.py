@@ -19,6 +19,7 @@ from otkd.ot.divergence import DivergenceSolution, solve_divergence
 from otkd.ot.kernels.line import LineCost
 from otkd.ot.options import Objective, SolverSettings
 from otkd.precision import inner_products, without_autocast
+from otkd.scalars import as_flag
 
 # Plain iterations per accelerated step: at most 18, and at most 2²¹ kernel entries in total. Chosen
 # by timing.
@@ -81,7 +82,7 @@ def batch_sinkhorn_distance(
         temperature=temperature,
         teacher_temperature=teacher_temperature,
     )
-    objective = Objective(epsilon=epsilon, value=value, debias=debias)
+    objective = Objective(epsilon=epsilon, value=value, debias=as_flag("debias", debias))
     solver = SolverSettings(tolerance=tolerance, max_iterations=max_iterations)
     solution = transport_between_points(q, p, cost, objective, solver, sample_cost=sample_cost)
     return solution.value
@@ -105,7 +106,7 @@ def transport_between_points(
     """
     check_choice("cost", cost, BATCH_COSTS)
     check_not_negative(sample_cost=sample_cost)
-    pairs = [(x, y), (x, x), (y, y)] if objective.debias else [(x, y)]
+    pairs = [(x, y), (x, x), (y, y)] if objective.debias is not None else [(x, y)]
     if not (normalize or sample_cost) and _on_a_line(x, cost, objective):
         lines = [LineCost(s[:, 0], t[:, 0], _SLOPES[cost]) for s, t in pairs]
         costs = [cast(Tensor, line) for line in lines]  # a lazy cost may replace a matrix

@@ -13,7 +13,7 @@ from otkd.compilation import outside_graphs
 from otkd.costs import Cost, MatrixCost
 from otkd.functional.report import Report
 from otkd.ot.exact import exact_transport
-from otkd.ot.options import Objective, SolverSettings
+from otkd.ot.options import Objective, SolverSettings, as_penalties, relaxation_of
 from otkd.precision import compute_dtype
 from otkd.supports import Positions, Support, as_support, choose_support
 from otkd.supports.base import Selection
@@ -31,12 +31,13 @@ def sinkhorn_divergence(
     teacher_temperature: float | None = None,
     mask: Shaped[Tensor, "*batch"] | None = None,
     epsilon: float = 0.1,
-    debias: bool = True,
+    debias: bool | str | None = "sinkhorn",
     value: str = "dual",
-    unbalanced: float | tuple[float, float] | None = None,
+    marginal_relaxation: float | tuple[float | None, float | None] | None = None,
     support: str | Support = "auto",
     max_iterations: int = 200,
     tolerance: float = 1e-4,
+    unbalanced: float | tuple[float, float] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """Entropic transport between q and p over the tokens, debiased by default.
 
@@ -49,13 +50,17 @@ def sinkhorn_divergence(
         teacher_temperature: if given, divides the teacher's logits instead.
         mask: ``(*batch,)``; where it is zero, the value is 0 and the logits may hold any value.
         epsilon: strength of the entropic regularisation, in units of the cost.
-        debias: compute S_ε, which is 0 at p = q; with False, OT_ε.
+        debias: ``"sinkhorn"`` (or True) for S_ε, ``"teacher"`` for the difference to the tangent of
+            OT_ε(·, p) at p; both are 0 at p = q. None (or False) for OT_ε. See
+            :func:`otkd.ot.sinkhorn_divergence`.
         value: ``"dual"`` or ``"sharp"`` (⟨P, C⟩); see :func:`otkd.ot.sinkhorn_divergence`.
-        unbalanced: marginal relaxation ρ, or a pair (ρ_student, ρ_teacher): the marginals may
-            differ from q and p at the price of ρ·KL. ``math.inf`` holds a side.
+        marginal_relaxation: ρ, or a pair (ρ_student, ρ_teacher), in units of the cost: the
+            marginals of the plan may differ from q and p at the price of ρ·KL. ``math.inf`` or None
+            holds a side.
         support: which tokens take part: ``"auto"`` or an object of :mod:`otkd.supports`.
         max_iterations: limit of the solver.
         tolerance: L1 marginal error at which a position counts as solved.
+        unbalanced: deprecated name of ``marginal_relaxation``.
 
     Returns:
         One value per position, in units of the cost.
@@ -69,7 +74,12 @@ def sinkhorn_divergence(
         teacher_logits,
         cost=MatrixCost(cost, learnable=True) if isinstance(cost, Tensor) else cost,
         support=as_support(support),
-        objective=Objective(epsilon=epsilon, debias=debias, value=value, unbalanced=unbalanced),
+        objective=Objective(
+            epsilon=epsilon,
+            debias=debias,
+            value=value,
+            penalties=as_penalties(relaxation_of(marginal_relaxation, unbalanced)),
+        ),
         solver=SolverSettings(tolerance=tolerance, max_iterations=max_iterations),
         temperature=temperature,
         teacher_temperature=teacher_temperature,

@@ -16,7 +16,9 @@ from otkd.losses.divergences import (
 )
 from otkd.losses.registry import get_loss, list_losses, loss_class, register_loss
 from otkd.losses.sinkd import SinKDLoss
-from otkd.losses.transport import SinkhornLoss, WassersteinLoss
+from otkd.losses.sinkhorn import SinkhornLoss
+from otkd.losses.transport_kl import TransportKLLoss
+from otkd.losses.wasserstein import WassersteinLoss
 from otkd.losses.weighted import WeightedLoss
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "SkewKLLoss",
     "SkewReverseKLLoss",
     "TVDLoss",
+    "TransportKLLoss",
     "UniversalLogitLoss",
     "WassersteinLoss",
     "WeightedLoss",

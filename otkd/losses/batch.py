@@ -13,7 +13,7 @@ from otkd.losses.batch_base import SINKD_TEMPERATURE, BatchLoss, BatchSettings, 
 from otkd.losses.registry import register_loss
 from otkd.ot.options import Objective, SolverSettings
 from otkd.precision import compute_dtype, without_autocast
-from otkd.scalars import as_not_negative
+from otkd.scalars import as_flag, as_not_negative
 from otkd.tensors import check_floating
 
 
@@ -92,7 +92,7 @@ class BatchSinkhornLoss(BatchLoss):
         self.cost = cost
         self.sample_cost = as_not_negative("sample_cost", sample_cost)
         self.projection = projection
-        self.objective = Objective(epsilon=epsilon, value=value, debias=debias)
+        self.objective = Objective(epsilon=epsilon, value=value, debias=as_flag("debias", debias))
         self.solver = SolverSettings(tolerance=tolerance, max_iterations=max_iterations)
 
     @property

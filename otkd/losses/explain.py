@@ -143,9 +143,11 @@ def _plan(
     block: Block, objective: Objective, solver: SolverSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The plan of OT_ε(q, p) and its costs, ``(n, m)``, and the marginal error."""
-    objective = replace(objective, debias=False, value="dual")
+    objective = replace(objective, debias=None, value="dual")
     costs = CostMatrices(block.costs.cross)
-    (transport,) = solve_divergence(block.source, block.target, costs, objective, solver).parts
+    logs = block.log_source, block.log_target
+    q, p = (log.exp() for log in logs)
+    (transport,) = solve_divergence(q, p, costs, objective, solver, logs=logs).parts
     plan = transport.plan()[0]
     return plan, costs.cross.expand(1, *plan.shape)[0], transport.potentials.marginal_error[0]
 
@@ -153,7 +155,7 @@ def _plan(
 def _tokens(block: Block) -> tuple[Tensor, ...]:
     """The tokens of the atoms of both sides; −1, −2, … for atoms that stand for several tokens."""
     sides = []
-    for place, masses in enumerate((block.source, block.target)):
+    for place, masses in enumerate((block.log_source, block.log_target)):
         tokens = torch.arange(masses.shape[-1], device=masses.device)
         if block.tokens is not None:
             known = block.tokens[place][0]

@@ -102,6 +102,29 @@ class DivergenceSolution:
         )
 
 
+@dataclass(frozen=True)
+class TargetTerm:
+    """What debiasing subtracts because of the target b: value + ⟨gradient, a − b⟩.
+
+    Attributes:
+        value: ``(B,)``.
+        gradient: ``(B, n)``, a constant; None for 0.
+        start: target potentials in the normal form of (b, b), ``(B, n)``. Near a = b, where a good
+            student is, those of (a, b) are the same.
+    """
+
+    value: Tensor
+    gradient: Tensor | None = None
+    start: Tensor | None = None
+
+    @classmethod
+    def of(cls, own: Transport, objective: Objective) -> TargetTerm:
+        """The term of the solved problem (b, b)."""
+        if objective.debias == "teacher":
+            return cls(own.value, own.source_gradient(), own.potentials.g)
+        return cls(own.value / 2, None, own.potentials.g)
+
+
 def solve_divergence(
     a: Tensor,
     b: Tensor,
@@ -109,52 +132,97 @@ def solve_divergence(
     objective: Objective,
     solver: SolverSettings,
     *,
-    target_value: Tensor | None = None,
+    logs: tuple[Tensor, Tensor] | None = None,
+    target_term: TargetTerm | None = None,
 ) -> DivergenceSolution:
-    """OT_ε(a, b), or with ``objective.debias`` OT_ε(a, b) − ½·OT_ε(a, a) − ½·OT_ε(b, b).
+    """Transport U(a, b) = OT_ε, balanced or relaxed, debiased as ``objective.debias`` says.
 
-    ``target_value`` is OT_ε(b, b), ``(*batch,)``, if it is already known.
+    Debiasing subtracts
+
+    - ``"sinkhorn"``: ½·U(a, a) + ½·U(b, b);
+    - ``"teacher"``: U(b, b) + ⟨∂₁U(b, b), a − b⟩, the tangent at a = b. U is convex in a, so that
+      the rest is at least 0, and 0 with gradient 0 at a = b, for every cost and every penalty. Both
+      sides have the same points, and b and the cost are constants;
+    - None: nothing.
+
+    Args:
+        a: source masses, ``(*batch, n)``.
+        b: target masses, ``(*batch, m)``.
+        cost: between the two and, for debiasing, within each.
+        objective: what is computed.
+        solver: how it is computed.
+        logs: logarithms of a and b, if they are known; see :class:`~otkd.ot.problem.Problem`.
+        target_term: that of b, if it is known.
     """
+    if objective.debias == "teacher":
+        _check_constants(b, *cost)
     a, b, cross_cost, batch = flatten_problem(a, b, cost.cross)
-    within: list[Transport] = []
+    log_a, log_b = (
+        None if log is None else log.to(a).reshape(len(a), -1) for log in logs or (None,) * 2
+    )
+    self_terms: list[Transport] = []
     # Within one vocabulary the three costs are one object, and so is their normal form.
     grounds: dict[int, Ground] = {}
-    start = None
-    with without_autocast(a):
-        if objective.debias:
-            for masses, self_cost in ((a, cost.source), (b, cost.target)):
-                if self_cost is None:
-                    raise ValueError("a debiased divergence needs the cost within each side")
-                if masses is b and target_value is not None:
-                    continue
-                _, _, matrix, _ = flatten_problem(masses, masses, self_cost, batch)
-                problem = Problem(
-                    masses, masses, matrix, objective.epsilon, True, objective.penalties
-                )
-                transport = solve_transport(
-                    problem, solver, objective.value, grounds.get(id(self_cost))
-                )
-                grounds[id(self_cost)] = transport.form.ground
-                within.append(transport)
-                # Near a = b, where a good student is, (a, b) has the potentials of (b, b).
-                start = transport.potentials.f if masses is b else None
-        problem = Problem(a, b, cross_cost, objective.epsilon, penalties=objective.penalties)
-        transport = solve_transport(
-            problem, solver, objective.value, grounds.get(id(cost.cross)), start
+
+    def solve(problem: Problem, matrix: Tensor, **hints: Tensor | None) -> Transport:
+        ground = grounds.get(id(matrix))
+        transport = solve_transport(problem, solver, objective.value, ground, **hints)
+        grounds[id(matrix)] = transport.form.ground
+        return transport
+
+    def solve_within(
+        masses: Tensor, log: Tensor | None, matrix: Tensor | None, weights: Tensor | None = None
+    ) -> Transport:
+        if matrix is None:
+            raise ValueError("a debiased divergence needs the cost within each side")
+        rho, other_rho = objective.penalties
+        flat = flatten_problem(masses, masses, matrix, batch)[2]
+        problem = Problem(
+            masses, masses, flat, objective.epsilon, rho == other_rho, objective.penalties, log, log
         )
-    parts = (transport, *within)
-    value = transport.value
-    for self_term in within:
-        value = value - self_term.value / 2
-    if objective.debias and target_value is not None:
-        value = value - target_value.reshape(-1) / 2
-    value = with_offsets(value, a, b, parts)
-    if objective.debias and objective.unbalanced is not None:
-        # Séjourné et al. (2019), "Sinkhorn Divergences for Unbalanced Optimal Transport".
-        value = value + objective.epsilon / 2 * (a.sum(-1) - b.sum(-1)).square()
+        return solve(problem, matrix, weights=weights)
+
+    with without_autocast(a):
+        if objective.debias == "sinkhorn":
+            self_terms.append(solve_within(a, log_a, cost.source))
+        if objective.debias is None:
+            target_term = None
+        elif target_term is None:
+            # The tangent is taken at a, which may have mass where b has none.
+            weights = torch.maximum(a, b).detach() if objective.debias == "teacher" else None
+            own = solve_within(b, log_b, cost.target, weights)
+            self_terms.append(own)
+            target_term = TargetTerm.of(own, objective)
+        problem = Problem(
+            a, b, cross_cost, objective.epsilon, False, objective.penalties, log_a, log_b
+        )
+        start = None if target_term is None else target_term.start
+        transport = solve(problem, cost.cross, start=start)
+        parts = (transport, *self_terms)
+        value = transport.value
+        if objective.debias == "sinkhorn":
+            value = value - self_terms[0].value / 2
+        if target_term is not None:
+            value = value - target_term.value
+            if target_term.gradient is not None:
+                value = value - torch.linalg.vecdot(target_term.gradient, a - b)
+        if objective.debias != "teacher":  # with it both costs are the same: offsets cancel
+            value = with_offsets(value, a, b, parts)
+        if objective.debias == "sinkhorn" and not objective.balanced:
+            # Séjourné et al. (2019), "Sinkhorn Divergences for Unbalanced Optimal Transport".
+            value = value + objective.epsilon / 2 * (a.sum(-1) - b.sum(-1)).square()
     return DivergenceSolution(
         value=value.reshape(batch), report=SolverReport.of_parts(parts), parts=parts
     )
+
+
+def _check_constants(*tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if getattr(tensor, "requires_grad", False) and torch.is_grad_enabled():
+            raise ValueError(
+                "debias='teacher' is not differentiable in the target masses or in the cost: "
+                "detach them, or use debias='sinkhorn'"
+            )
 
 
 def with_offsets(value: Tensor, a: Tensor, b: Tensor, parts: Sequence[Transport]) -> Tensor:

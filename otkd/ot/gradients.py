@@ -21,6 +21,7 @@ and cannot diverge. It is accelerated like the solver's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ from otkd.checks import refuse_second_derivative
 from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels.base import Kernel
 from otkd.ot.normal_form import NormalForm
-from otkd.ot.potentials import Potentials
-from otkd.ot.problem import Problem
+from otkd.ot.potentials import Potentials, excess_of
+from otkd.ot.problem import Marginal, Problem
 from otkd.precision import without_autocast
 
 PullBack = Callable[[Tensor, Sequence[bool]], tuple[Tensor | None, ...]]
@@ -73,17 +74,19 @@ class _WithGradient(torch.autograd.Function):
 def dual_value(problem: Problem, form: NormalForm, potentials: Potentials) -> Tensor:
     """OT_ε of every problem, ``(B,)``, with its envelope gradients in a, b and the cost.
 
-    For balanced problems it is the value of the normal form.
+    For balanced problems it is the value of the normal form. If a side has log masses, its gradient
+    is the one in these.
     """
     normal, kernel = form.problem, form.ground.kernel
-    f, g, excess = potentials.f, potentials.g, potentials.row_excess
+    f, g = potentials.f, potentials.g
     if problem.balanced:
-        grad_a, grad_b = f, g
+        source = f if normal.log_a is None else normal.a * f
+        target = g if normal.log_b is None else normal.b * g
         value = torch.linalg.vecdot(normal.a, f) + torch.linalg.vecdot(normal.b, g)
         if problem.symmetric:
-            value = value - normal.epsilon * torch.linalg.vecdot(normal.a, excess)
+            value = value - normal.epsilon * torch.linalg.vecdot(normal.a, potentials.row_excess)
     else:
-        value, grad_a, grad_b = _relaxed(problem.detached(), form, potentials)
+        value, source, target = _relaxed(problem.detached(), form, potentials)
 
     def pull_back(weights, needed):
         left, right, source, target = weights * normal.a, normal.b, f, g
@@ -94,35 +97,72 @@ def dual_value(problem: Problem, form: NormalForm, potentials: Potentials) -> Te
             left, right, source, target = left * factor, right * factor, f - middle, g + middle
         return kernel.pull_back(source, target, left, right, needed)
 
-    return _attached(problem, value, grad_a, grad_b, pull_back)
+    return _attached(problem, value, source, target, pull_back)
+
+
+def source_gradient(problem: Problem, form: NormalForm, potentials: Potentials) -> Tensor:
+    """The envelope gradient of :func:`dual_value` in the masses a, ``(B, n)``; a constant."""
+    if problem.balanced:
+        return potentials.f.to(problem.a.dtype)
+    without_logs = replace(problem.detached(), log_a=None, log_b=None)
+    return _relaxed(without_logs, form, potentials)[1].to(problem.a.dtype)
 
 
 def _attached(
-    problem: Problem, value: Tensor, grad_a: Tensor, grad_b: Tensor, pull_back: PullBack
+    problem: Problem, value: Tensor, source: Tensor, target: Tensor, pull_back: PullBack
 ) -> Tensor:
     """The value with its gradients, in the precision of the problem."""
-    dtype = problem.a.dtype
-    found = (x.to(dtype) for x in (value, grad_a, grad_b))
-    return _WithGradient.apply(*found, pull_back, problem.a, problem.b, *problem.cost_inputs)
+    found = (x.to(problem.a.dtype) for x in (value, source, target))
+    a = problem.a if problem.log_a is None else problem.log_a
+    b = problem.b if problem.log_b is None else problem.log_b
+    return _WithGradient.apply(*found, pull_back, a, b, *problem.cost_inputs)
 
 
 def _relaxed(
     problem: Problem, form: NormalForm, potentials: Potentials
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The value of problems with a relaxed marginal, and its gradients in a and b."""
-    a, b, epsilon = problem.a.to(potentials.f), problem.b.to(potentials.f), problem.epsilon
-    total_a, total_b = (x.sum(-1, keepdim=True) for x in (a, b))
-    target_excess = form.problem.target.optimal_excess(potentials.g)
-    if problem.symmetric:
-        target_excess = potentials.row_excess
-    grad_a = problem.source.worth(potentials.f + form.source_shift)
-    grad_b = problem.target.worth(potentials.g + form.target_shift)
-    # Row sums of the plan over the masses: the masses of the plan and of a⊗b depend on a and b.
-    rows = (1 + potentials.row_excess) * torch.exp(form.log_mass - total_a.log())
-    columns = (1 + target_excess) * torch.exp(form.log_mass - total_b.log())
-    value = torch.linalg.vecdot(a, grad_a - epsilon * (rows - total_b))
-    value = value + torch.linalg.vecdot(b, grad_b)
-    return value, grad_a - epsilon * (rows - total_b), grad_b - epsilon * (columns - total_a)
+    normal, dtype, epsilon = form.problem, potentials.f.dtype, problem.epsilon
+    log_columns = normal.target.optimal_log_ratio(potentials.g, potentials.log_rows)
+    if normal.target.free and not problem.symmetric:
+        softmin = form.ground.kernel.transposed.softmin(potentials.f, normal.log_masses()[0])
+        log_columns = (potentials.g - softmin) / epsilon
+    total_a, total_b = (x.to(dtype).sum(-1, keepdim=True) for x in (problem.a, problem.b))
+    f, g = potentials.f + form.source_shift, potentials.g + form.target_shift
+    log_rows = potentials.log_rows + form.log_mass - total_a.log()
+    log_columns = log_columns + form.log_mass - total_b.log()
+    a, b = problem.a.to(dtype), problem.b.to(dtype)
+    log_a, log_b = (None if x is None else x.to(dtype) for x in (problem.log_a, problem.log_b))
+    # The masses of the plan and of a⊗b depend on a and b, too.
+    worth_a, excess_a = _worth_and_excess(problem.source, a, log_a, f, log_rows, total_b)
+    worth_b, excess_b = _worth_and_excess(problem.target, b, log_b, g, log_columns, total_a)
+    grad_a, grad_b = worth_a - epsilon * excess_a, worth_b - epsilon * excess_b
+    value = _total(a, log_a, grad_a) + _total(b, log_b, worth_b)
+    return value, grad_a, grad_b
+
+
+def _worth_and_excess(
+    marginal: Marginal,
+    masses: Tensor,
+    logs: Tensor | None,
+    potential: Tensor,
+    log_sums: Tensor,
+    other_total: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What a unit of mass adds to the dual, and to the masses of the plan and of −a⊗b.
+
+    ``log_sums`` are the marginal of the plan over the masses. If there are log masses, both results
+    are multiplied by the mass, without a factor that may overflow.
+    """
+    if logs is None:
+        return marginal.worth(potential), excess_of(log_sums) + (1 - other_total)
+    return marginal.worth_of(masses, logs, potential), (
+        logs + log_sums
+    ).exp() - masses * other_total
+
+
+def _total(masses: Tensor, logs: Tensor | None, worth: Tensor) -> Tensor:
+    return torch.linalg.vecdot(masses, worth) if logs is None else worth.sum(-1)
 
 
 def sharp_value(
@@ -154,7 +194,9 @@ def sharp_value(
         moved = kernel.coupling(f, g, left * x, b) + kernel.coupling(f, g, left, b * y)
         return (plan + (moved - plan * cost) / epsilon,)
 
-    return _attached(problem, value, x, y, pull_back), solved
+    source = x if problem.log_a is None else a * x
+    target = y if problem.log_b is None else b * y
+    return _attached(problem, value, source, target, pull_back), solved
 
 
 @torch.no_grad()

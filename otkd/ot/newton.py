@@ -40,8 +40,8 @@ _COARSE = 1e-3  # error at which the next ε begins
 
 
 def newton_potentials(
-    a: Tensor,
-    b: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
     cost: Tensor,
     epsilon: float,
     *,
@@ -52,18 +52,18 @@ def newton_potentials(
 ) -> tuple[Tensor, int]:
     """Potentials g ``(B, m)``, from ``start``, and the largest number of steps of any problem.
 
-    ``a (B, n)``, ``b (B, m)`` and ``cost (n, m)`` or ``(B, n, m)``. Takes time O(B·n·m²), and the
-    memory of a block of problems.
+    ``log_a (B, n)`` and ``log_b (B, m)`` are logarithms of the masses, and ``cost`` is ``(n, m)``
+    or ``(B, n, m)``. Takes time O(B·n·m²), and the memory of a block of problems.
     """
     found, most = torch.empty_like(start), 0
-    if not len(b):
+    if not len(log_b):
         return found, most
     penalties = penalties[0] / epsilon, penalties[1] / epsilon
     size = max(1, _BLOCK_ELEMENTS // cost.shape[-2:].numel())
-    for block in torch.arange(len(b), device=b.device).split(size):
-        x, y = (masses[block].double() for masses in (a, b))
+    for block in torch.arange(len(log_b), device=log_b.device).split(size):
+        x, y = (logs[block].double() for logs in (log_a, log_b))
         if penalties == HELD:
-            x, y = x / x.sum(-1, keepdim=True), y / y.sum(-1, keepdim=True)
+            x, y = x.log_softmax(-1), y.log_softmax(-1)
         own = (cost if cost.ndim == 2 else cost[block]).double() / epsilon
         g = start[block].double() / epsilon
         g, steps = _descend(x, y, own, g, penalties, _MARGIN * tolerance, max_steps)
@@ -73,8 +73,8 @@ def newton_potentials(
 
 
 def _descend(
-    a: Tensor,
-    b: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
     cost: Tensor,
     g: Tensor,
     penalties: tuple[float, float],
@@ -92,14 +92,14 @@ def _descend(
         unit = _RATIO**level
         sides = Marginal(penalties[0] / unit), Marginal(penalties[1] / unit)
         error = max(limit, _COARSE) if level else limit
-        g, taken = _ascend(a, b, cost / unit, g / unit, sides, error, max_steps - steps)
+        g, taken = _ascend(log_a, log_b, cost / unit, g / unit, sides, error, max_steps - steps)
         g, steps = g * unit, steps + taken
     return g, steps
 
 
 def _ascend(
-    a: Tensor,
-    b: Tensor,
+    log_a: Tensor,
+    log_b: Tensor,
     cost: Tensor,
     g: Tensor,
     sides: tuple[Marginal, Marginal],
@@ -112,16 +112,16 @@ def _ascend(
     # Derivative of the masses in the potentials; 0 for a side that is held.
     slope, target_slope = 1 / (1 + source.penalty), 1 / target.penalty
     found, steps = g, 0
-    unsolved = torch.arange(len(b), device=b.device)
+    unsolved = torch.arange(len(g), device=g.device)
     while len(unsolved) and steps < max_steps:
         steps += 1
-        f = -damping * torch.logsumexp((g + b.log()).unsqueeze(-2) - cost, -1)
-        g = -target.damping(1.0) * torch.logsumexp((f + a.log()).unsqueeze(-1) - cost, -2)
-        exponents = (g + b.log()).unsqueeze(-2) - cost
+        f = -damping * torch.logsumexp((g + log_b).unsqueeze(-2) - cost, -1)
+        g = -target.damping(1.0) * torch.logsumexp((f + log_a).unsqueeze(-1) - cost, -2)
+        exponents = (g + log_b).unsqueeze(-2) - cost
         log_sums = exponents.logsumexp(-1, keepdim=True)
         rows = (exponents - log_sums).exp_()
-        row_masses = a * (slope * log_sums.squeeze(-1)).exp()
-        wanted = b * (g * -target_slope).exp()
+        row_masses = (log_a + slope * log_sums.squeeze(-1)).exp()
+        wanted = (log_b - g * target_slope).exp()
         columns = (row_masses.unsqueeze(-2) @ rows).squeeze(-2)
         missing = wanted - columns
         found[unsolved] = g
@@ -129,8 +129,9 @@ def _ascend(
         error = missing.abs().sum(-1) / wanted.sum(-1).clamp(_LEAST_MASS, 1)
         go_on = (error > limit).nonzero().squeeze(-1)
         if len(go_on) < len(unsolved):
-            unsolved, g, a, b, rows, row_masses, columns, wanted, missing = (
-                x[go_on] for x in (unsolved, g, a, b, rows, row_masses, columns, wanted, missing)
+            unsolved, g, log_a, log_b, rows, row_masses, columns, wanted, missing = (
+                x[go_on]
+                for x in (unsolved, g, log_a, log_b, rows, row_masses, columns, wanted, missing)
             )
             cost = cost if cost.ndim == 2 else cost[go_on]
         diagonal = columns + target_slope * wanted

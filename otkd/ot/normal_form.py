@@ -119,7 +119,15 @@ class NormalForm:
         total_a, a = _normalised(problem.a.to(dtype))
         total_b, b = (total_a, a) if problem.symmetric else _normalised(problem.b.to(dtype))
         epsilon = ground.kernel.epsilon
-        normal = replace(problem, a=a, b=b, cost=ground.cost, epsilon=epsilon)
+        normal = replace(
+            problem,
+            a=a,
+            b=b,
+            cost=ground.cost,
+            epsilon=epsilon,
+            log_a=None if problem.log_a is None else problem.log_a.to(dtype) - total_a.log(),
+            log_b=None if problem.log_b is None else problem.log_b.to(dtype) - total_b.log(),
+        )
         if problem.balanced:
             return cls(normal, ground, least / 2, least / 2, 0.0)
         share_a, share_b, common, inverse = _weights(problem)
@@ -136,12 +144,13 @@ class NormalForm:
 
     def plan(self, f: Tensor, g: Tensor) -> Tensor:
         """P from potentials of the normal form, ``(B, n, m)``; not available for a lazy cost."""
-        a, b, cost = self.problem.a, self.problem.b, self.problem.cost
+        cost = self.problem.cost
         if isinstance(cost, LazyCost):
             raise TypeError(
                 "the plan of a lazy cost is not available, because it would be as large as the cost"
             )
-        log_masses = (a.log() + self.log_mass).unsqueeze(-1) + b.log().unsqueeze(-2)
+        log_a, log_b = self.problem.log_masses()
+        log_masses = (log_a + self.log_mass).unsqueeze(-1) + log_b.unsqueeze(-2)
         return (log_density(f, g, cost, self.problem.epsilon) + log_masses).exp_()
 
 

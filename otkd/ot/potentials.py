@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+LARGEST_LOG_RATIO = {torch.float32: 88.0, torch.float64: 709.0}
+"""Largest logarithm of a ratio of masses whose exponential is finite."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +17,8 @@ class Potentials:
 
     Attributes:
         f, g: ``(B, n)``, ``(B, m)``; for balanced problems ⟨a, f⟩ = ⟨b, g⟩.
-        row_excess: ``Σ_j b_j·E_ij − 1`` with E the density of the plan against a⊗b, ``(B, n)``. It
-            is 0 where the row sum of the plan is the mass of a.
+        log_rows: ``log Σ_j b_j·E_ij`` with E the density of the plan against a⊗b, ``(B, n)``. It is
+            0 where the row sum of the plan is the mass of a.
         marginal_error: L1 distance between the row sums of the plan and those of the optimum,
             ``(B,)``. The column sums are exact or, for symmetric problems, have the same error.
         iterations: number of updates of both potentials.
@@ -23,7 +27,17 @@ class Potentials:
 
     f: Tensor
     g: Tensor
-    row_excess: Tensor
+    log_rows: Tensor
     marginal_error: Tensor
     iterations: int
     converged: bool
+
+    @property
+    def row_excess(self) -> Tensor:
+        """``Σ_j b_j·E_ij − 1``: what the row sums of the plan exceed the masses by, over these."""
+        return excess_of(self.log_rows)
+
+
+def excess_of(log_ratio: Tensor) -> Tensor:
+    """The ratio minus 1, from its logarithm; finite."""
+    return log_ratio.clamp(max=LARGEST_LOG_RATIO[log_ratio.dtype]).expm1_()

@@ -22,7 +22,7 @@ HELD = (math.inf, math.inf)
 
 @dataclass(frozen=True)
 class Marginal:
-    """How a marginal of the plan is constrained: held (ρ = ∞), or relaxed by ρ·KL.
+    """How a marginal of the plan is constrained: held (ρ = ∞), relaxed by ρ·KL, or free (ρ = 0).
 
     Attributes:
         penalty: ρ, in units of the cost.
@@ -35,17 +35,37 @@ class Marginal:
         """Whether the marginal of the plan equals the masses."""
         return math.isinf(self.penalty)
 
+    @property
+    def free(self) -> bool:
+        """Whether the marginal of the plan costs nothing; its potential is 0."""
+        return self.penalty == 0
+
     def damping(self, epsilon: float) -> float:
         """The factor by which the soft minimum is multiplied, ρ/(ρ + ε)."""
         return 1.0 if self.held else self.penalty / (self.penalty + epsilon)
 
     def worth(self, potential: Tensor) -> Tensor:
         """The contribution to the dual of a unit of mass, −ρ·(exp(−f/ρ) − 1), or f if held."""
-        return potential if self.held else -self.penalty * torch.expm1(potential / -self.penalty)
+        if self.held or self.free:
+            return potential
+        return -self.penalty * torch.expm1(potential / -self.penalty)
 
-    def optimal_excess(self, potential: Tensor) -> Tensor | float:
-        """The plan's marginal divided by the mass, minus 1, at the optimum: exp(−f/ρ) − 1, or 0."""
-        return 0.0 if self.held else torch.expm1(potential / -self.penalty)
+    def worth_of(self, masses: Tensor, logs: Tensor, potential: Tensor) -> Tensor:
+        """:meth:`worth` multiplied by the mass; finite also where f/ρ is far below 0."""
+        if self.held or self.free:
+            return masses * potential
+        return self.penalty * (masses - torch.exp(logs - potential / self.penalty))
+
+    def optimal_log_ratio(self, potential: Tensor, log_ratio: Tensor) -> Tensor:
+        """The log of the plan's marginal over the mass at the optimum, from its current value.
+
+        It is −f/ρ, or 0 if the marginal is held. A free marginal is optimal as it is.
+        """
+        if self.free:
+            return log_ratio
+        if self.held:
+            return torch.zeros_like(potential)
+        return potential / -self.penalty
 
 
 @dataclass(frozen=True)
@@ -60,8 +80,12 @@ class Problem:
         cost: ``(n, m)``, shared by the problems, or ``(B, n, m)``; or a shared lazy cost.
         epsilon: strength of the entropic regularisation, in units of the cost.
         symmetric: a = b and the cost is symmetric, so that f = g.
-        penalties: ρ of the source and of the target, in units of the cost; infinite for a side
-            that is held.
+        penalties: ρ of the source and of the target, in units of the cost: infinite for a side
+            that is held, 0 for one that is free.
+        log_a: logarithms of the source masses, ``(B, n)``, if they are known. The value is then
+            differentiable in them and not in a: they have digits where a mass underflows, and the
+            gradient in them stays small where the gradient in a tiny mass is huge.
+        log_b: those of the target masses, ``(B, m)``; a constant.
     """
 
     a: Tensor
@@ -70,6 +94,8 @@ class Problem:
     epsilon: float
     symmetric: bool = False
     penalties: tuple[float, float] = HELD
+    log_a: Tensor | None = None
+    log_b: Tensor | None = None
 
     def kernel(self) -> Kernel:
         """The kernel exp(−C/ε) of the costs."""
@@ -104,7 +130,15 @@ class Problem:
 
     def detached(self) -> Problem:
         """The same problem without its autograd history."""
-        return replace(self, a=self.a.detach(), b=self.b.detach(), cost=self.cost.detach())
+        parts = {name: getattr(self, name) for name in ("a", "b", "cost", "log_a", "log_b")}
+        return replace(self, **{k: None if x is None else x.detach() for k, x in parts.items()})
+
+    def log_masses(self) -> tuple[Tensor, Tensor]:
+        """The logarithms of a and b; −∞ at points without mass."""
+        log_a = self.a.log() if self.log_a is None else self.log_a
+        if self.symmetric:
+            return log_a, log_a
+        return log_a, self.b.log() if self.log_b is None else self.log_b
 
 
 def check_masses(a: Tensor, b: Tensor) -> None:

@@ -30,14 +30,15 @@ class Solution:
     """The solution of a batch of entropic transport problems.
 
     Attributes:
-        value: ⟨P, C⟩ + ε·KL(P‖a⊗b), evaluated at the dual, ``(*batch,)``. The only differentiable
-            field, with gradients f in a, g in b and P in the cost.
+        value: ⟨P, C⟩ + ε·KL(P‖a⊗b), evaluated at the dual, ``(*batch,)``; with relaxed marginals
+            plus their penalties. The only differentiable field: its gradients are P in the cost
+            and, if the marginals are held, f in a and g in b.
         transport_cost: ⟨P, C⟩, ``(*batch,)``.
         f: source potential, ``(*batch, n)``.
-        g: target potential, ``(*batch, m)``; ⟨a, f⟩ = ⟨b, g⟩. At points without mass, both are
-            defined by the soft minimum.
-        marginal_error: L1 distance between a and the row sums of the plan, ``(*batch,)``. The
-            column sums are exact.
+        g: target potential, ``(*batch, m)``; ⟨a, f⟩ = ⟨b, g⟩ if the marginals are held. At points
+            without mass, both are defined by the soft minimum.
+        marginal_error: L1 distance between the row sums of the plan and those of the optimum,
+            ``(*batch,)``; these are a if the marginal is held. The column sums are exact.
         iterations: updates of both potentials, for the whole batch.
         converged: whether every ``marginal_error`` is within the tolerance.
 

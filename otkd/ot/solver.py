@@ -29,7 +29,7 @@ from torch import Tensor
 from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels.base import Kernel
 from otkd.ot.newton import newton_potentials
-from otkd.ot.potentials import Potentials
+from otkd.ot.potentials import Potentials, excess_of
 from otkd.ot.problem import Marginal, Problem
 
 _CHEAP = 2  # times as many iterations before Newton's method if some of them are plain
@@ -51,6 +51,7 @@ def solve_potentials(
     start: Tensor | None = None,
     plain_steps: int = 0,
     least_mass: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Potentials:
     """Iterate until the L1 marginal error of every problem is at most ``tolerance``.
 
@@ -59,28 +60,36 @@ def solve_potentials(
         kernel: of its cost.
         tolerance: of the L1 marginal error.
         max_iterations: limit of updates of both potentials.
-        start: first guess of g, ``(B, m)``; 0 by default.
+        start: first guess of g, ``(B, m)``; by default 0. If only the source is relaxed, f is 0 at
+            first instead: at a = b, the potential of a single relaxed side is about 0 if all costs
+            are high, however small a mass.
         plain_steps: largest number of plain updates after every accelerated one, if the kernel
             makes them cheap. They are neither measured nor accelerated, and speed up small
             problems, for which measuring takes longer than an update.
         least_mass: ``(B,)``. With relaxed marginals the plan may have far less mass than both
             sides. The error is then relative to the mass of the plan, down to this mass; by
             default it is absolute.
+        weights: ``(B, n)``, of the errors of the row sums over their masses; by default the masses.
     """
     if problem.symmetric:
         update: _Update = _Averaging(problem, kernel)
-        f = kernel.softmin(torch.zeros_like(problem.a), problem.a.log()) / 2
+        f = kernel.softmin(torch.zeros_like(problem.a), problem.log_masses()[0]) / 2
     else:
         update = _Alternation(problem, kernel)
-        if start is None:
-            start = torch.zeros_like(problem.b)
-        damping = problem.source.damping(problem.epsilon)
-        f = damping * kernel.softmin(start, problem.b.log())
+        if start is not None:  # it may be the solution, and nothing else finds it as exactly
+            update.patience = max(update.patience, 1.0)
+        if start is None and problem.target.held and not problem.source.held:
+            f = torch.zeros_like(problem.a)
+        else:
+            start = torch.zeros_like(problem.b) if start is None else start
+            damping = problem.source.damping(problem.epsilon)
+            f = damping * kernel.softmin(start, problem.log_masses()[1])
     if not (problem.balanced and kernel.scales):
         plain_steps = 0
     if plain_steps:
         update.patience *= _CHEAP
-    return _iterate(problem, update, f, tolerance, max_iterations, plain_steps, least_mass)
+    weights = problem.a if weights is None else weights
+    return _iterate(problem, update, f, tolerance, max_iterations, plain_steps, least_mass, weights)
 
 
 class _Update(ABC):
@@ -93,11 +102,11 @@ class _Update(ABC):
         self.source, self.target = problem.source, problem.target
         self.damping = self.source.damping(self.epsilon)
         self.kernel = kernel
-        self.log_a = problem.a.log()
+        self.log_a, self.log_b = problem.log_masses()
 
     @abstractmethod
     def __call__(self, f: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """g, the next f, the best f for this g, and ``Σ_j b_j·E_ij − 1`` of the plan of f and g."""
+        """g, the next f, the best f for this g, and ``log Σ_j b_j·E_ij`` of the plan of f and g."""
 
     @abstractmethod
     def repeat(self, f: Tensor, count: int, tolerance: float) -> tuple[Tensor, int]:
@@ -110,10 +119,10 @@ class _Update(ABC):
     def keep(self, rows: Tensor) -> None:
         """Continue with only the problems ``rows``."""
         self.kernel = self.kernel.rows(rows)
-        self.log_a = self.log_a[rows]
+        self.log_a, self.log_b = self.log_a[rows], self.log_b[rows]
 
-    def _row_excess(self, f: Tensor, softmin: Tensor) -> Tensor:
-        return torch.sub(f, softmin).div_(self.epsilon).expm1_()
+    def _log_rows(self, f: Tensor, softmin: Tensor) -> Tensor:
+        return torch.sub(f, softmin).div_(self.epsilon)
 
 
 class _Alternation(_Update):
@@ -121,7 +130,7 @@ class _Alternation(_Update):
         super().__init__(problem, kernel)
         self.transposed = kernel.transposed
         self.target_damping = self.target.damping(self.epsilon)
-        self.a, self.b, self.log_b = problem.a, problem.b, problem.b.log()
+        self.a, self.b = problem.a, problem.b
         targets = problem.b.shape[-1]
         # Every iteration multiplies the error of the potentials by at most this.
         self.slow = self.damping * self.target_damping > _FAST and kernel.reach >= 1
@@ -134,7 +143,7 @@ class _Alternation(_Update):
         g = _damped(self.transposed.softmin(f, self.log_a), self.target_damping)
         softmin = self.kernel.softmin(g, self.log_b)
         best = _damped(softmin, self.damping)
-        return g, self._in_gauge(best, g), best, self._row_excess(f, softmin)
+        return g, self._in_gauge(best, g), best, self._log_rows(f, softmin)
 
     def repeat(self, f, count, tolerance):
         f, made = self.kernel.alternate(f, self.log_a, self.log_b, count, tolerance)
@@ -142,8 +151,8 @@ class _Alternation(_Update):
 
     def leap(self, f, tolerance, max_steps):
         g, steps = newton_potentials(
-            self.a,
-            self.b,
+            self.log_a,
+            self.log_b,
             self.kernel.cost,
             self.epsilon,
             penalties=(self.source.penalty, self.target.penalty),
@@ -167,21 +176,22 @@ class _Alternation(_Update):
         if not self.slow:
             return f
         assert g is not None
-        surplus = _log_mass(self.source, self.a, f) - _log_mass(self.target, self.b, g)
+        of_source = _log_mass(self.source, self.a, self.log_a, f)
+        surplus = of_source - _log_mass(self.target, self.b, self.log_b, g)
         rho = 1 / (1 / self.source.penalty + 1 / self.target.penalty)
         return f + rho * surplus
 
     def keep(self, rows):
         super().keep(rows)
         self.transposed = self.kernel.transposed
-        self.a, self.b, self.log_b = self.a[rows], self.b[rows], self.log_b[rows]
+        self.a, self.b = self.a[rows], self.b[rows]
 
 
 def _damped(softmin: Tensor, damping: float) -> Tensor:
     return softmin if damping == 1 else damping * softmin
 
 
-def _log_mass(side: Marginal, masses: Tensor, potential: Tensor) -> Tensor:
+def _log_mass(side: Marginal, masses: Tensor, logs: Tensor, potential: Tensor) -> Tensor:
     """Log of the mass of the optimal plan with this potential of a side, ``(B, 1)``."""
     total = masses.sum(-1, keepdim=True)
     if side.held:
@@ -189,15 +199,15 @@ def _log_mass(side: Marginal, masses: Tensor, potential: Tensor) -> Tensor:
     exponents = potential / -side.penalty
     excess = torch.linalg.vecdot(masses, exponents.expm1()).unsqueeze(-1) / total
     # The first is accurate for large ρ, the second for a mass near 0.
-    little = (exponents + masses.log()).logsumexp(-1, keepdim=True)
-    return torch.where(excess > -0.5, total.log() + excess.log1p(), little)
+    little = (exponents + logs).logsumexp(-1, keepdim=True)
+    return torch.where(excess.abs() < 0.5, total.log() + excess.log1p(), little)
 
 
 class _Averaging(_Update):
     def __call__(self, f):
         softmin = self.kernel.softmin(f, self.log_a)
         best = _damped(softmin, self.damping)
-        return f, (f + best) / 2, best, self._row_excess(f, softmin)
+        return f, (f + best) / 2, best, self._log_rows(f, softmin)
 
     def repeat(self, f, count, tolerance):
         return self.kernel.average(f, self.log_a, count), count
@@ -211,6 +221,7 @@ def _iterate(
     max_iterations: int,
     plain_steps: int,
     least_mass: Tensor | None,
+    weights: Tensor,
 ) -> Potentials:
     a, source = problem.a, problem.source
     tolerance = tolerance * update.kernel.reach
@@ -221,32 +232,32 @@ def _iterate(
     first = min(_FIRST * plain_steps, max_iterations - 1, patience)
     if first > 0 and not problem.symmetric:
         f, iteration = update.repeat(f, int(first), tolerance)
-    accelerator = Anderson(a, f, problem.epsilon)
+    accelerator = Anderson(weights, f, problem.epsilon)
     while True:
         if patience <= iteration < max_iterations - 1:
             f, steps = update.leap(f, tolerance, max_iterations - 1 - iteration)
-            accelerator, patience = Anderson(a, f, problem.epsilon), math.inf
+            accelerator, patience = Anderson(weights, f, problem.epsilon), math.inf
             iteration += steps
         iteration += 1
         last = iteration == max_iterations
         if last:
             f = accelerator.best_image
-        g, image, best, excess = update(f)
-        missing, mass = excess, None
+        g, image, best, log_rows = update(f)
+        missing, mass = excess_of(log_rows), None
         if not source.held:
-            optimal = source.optimal_excess(f)
-            missing = excess - optimal
+            optimal = excess_of(source.optimal_log_ratio(f, log_rows))
+            missing = missing - optimal
             if least_mass is not None:
                 mass = torch.linalg.vecdot(a, 1 + optimal)
                 mass = torch.maximum(mass, least_mass[members]).clamp_(max=1)
-        error = torch.linalg.vecdot(a, missing.abs())
+        error = torch.linalg.vecdot(weights, missing.abs())
         error = error if mass is None else error / mass
         done = unsolved if last else unsolved & (error <= tolerance)
         rows = done.nonzero().squeeze(-1)
         if len(rows):  # the result does not depend on the rest of the batch
             at_once = len(rows) == len(problem.a)
-            kept = [x if at_once else x[rows] for x in (f, g, excess, error)]
-            sources, best = (a, best) if at_once else (a[rows], best[rows])
+            kept = [x if at_once else x[rows] for x in (f, g, log_rows, error)]
+            sources, best = (weights, best) if at_once else (weights[rows], best[rows])
             kept[0], kept[2] = _settled(problem, sources, kept[0], best, kept[2], tolerance)
             if at_once:
                 found = kept
@@ -267,28 +278,30 @@ def _iterate(
         if 2 * left <= len(members) or (left < len(members) and iteration >= patience):
             rows = unsolved.nonzero().squeeze(-1)
             members, unsolved, a, f = members[rows], unsolved[rows], a[rows], f[rows]
+            weights = weights[rows]
             accelerator.keep(rows)
             update.keep(rows)
-    f, g, excess, error = found
+    f, g, log_rows, error = found
     if problem.symmetric:
         g = f
     if problem.balanced:
         difference = torch.linalg.vecdot(problem.b, g) - torch.linalg.vecdot(problem.a, f)
         shift = difference.unsqueeze(-1) / 2
         f, g = f + shift, g - shift
-    return Potentials(f, g, excess, error, iteration, bool((error <= tolerance).all()))
+    return Potentials(f, g, log_rows, error, iteration, bool((error <= tolerance).all()))
 
 
 def _settled(
-    problem: Problem, a: Tensor, f: Tensor, best: Tensor, excess: Tensor, tolerance: float
+    problem: Problem, weights: Tensor, f: Tensor, best: Tensor, log_rows: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """Potentials f and excess, with the best f at points where the error does not depend on f.
+    """Potentials f and log row sums, with the best f where the error does not depend on f.
 
     These are points without mass, or with so little mass that acceleration could have moved f
     anywhere: the row then lacks at most its whole mass. The columns change by what those rows
     lacked, which remains part of the error.
     """
-    missing = (excess - problem.source.optimal_excess(f)).abs()
-    unseen = (a <= 0) | ((a <= tolerance / _SEEN) & (missing > _SEEN))
-    settled = torch.where(unseen, problem.source.optimal_excess(best), excess)
+    optimal_log_ratio = problem.source.optimal_log_ratio
+    missing = (excess_of(log_rows) - excess_of(optimal_log_ratio(f, log_rows))).abs()
+    unseen = (weights <= 0) | ((weights <= tolerance / _SEEN) & (missing > _SEEN))
+    settled = torch.where(unseen, optimal_log_ratio(best, log_rows), log_rows)
     return torch.where(unseen, best, f), settled

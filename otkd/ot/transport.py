@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from otkd.ot.gradients import dual_value, sharp_value
+from otkd.ot.gradients import dual_value, sharp_value, source_gradient
 from otkd.ot.normal_form import Ground, NormalForm
 from otkd.ot.options import SolverSettings
 from otkd.ot.potentials import Potentials
@@ -21,6 +22,7 @@ class Transport:
 
     Attributes:
         value: ``(B,)``, differentiable; for balanced problems that of the normal form.
+        problem: what was solved; without autograd history.
         form: the normal form in which it was solved.
         potentials: of the normal form, in its precision.
         value_kind: ``"dual"`` or ``"sharp"``.
@@ -28,6 +30,7 @@ class Transport:
     """
 
     value: Tensor
+    problem: Problem
     form: NormalForm
     potentials: Potentials
     value_kind: str
@@ -47,6 +50,23 @@ class Transport:
     def g(self) -> Tensor:
         """The target potentials of the given problems, ``(B, m)``."""
         return (self.potentials.g + self.form.target_shift).to(self.value)
+
+    def transport_cost(self) -> Tensor:
+        """⟨P, C⟩ of each given problem, ``(B,)``."""
+        normal, form = self.form.problem, self.form
+        f, g = self.potentials.f, self.potentials.g
+        moved = torch.linalg.vecdot(normal.a, form.ground.kernel.mean_cost(f, g, normal.b))
+        least = form.ground.least
+        least = least.squeeze(-1) if isinstance(least, Tensor) else least
+        if normal.balanced:
+            return (moved + least).to(self.value)
+        assert isinstance(form.log_mass, Tensor)
+        mass = 1 + torch.linalg.vecdot(normal.a, self.potentials.row_excess)
+        return ((moved + least * mass) * torch.exp(form.log_mass).squeeze(-1)).to(self.value)
+
+    def source_gradient(self) -> Tensor:
+        """The gradient of the dual value in the source masses, ``(B, n)``, without offsets."""
+        return source_gradient(self.problem, self.form, self.potentials)
 
     def plan(self) -> Tensor:
         """P of each problem, ``(B, n, m)``; not differentiable, and not of a lazy cost."""
@@ -80,11 +100,12 @@ def solve_transport(
     value: str = "dual",
     ground: Ground | None = None,
     start: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Transport:
     """Solve a batch of problems, and attach the gradient to its value.
 
-    ``ground`` is that of the cost if it is known, and ``start`` a first guess of the target
-    potentials of the normal form.
+    ``ground`` is that of the cost if it is known, ``start`` a first guess of the target potentials
+    of the normal form, and ``weights`` those of the errors, ``(B, n)``, if not the source masses.
     """
     limits = {"tolerance": solver.tolerance, "max_iterations": solver.max_iterations}
     form = NormalForm.of(problem, ground, tolerance=solver.tolerance)
@@ -95,6 +116,7 @@ def solve_transport(
         start=start,
         plain_steps=solver.plain_steps,
         least_mass=form.least_mass,
+        weights=None if weights is None else weights.to(form.problem.a),
         **limits,
     )
     error = potentials.marginal_error.to(problem.a)
@@ -103,7 +125,7 @@ def solve_transport(
         found, differentiable = dual_value(problem, form, potentials), True
     else:
         found, differentiable = sharp_value(problem, form, potentials, **limits)
-    transport = Transport(found, form, potentials, value, differentiable)
+    transport = Transport(found, problem.detached(), form, potentials, value, differentiable)
     if not transport.converged:
         what = "the gradient" if potentials.converged else "the potentials"
         warn_not_converged(problem.a, problem.b, problem.epsilon, solver, what)

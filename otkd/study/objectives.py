@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from otkd.study.settings import Settings
 
 # The rows of the teacher's classification head give these losses the distances between classes.
-NEED_CLASS_ROWS = ("sinkhorn", "wasserstein")
+NEED_CLASS_ROWS = ("sinkhorn", "transport_kl", "wasserstein")
 # The options of batch transport.
 _TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "sample_cost", "debias", "iterations")
 
@@ -125,10 +125,10 @@ def build_objective(
         if name in NEED_CLASS_ROWS:
             if class_rows is None:
                 raise ValueError(f"the objective {name!r} needs the teacher's class rows")
-            if name == "sinkhorn":
-                common |= {"cost": "embedding", "embedding": class_rows}
-            else:
+            if name == "wasserstein":
                 common["cost"] = otkd.costs.EmbeddingCost(class_rows, metric="euclidean")
+            else:
+                common |= {"cost": "embedding", "embedding": class_rows}
         loss = otkd.get_loss(name, **common)
     alpha = options["alpha"]
     return otkd.WeightedLoss({name: (alpha, loss), "ce": (1 - alpha, "ce")})

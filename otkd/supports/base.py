@@ -12,7 +12,7 @@ from torch import Tensor
 
 from otkd.checks import check_finite_rows
 from otkd.costs import Cost, CostMatrices
-from otkd.ot.divergence import SolverReport, solve_divergence
+from otkd.ot.divergence import SolverReport, TargetTerm, solve_divergence
 from otkd.ot.options import Objective, SolverSettings
 from otkd.teachers import TopKTeacher
 from otkd.teachers.self_term import SelfTermSettings
@@ -86,32 +86,33 @@ class Block:
     The *atoms* of a side are its tokens, or sets of tokens that are treated as one point.
 
     Attributes:
-        source: masses of the student's atoms, ``(N, n)``; differentiable in the logits.
-        target: masses of the teacher's atoms, ``(N, m)``.
+        log_source: log masses of the student's atoms, ``(N, n)``; differentiable in the logits.
+        log_target: log masses of the teacher's atoms, ``(N, m)``.
         costs: between the atoms of the two sides and, for debiasing, within each side.
-        target_value: OT_ε(p, p), ``(N,)``, if it is known.
+        target_term: what debiasing subtracts because of the teacher, if it is known.
         places: the index of each position among those that count, ``(N,)``; None if the blocks are
             in the order of the positions.
         tokens: token ids of the student's and the teacher's atoms, ``(N, ≤ n)`` and ``(N, ≤ m)``.
             Atoms beyond these columns stand for several tokens. None if atom i is token i.
     """
 
-    source: Tensor
-    target: Tensor
+    log_source: Tensor
+    log_target: Tensor
     costs: CostMatrices
-    target_value: Tensor | None = None
+    target_term: TargetTerm | None = None
     places: Tensor | None = None
     tokens: tuple[Tensor, Tensor] | None = None
 
     def solve(self, objective: Objective, solver: SolverSettings) -> tuple[Tensor, SolverReport]:
         """The values of these problems, ``(N,)``, and what the solver did."""
         solution = solve_divergence(
-            self.source,
-            self.target,
+            self.log_source.exp(),
+            self.log_target.exp(),
             self.costs,
             objective,
             solver,
-            target_value=self.target_value,
+            logs=(self.log_source, self.log_target),
+            target_term=self.target_term,
         )
         return solution.value, solution.report
 
@@ -150,8 +151,14 @@ class Support(ABC):
     def check(self, cost: Cost, n: int, m: int, objective: Objective, backend: str) -> None:
         """Raise ``ValueError`` if this cost over n and m tokens cannot be handled so."""
         cost.check_size(n, m)
-        if objective.debias:
+        if objective.debias is not None:
             cost.check_within()
+        if objective.debias == "teacher" and (cost.learns or not cost.one_vocabulary):
+            why = "a constant cost" if cost.learns else "one vocabulary for student and teacher"
+            raise ValueError(
+                f"debias='teacher' requires {why}: use debias=None, or debias='sinkhorn' for a "
+                "symmetric marginal relaxation"
+            )
         backends = ("auto", "torch", *self.backends)
         if backend not in backends:
             raise ValueError(

@@ -69,11 +69,12 @@ class Dense(Support):
         """See :class:`Support`."""
         n, m = positions.student.shape[-1], positions.teacher.shape[-1]
         where = {"dtype": positions.dtype, "device": positions.student.device}
+        debias = objective.debias is not None
         lazy = _lazy_kind(n, m, backend, positions.student.device)
         if lazy is None:
-            matrices = cost.matrices(n, m, self_terms=objective.debias, **where)
+            matrices = cost.matrices(n, m, self_terms=debias, **where)
         else:
-            matrices = _lazy_costs(lazy, cast(EmbeddingCost, cost), objective.debias, where)
+            matrices = _lazy_costs(lazy, cast(EmbeddingCost, cost), debias, where)
         check_costs(n, m, matrices)
         return Selection(
             blocks=full_blocks(positions, matrices),
@@ -89,16 +90,11 @@ def full_blocks(positions: Positions, costs: CostMatrices) -> Iterator[Block]:
     )
     vocab = max(positions.student.shape[-1], positions.teacher.shape[-1])
     for rows in positions.blocks(max(1, elements // vocab)):
-        q, p = _distributions(positions, rows)
-        yield Block(source=q, target=p, costs=costs)
-
-
-def _distributions(positions: Positions, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-    q = torch.softmax(positions.student_block(rows), -1)
-    p = torch.softmax(positions.teacher_block(rows), -1)
-    check_softmax("student_logits", q[:, 0])
-    check_softmax("teacher_logits", p[:, 0])
-    return q, p
+        log_q = torch.log_softmax(positions.student_block(rows), -1)
+        log_p = torch.log_softmax(positions.teacher_block(rows), -1)
+        for name, logs in (("student_logits", log_q), ("teacher_logits", log_p)):
+            check_softmax(name, logs[:, 0].exp())  # a token without mass is in order
+        yield Block(log_source=log_q, log_target=log_p, costs=costs)
 
 
 def _lazy_kind(n: int, m: int, backend: str, device: torch.device) -> type[PointCost] | None:

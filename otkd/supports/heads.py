@@ -15,6 +15,7 @@ from otkd.tensors import block_elements, refuse_batched
 _BLOCK_ELEMENTS_ON_CPU = 2**19  # about what a core's cache holds
 _BLOCK_ELEMENTS_ON_DEVICE = 2**26
 _GROUP = 16
+_SMALL_REST = 1e-3
 
 
 class Heads(NamedTuple):
@@ -43,11 +44,11 @@ class Atoms(NamedTuple):
 
     Attributes:
         heads: the single tokens.
-        masses: ``(N, K + others)``.
+        log_masses: ``(N, K + others)``; −∞ for repetitions.
     """
 
     heads: Heads
-    masses: Tensor
+    log_masses: Tensor
 
     @property
     def width(self) -> int:
@@ -56,19 +57,19 @@ class Atoms(NamedTuple):
 
     def others(self) -> Tensor:
         """Total mass of all other tokens, ``(N,)``; detached."""
-        return self.masses.detach()[:, self.width :].sum(-1)
+        return self.log_masses.detach()[:, self.width :].exp().sum(-1)
 
     def without_others(self, *, normalize: bool) -> Atoms:
         """Only the single tokens, with their mass or, with ``normalize``, with total mass 1."""
-        masses = self.masses[:, : self.width]
-        return Atoms(self.heads, masses / masses.sum(-1, keepdim=True) if normalize else masses)
+        log_masses = self.log_masses[:, : self.width]
+        return Atoms(self.heads, log_masses.log_softmax(-1) if normalize else log_masses)
 
     def part(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and masses of some positions, without columns that contain only repetitions."""
+        """Tokens and log masses of some positions, without columns of repetitions alone."""
         count = int(self.heads.counts[places].max())
-        masses = self.masses[places]
-        masses = torch.cat([masses[:, :count], masses[:, self.width :]], -1)
-        return self.heads.tokens[places, :count], masses
+        log_masses = self.log_masses[places]
+        log_masses = torch.cat([log_masses[:, :count], log_masses[:, self.width :]], -1)
+        return self.heads.tokens[places, :count], log_masses
 
 
 def block_size(vocab: int, device: torch.device) -> int:
@@ -170,12 +171,13 @@ def _union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.gather(-1, order), tokens.shape[-1] - repeated.sum(-1)
 
 
-class HeadMasses(torch.autograd.Function):
-    """Masses of the head and, last, of the atoms of all other tokens, ``(N, K + atoms)``.
+class HeadLogMasses(torch.autograd.Function):
+    """Log masses of the head and, last, of the atoms of all other tokens, ``(N, K + atoms)``.
 
-    There is one such atom, or one per cluster of the vocabulary. The gradient in the logits z is
-    q_i·(G_i − ⟨q, G⟩)/T, where G_i is the gradient in the mass of the atom of token i. It is
-    written in blocks of positions, so that no other tensor is as large as the logits.
+    There is one such atom, or one per cluster of the vocabulary. Let G be the gradient in the log
+    masses, and c the atom of token i, of mass q_c. The gradient in the logits z is
+    (G_c·q_i/q_c − q_i·Σ G)/T, with q_i = q_c for a token of the head. It is written in blocks of
+    positions, so that no other tensor is as large as the logits.
     """
 
     @staticmethod
@@ -185,39 +187,44 @@ class HeadMasses(torch.autograd.Function):
         else:
             gathered = logits[counted.unsqueeze(-1), heads.tokens]
         log_masses = gathered.to(dtype) / temperature - heads.normaliser.unsqueeze(-1)
-        masses = log_masses.exp_().masked_fill_(~heads.valid, 0)
+        log_masses.masked_fill_(~heads.valid, -torch.inf)
+        masses = log_masses.exp()
         if clusters is None:
             rest = 1 - masses.sum(-1, keepdim=True)
+            # The rounding error of the sum is as large as a small rest: add up its tokens there.
+            small = (rest.squeeze(-1) < _SMALL_REST).nonzero().squeeze(-1)
+            rows = small if counted is None else counted[small]
+            parts = _blocks_of(logits, rows, temperature, dtype)
+            for _, block, q in parts if len(small) else ():
+                places = small[block]
+                rest[places] = q.scatter_(-1, heads.tokens[places], 0).sum(-1, keepdim=True)
         else:
             membership = clusters.membership(dtype)
             blocks = _blocks_of(logits, counted, temperature, dtype)
             with without_autocast(logits):
-                rest = torch.cat([q @ membership for _, _, q in blocks])
-            rest.scatter_add_(-1, clusters.assignment[heads.tokens], -masses)
-        rest.clamp_(min=0).masked_fill_((heads.counts == logits.shape[-1]).unsqueeze(-1), 0)
+                rest = torch.cat(
+                    [q.scatter_(-1, heads.tokens[block], 0) @ membership for _, block, q in blocks]
+                )
         ctx.save_for_backward(logits, counted, heads.tokens, masses, rest)
         ctx.clusters, ctx.temperature = clusters, temperature
-        return torch.cat([masses, rest], -1)
+        return torch.cat([log_masses, rest.log()], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_masses):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
-        refuse_batched("TopK", grad_masses)
+    def backward(ctx, grad_logs):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        refuse_batched("TopK", grad_logs)
         logits, counted, tokens, masses, rest = ctx.saved_tensors
-        grad_head, grad_rest = grad_masses.split([tokens.shape[-1], rest.shape[-1]], -1)
-        inner = (masses * grad_head).sum(-1, keepdim=True)
-        inner = inner + (rest * grad_rest).sum(-1, keepdim=True)
-        of_rest = (grad_rest - inner) / ctx.temperature
-        replaced = grad_rest
-        if ctx.clusters is not None:
-            replaced = grad_rest.gather(-1, ctx.clusters.assignment[tokens])
-        correction = masses * (grad_head - replaced) / ctx.temperature
+        total = grad_logs.sum(-1, keepdim=True)
+        grad_head, grad_rest = grad_logs.split([tokens.shape[-1], rest.shape[-1]], -1)
+        of_head = (grad_head - masses * total) / ctx.temperature
+        of_rest = torch.where(rest > 0, grad_rest / rest, 0).sub_(total).div_(ctx.temperature)
         grad = torch.empty_like(logits) if counted is None else torch.zeros_like(logits)
         for rows, block, q in _blocks_of(logits, counted, ctx.temperature, masses.dtype):
             every = of_rest[block]
             if ctx.clusters is not None:
                 every = every.index_select(-1, ctx.clusters.assignment)
-            q.mul_(every).scatter_add_(-1, tokens[block], correction[block])
+            q.scatter_(-1, tokens[block], 0).mul_(every)
+            q.scatter_add_(-1, tokens[block], of_head[block])
             # Rounded last, because small entries would underflow in float16 before they are scaled.
             grad[rows] = q.to(grad.dtype)
         return grad, None, None, None, None, None

@@ -81,7 +81,7 @@ class NearestNeighbours(Support):
         """See :class:`Support`."""
         assert isinstance(cost, EmbeddingCost)
         device = positions.student.device
-        costs = self._costs(cost, positions.dtype, device, self_terms=objective.debias)
+        costs = self._costs(cost, positions.dtype, device, self_terms=objective.debias is not None)
         return Selection(blocks=full_blocks(positions, costs), support=repr(self))
 
     def _costs(self, cost: EmbeddingCost, dtype, device, *, self_terms: bool) -> CostMatrices:

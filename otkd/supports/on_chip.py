@@ -25,9 +25,10 @@ def check_on_chip(cost: Cost, objective: Objective) -> None:
             f"backend='triton' requires a constant EmbeddingCost of one vocabulary, got {cost!r}: "
             "use backend='torch'"
         )
-    if objective.value != "dual" or objective.unbalanced is not None:
+    if objective.value != "dual" or not objective.balanced or objective.debias == "teacher":
         raise ValueError(
-            "backend='triton' computes value='dual' of balanced transport: use backend='torch'"
+            "backend='triton' computes value='dual' of balanced transport, with debias='sinkhorn' "
+            "or None: use backend='torch'"
         )
 
 
@@ -51,7 +52,7 @@ class OnChipBlock(Block):
         Raises:
             ImportError, ValueError: see :func:`otkd.fused.topk_sinkhorn.topk_sinkhorn`.
         """
-        a, b, cost = self.source, self.target, self.cost
+        a, b, cost = self.log_source.exp(), self.log_target.exp(), self.cost
         sides: tuple[Side, Side] = ("source", "target")
         sizes = (self.vocab, self.vocab)
         every = torch.arange(self.vocab, device=a.device).unsqueeze(0)
@@ -64,7 +65,7 @@ class OnChipBlock(Block):
             "epsilon": objective.epsilon,
             "tolerance": solver.tolerance,
             "max_iterations": solver.max_iterations,
-            "debias": objective.debias,
+            "debias": objective.debias is not None,
         }
         embedding = cost.source.to(a.device)
         value, error, iterations = TopKSinkhorn.apply(
@@ -82,10 +83,10 @@ class OnChipBlock(Block):
 
 def on_chip_block(student: Atoms, teacher: Atoms, cost: EmbeddingCost, vocab: int) -> OnChipBlock:
     """The block of all positions; both sides have the same tokens."""
-    none = student.masses.new_empty(0, 0)
+    none = student.log_masses.new_empty(0, 0)
     return OnChipBlock(
-        source=student.masses,
-        target=teacher.masses,
+        log_source=student.log_masses,
+        log_target=teacher.log_masses,
         costs=CostMatrices(none),
         heads=student.heads,
         cost=cost,

@@ -48,7 +48,7 @@ def stored_self_values(
 
     None if it is not needed, not stored, or stored for another problem.
     """
-    if stored.self_potential is None or stored.self_settings is None or not objective.debias:
+    if stored.self_potential is None or stored.self_settings is None or objective.debias is None:
         return None
     reason = _obstacle(cost, support, objective)
     if reason is None:
@@ -101,7 +101,7 @@ def solve_self_term(
     Raises:
         ValueError: if there is no self-term that can be stored.
     """
-    reason = _obstacle(cost, support, objective) if objective.debias else "debias=False"
+    reason = _obstacle(cost, support, objective) if objective.debias else "debias=None"
     if reason is not None:
         raise ValueError(f"the self-term cannot be stored: {reason}")
     flat = teacher.flatten()
@@ -130,7 +130,8 @@ def _obstacle(cost: Cost, support: TopK, objective: Objective) -> str | None:
         > 1,
         f"value={objective.value!r}, but only the dual value can be stored": objective.value
         != "dual",
-        "unbalanced transport": objective.unbalanced is not None,
+        "marginal_relaxation is set": not objective.balanced,
+        "debias='teacher'": objective.debias == "teacher",
     }
     return next((reason for reason, present in obstacles.items() if present), None)
 

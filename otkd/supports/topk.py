@@ -18,12 +18,13 @@ from otkd.costs.clusters import (
     soft_mean_cost_of_clusters,
 )
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
+from otkd.ot.divergence import TargetTerm
 from otkd.ot.options import Objective, SolverSettings
 from otkd.ot.problem import check_costs
 from otkd.scalars import as_flag, as_whole, settle
 from otkd.supports.base import Block, Positions, Selection, Support
 from otkd.supports.coverage import warn_of_coverage
-from otkd.supports.heads import Atoms, HeadMasses, select_heads
+from otkd.supports.heads import Atoms, HeadLogMasses, select_heads
 from otkd.supports.on_chip import check_on_chip, on_chip_block
 from otkd.supports.stored import solve_self_term, stored_masses, stored_self_values
 from otkd.teachers import TopKTeacher
@@ -50,7 +51,7 @@ class TopK(Support):
     Args:
         k: tokens of each side, at least 1. All tokens are used if there are fewer.
         tail: with False the tail is dropped. The chosen tokens are then renormalised or, with
-            marginal relaxation (``unbalanced``), keep their mass.
+            marginal relaxation (``marginal_relaxation``), keep their mass.
         clusters: number of atoms into which the tail is divided, by k-means of the embedding. More
             than 1 reduces the error if the embedding has clusters. It requires an
             :class:`~otkd.costs.EmbeddingCost` and a teacher that is not a stored top-k.
@@ -114,8 +115,7 @@ class TopK(Support):
             warn_of_coverage(coverage.mean(), self.k)
         else:
             student, teacher = (
-                side.without_others(normalize=objective.unbalanced is None)
-                for side in (student, teacher)
+                side.without_others(normalize=objective.balanced) for side in (student, teacher)
             )
         if backend == "triton":
             vocab = positions.student.shape[-1]
@@ -129,25 +129,25 @@ class TopK(Support):
         self, positions: Positions, student: Atoms, teacher: Atoms, cost: Cost, objective: Objective
     ) -> Iterator[Block]:
         sizes = positions.student.shape[-1], positions.teacher.shape[-1]
-        self_values = None
+        own_values = None
         if positions.stored is not None:
             stored = positions.counted_stored()
-            self_values = stored_self_values(stored, cost, self, objective, positions.dtype)
+            own_values = stored_self_values(stored, cost, self, objective, positions.dtype)
         # Repeated tokens have no mass and come last, so a block is as wide as its longest head.
         # Sorting puts positions with heads of similar length into the same block.
         order = (student.heads.counts + teacher.heads.counts).argsort()
         for places in _in_blocks(order, student.width, teacher.width):
-            (x, q), (y, p) = student.part(places), teacher.part(places)
+            (x, log_q), (y, log_p) = student.part(places), teacher.part(places)
             if student.heads.tokens is teacher.heads.tokens:
                 y = x
-            costs = self._costs(cost, x, y, sizes, objective, q.dtype)
+            costs = self._costs(cost, x, y, sizes, objective, log_q.dtype)
             if cost.learns:  # constants are checked in the constructor
-                check_costs(q.shape[-1], p.shape[-1], costs)
+                check_costs(log_q.shape[-1], log_p.shape[-1], costs)
             yield Block(
-                source=q,
-                target=p,
+                log_source=log_q,
+                log_target=log_p,
                 costs=costs,
-                target_value=None if self_values is None else self_values[places],
+                target_term=None if own_values is None else TargetTerm(own_values[places] / 2),
                 places=places,
                 tokens=(x, y),
             )
@@ -156,12 +156,12 @@ class TopK(Support):
         student, teacher = select_heads(positions, self.k, shared=cost.one_vocabulary)
         counted, dtype, device = positions.counted, positions.dtype, positions.student.device
         clusters = self._clusters(cost, "source", device)
-        a = HeadMasses.apply(
+        a = HeadLogMasses.apply(
             positions.student, counted, student, clusters, positions.temperature, dtype
         )
         if positions.stored is None:
             clusters = self._clusters(cost, "target", device)
-            b = HeadMasses.apply(
+            b = HeadLogMasses.apply(
                 positions.teacher, counted, teacher, clusters, positions.teacher_temperature, dtype
             )
         else:
@@ -170,10 +170,11 @@ class TopK(Support):
                     "a stored top-k teacher keeps its tail as a single mass: use TopK(clusters=1)"
                 )
             stored = positions.counted_stored()
-            b = stored_masses(stored, teacher, positions.dtype)
+            b = stored_masses(stored, teacher, positions.dtype).log()
             if cost.one_vocabulary:
-                same = same_up_to_rounding(a.detach(), b, b.log(), stored.log_masses.dtype)
-                b = torch.where(same, a.detach(), b)
+                own = a.detach()
+                same = same_up_to_rounding(own.exp(), b.exp(), b, stored.log_masses.dtype)
+                b = torch.where(same, own, b)
         return Atoms(student, a), Atoms(teacher, b.detach())
 
     def stored_self_term(
@@ -185,7 +186,7 @@ class TopK(Support):
     def _costs(self, cost, student, teacher, sizes, objective, dtype) -> CostMatrices:
         """The costs between the atoms of the two sides, and within each."""
         cross = self._matrix(cost, student, teacher, ("source", "target"), sizes, objective, dtype)
-        if not objective.debias:
+        if objective.debias is None:
             return CostMatrices(cross)
         if cost.one_vocabulary:
             return CostMatrices(cross, cross, cross)

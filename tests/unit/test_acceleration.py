@@ -261,7 +261,7 @@ def test_beyond_that_reach_there_are_no_plain_steps():
     ("kind", "variant"),
     [
         *((kind, "balanced") for kind in KINDS),
-        *((kind, "unbalanced") for kind in KINDS),
+        *((kind, "marginal_relaxation") for kind in KINDS),
         *((kind, "symmetric") for kind in KINDS if kind != "rectangular"),
     ],
 )
@@ -272,7 +272,7 @@ def test_every_problem_of_a_batch_is_solved_as_it_is_alone(kind, variant):
     flat_a, flat_b = torch.full_like(a, 1 / a.shape[-1]), torch.full_like(b, 1 / b.shape[-1])
     ease = (torch.arange(9, dtype=F64)[order] / 8).unsqueeze(-1) ** 0.2  # 1: both sides flat
     a, b = ease * flat_a + (1 - ease) * a, ease * flat_b + (1 - ease) * b
-    options = {"tolerance": 1e-10, "penalty": 0.5 if variant == "unbalanced" else math.inf}
+    options = {"tolerance": 1e-10, "penalty": 0.5 if variant == "marginal_relaxation" else math.inf}
     if variant == "symmetric":
         cost = cost + cost.mT
         cost.diagonal(dim1=-2, dim2=-1).zero_()

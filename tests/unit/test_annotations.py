@@ -22,7 +22,12 @@ for shape in ((), (2, 3)):
     matrix = (torch.arange(5.0)[:, None] - torch.arange(5.0)).abs()
     embedding, other = torch.randn(5, 4), torch.randn(7, 4)
     costs = (matrix, MatrixCost(matrix), DiscreteCost(), OrdinalCost(2.0), EmbeddingCost(embedding))
-    transport = ("sinkhorn_divergence", "wasserstein_distance", "batch_sinkhorn_distance")
+    transport = (
+        "sinkhorn_divergence",
+        "transport_kl_divergence",
+        "wasserstein_distance",
+        "batch_sinkhorn_distance",
+    )
     for name in set(F.__all__) - set(transport):
         for student in (x, x.bfloat16(), x.double(), x.clone().requires_grad_()):
             value = getattr(F, name)(student, y, temperature=2.0, mask=mask)
@@ -30,7 +35,7 @@ for shape in ((), (2, 3)):
         called.add(name)
     assert F.universal_logit_distance(x, wide).shape == shape
     bridge = EmbeddingCost(embedding, other)
-    for name in transport[:2]:
+    for name in transport[:3]:
         for cost in costs:
             function = getattr(F, name)
             assert function(x, y, cost=cost, mask=mask, teacher_temperature=2.0).shape == shape
@@ -48,6 +53,8 @@ for shape in ((), (2, 3)):
     three = bridge.matrices(5, 7, dtype=a.dtype, device=a.device, self_terms=True)
     for cost in (bridge, tuple(three)):
         assert ot.sinkhorn_divergence(a, c, cost, epsilon=0.5).shape == shape
+    relaxed = {"marginal_relaxation": (0.5, None), "debias": "teacher"}
+    assert ot.sinkhorn_divergence(a, b, matrix, **relaxed).shape == shape
     assert ot.sinkhorn_divergence(a, c, rectangular, debias=False).shape == shape
     assert ot.sinkhorn(a, c, rectangular).plan().shape == (*shape, 5, 7)
     assert ot.wasserstein(a, c, rectangular).shape == shape

@@ -267,17 +267,18 @@ def test_the_unit_of_a_divergence(seed, dtype, reach, unit, value):
     st.sampled_from([(1.0, 1.0), (1e-3, 50.0), (1e12, 1e15)]),
 )
 def test_constants_and_masses_of_penalised_transport(kind, seed, reach, rho, constant, totals):
-    """They scale the plan as the closed form says, and take no further iteration.
+    """They scale the plan as the closed form says.
 
     A cost that is larger by c has the plan exp(−c/(ε + ρ_a + ρ_b)) times: all of it where neither
     side is held, and none where one is.
     """
     a, b, cost, epsilon = problem(kind, seed, F64, reach)
-    options = objective_and_solver(epsilon=epsilon, unbalanced=rho, debias=False)
+    # Masses decide which error is small enough, so only solutions to the end are the same.
+    tight = {"tolerance": 1e-9, "max_iterations": 10_000}
+    options = objective_and_solver(epsilon=epsilon, marginal_relaxation=rho, debias=None, **tight)
     expected, slopes = divergence(a, b, [cost], options)
     assert expected.converged
     moved, moved_slopes = divergence(a * totals[0], b * totals[1], [cost + constant], options)
-    assert moved.iterations == expected.iterations
     assert moved.converged
     share = [1 / (epsilon + sum(rho)), epsilon + rho[0], epsilon + rho[1]]
     log_a, log_b = (math.log(total) for total in totals)
@@ -288,9 +289,9 @@ def test_constants_and_masses_of_penalised_transport(kind, seed, reach, rho, con
     else:
         log_factor = share[0] * (share[1] * log_a + share[2] * log_b - constant)
     factor = math.exp(log_factor)
-    close(moved_slopes[2] / factor, slopes[2], rtol=1e-9, atol=1e-12)
+    close(moved_slopes[2] / factor, slopes[2], rtol=1e-6, atol=1e-8)
     if totals == (1.0, 1.0) and math.inf in rho:
-        close(moved.value, expected.value + constant, rtol=1e-12, atol=1e-12)
+        close(moved.value, expected.value + constant, rtol=1e-10, atol=1e-10)
 
 
 @given(seeds, dtypes, st.sampled_from([0.2, 20.0, 70.0]), units)
@@ -298,10 +299,12 @@ def test_the_unit_of_cost_epsilon_and_penalty(seed, dtype, reach, unit):
     a, b, cost, epsilon = problem("per_item", seed, dtype, reach)
     cost = cost + 8  # below 0 by many ρ the plan is as many times larger than the masses
     for rho in ((2.0, 0.5), (2.0, math.inf), (0.01, 0.01)):
-        options = objective_and_solver(epsilon=epsilon, unbalanced=rho, debias=False)
+        options = objective_and_solver(epsilon=epsilon, marginal_relaxation=rho, debias=False)
         expected, slopes = divergence(a, b, [cost], options)
         scaled = tuple(unit * penalty for penalty in rho)
-        options = objective_and_solver(epsilon=epsilon * unit, unbalanced=scaled, debias=False)
+        options = objective_and_solver(
+            epsilon=epsilon * unit, marginal_relaxation=scaled, debias=False
+        )
         found, found_slopes = divergence(a, b, [cost * unit], options)
         assert found.iterations == expected.iterations
         rounding = 256 * EPS[dtype] * 16
@@ -317,7 +320,7 @@ def test_plans_near_the_largest_of_float32_have_the_gradients_of_float64(rho, re
     a, b, cost, epsilon = problem("per_item", 8, F64, reach)
     cost, epsilon = cost / 32, epsilon / 32
     cost = cost - 78 * (epsilon + sum(rho))
-    options = objective_and_solver(epsilon=epsilon, unbalanced=rho, debias=False)
+    options = objective_and_solver(epsilon=epsilon, marginal_relaxation=rho, debias=False)
     expected, slopes = divergence(a, b, [cost], options)
     found, found_slopes = divergence(a.float(), b.float(), [cost.float()], options)
     assert found.converged

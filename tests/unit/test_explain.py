@@ -191,7 +191,7 @@ def test_other_positions_may_hold_anything_and_nothing_is_left_behind():
 
 def test_unbalanced_plans_have_other_marginals():
     student, teacher = logits(1, 3, VOCAB), logits(2, 3, VOCAB)
-    found = loss_with(Dense(), unbalanced=0.05).explain(student, teacher, top=None)
+    found = loss_with(Dense(), marginal_relaxation=0.05).explain(student, teacher, top=None)
     rows, _ = marginals(found)
     gap = sum(abs(rows[i] - mass) for i, mass in enumerate(student[0].softmax(-1).tolist()))
     assert gap > 0.01

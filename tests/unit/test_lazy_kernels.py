@@ -177,7 +177,7 @@ PROBLEMS = {
     "dual": {},
     "sharp": {"value": "sharp"},
     "biased": {"debias": False},
-    "unbalanced": {"unbalanced": 1.0},
+    "marginal_relaxation": {"marginal_relaxation": 1.0},
 }
 
 

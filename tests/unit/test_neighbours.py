@@ -198,7 +198,7 @@ def test_with_all_tokens_near_it_is_dense(two, epsilon, value, dtype):
 def test_unbalanced_too_it_is_dense_with_all_tokens_near():
     cost, teacher = EmbeddingCost(points(1, VOCAB, 3)), logits(4, 3, VOCAB)
     results = [
-        slope(loss(support, cost, teacher, unbalanced=0.5), logits(3, 3, VOCAB))
+        slope(loss(support, cost, teacher, marginal_relaxation=0.5), logits(3, 3, VOCAB))
         for support in (Dense(), NearestNeighbours(VOCAB))
     ]
     for left, right in zip(*results, strict=True):

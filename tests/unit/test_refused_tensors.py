@@ -15,7 +15,11 @@ pytestmark = pytest.mark.usefixtures("seeded")
 VOCAB = 6
 MATRIX = (torch.arange(6.0)[:, None] - torch.arange(6.0)).abs()
 LABELS = torch.tensor([0, 1, -100, 3])
-OPTIONS = {"sinkhorn": {"embedding": points(1, VOCAB, 3)}, "wasserstein": {"cost": MATRIX}}
+OPTIONS = {
+    "sinkhorn": {"embedding": points(1, VOCAB, 3)},
+    "transport_kl": {"embedding": points(1, VOCAB, 3)},
+    "wasserstein": {"cost": MATRIX},
+}
 
 
 def of_logits(loss):
@@ -29,7 +33,7 @@ LOSSES |= {
     "author": of_logits(otkd.SinKDLoss.author()),
     "top-k": of_logits(otkd.SinkhornLoss(MATRIX, support=TopK(2))),
     "sharp": of_logits(otkd.SinkhornLoss(MATRIX, value="sharp")),
-    "unbalanced": of_logits(otkd.SinkhornLoss(MATRIX, unbalanced=1.0)),
+    "marginal_relaxation": of_logits(otkd.SinkhornLoss(MATRIX, marginal_relaxation=1.0)),
     "ordinal": of_logits(otkd.WassersteinLoss("ordinal")),
     "function": functional.kl_divergence,
     "function of a batch": functional.batch_sinkhorn_distance,

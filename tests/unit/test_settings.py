@@ -132,8 +132,8 @@ CONTRADICTIONS = [
     ),
     (lambda: TopK(8, tail=False, clusters=4), "clusters=4 has no effect with tail=False"),
     (
-        lambda: otkd.SinkhornLoss("discrete", unbalanced=1.0, value="sharp"),
-        "unbalanced transport has value='dual' alone",
+        lambda: otkd.SinkhornLoss("discrete", marginal_relaxation=1.0, value="sharp"),
+        "transport with marginal_relaxation has only value='dual'",
     ),
 ]
 
@@ -193,7 +193,11 @@ def test_refused_names_and_weights(name, term, error, message):
 
 # The registry ------------------------------------------------------------------------------------
 
-REQUIRED = {"sinkhorn": {"embedding": points(1, VOCAB, 3)}, "wasserstein": {"cost": "ordinal"}}
+REQUIRED = {
+    "sinkhorn": {"embedding": points(1, VOCAB, 3)},
+    "transport_kl": {"embedding": points(1, VOCAB, 3)},
+    "wasserstein": {"cost": "ordinal"},
+}
 
 
 @pytest.mark.parametrize("name", otkd.list_losses())

@@ -16,7 +16,7 @@ from otkd import functional
 from otkd.functional.report import Report
 from otkd.ot.options import Objective, SolverSettings
 
-NEEDS_COST = ("sinkhorn", "wasserstein")
+NEEDS_COST = ("sinkhorn", "transport_kl", "wasserstein")
 
 MODULES = (
     *(otkd, functional, otkd.ot, otkd.costs, otkd.supports, otkd.teachers, otkd.losses),
@@ -112,6 +112,7 @@ def test_functions_of_logits_name_every_parameter_and_every_shape(function):
 
 POSITIONAL = {
     otkd.SinkhornLoss: ["cost", "embedding"],
+    otkd.TransportKLLoss: ["cost", "embedding"],
     otkd.WassersteinLoss: ["cost"],
     otkd.BatchSinkhornLoss: ["cost"],
     otkd.JSDLoss: ["beta"],
@@ -167,11 +168,12 @@ SOLVED = [
 TEMPERED = [
     *(otkd.losses.loss_class(name) for name in otkd.list_losses() if name not in NEEDS_COST),
     lambda **options: otkd.SinkhornLoss(embedding=X, **options),
+    lambda **options: otkd.TransportKLLoss(embedding=X, **options),
     lambda **options: otkd.WassersteinLoss(COST, **options),
     *(
         functools.partial(getattr(functional, name), X, X)
         for name in functional.__all__
-        if name not in ("sinkhorn_divergence", "wasserstein_distance")
+        if name not in ("sinkhorn_divergence", "transport_kl_divergence", "wasserstein_distance")
     ),
 ]
 NO_NUMBERS = (
@@ -185,7 +187,8 @@ NO_NUMBERS = (
     X[0, 0] > 9,
 )
 REFUSED = [
-    *((build, "debias", value) for build in SOLVED for value in (1000, 1, "yes", None, 0.5)),
+    *((build, "debias", value) for build in SOLVED for value in (1000, 1, 0.5)),
+    *((otkd.BatchSinkhornLoss, "debias", value) for value in ("yes", None)),
     *((build, "max_iterations", value) for build in SOLVED for value in (3.7, True, "3", 2.0)),
     *(
         (build, name, value)

@@ -35,6 +35,10 @@ def sinkhorn(support, vocab=VOCAB):
     )
 
 
+def transport_kl(vocab=VOCAB):
+    return lambda **o: otkd.TransportKLLoss(cost(vocab), price=5.0, support=TopK(3), **o)
+
+
 F_DIVERGENCES = {
     "kl": otkd.KLLoss,
     "rkl": otkd.ReverseKLLoss,
@@ -59,6 +63,7 @@ TRANSPORT = {
     "topk": sinkhorn(TopK(3)),
     "wide topk": sinkhorn(TopK(9)),
     "headless": sinkhorn(TopK(3, tail=False)),
+    "transport KL": transport_kl(),
     "wasserstein": lambda **o: otkd.WassersteinLoss(cost(), **o),
     "total variation": lambda **o: otkd.WassersteinLoss("discrete", **o),
     "samples": lambda **o: otkd.BatchSinkhornLoss(
@@ -222,6 +227,8 @@ def test_padded_vocabularies_are_the_same_to_every_form_of_teacher(name):
     if name in ("dense", "topk", "headless"):
         support = {"dense": Dense(), "topk": TopK(3), "headless": TopK(3, tail=False)}[name]
         make = sinkhorn(support, size)
+    if name == "transport KL":
+        make = transport_kl(size)
     if name == "wasserstein":
         make = lambda **o: otkd.WassersteinLoss(cost(size), **o)  # noqa: E731
     loss, plain = make(reduction="none", vocab_size=size), make(reduction="none")
@@ -233,7 +240,7 @@ def test_padded_vocabularies_are_the_same_to_every_form_of_teacher(name):
     # Known in full, the padding can be taken away whatever it holds.
     for form in (teacher, DenseTeacher(teacher), TopKTeacher.from_logits(bare, VOCAB)):
         value, gradient = value_and_gradient(loss, student, form)
-        if isinstance(form, TopKTeacher) and name in ("topk", "headless"):
+        if isinstance(form, TopKTeacher) and name in ("topk", "headless", "transport KL"):
             expected = value_and_gradient(
                 plain, student[:, :size], TopKTeacher.from_logits(teacher[:, :size], size)
             )

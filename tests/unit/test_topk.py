@@ -63,7 +63,7 @@ def loss_of(cost="discrete", k=2, tail=True, **options):
 def check_against_reference(cost, costs, student, teacher, k, *, tail=True, **options):
     temperature = options.pop("temperature", 1.0)
     teacher_temperature = options.pop("teacher_temperature", temperature)
-    unbalanced, value = options.pop("unbalanced", None), options.pop("value", "dual")
+    unbalanced, value = options.pop("marginal_relaxation", None), options.pop("value", "dual")
     debias = options.pop("debias", True)
 
     def solved(z):
@@ -77,7 +77,7 @@ def check_against_reference(cost, costs, student, teacher, k, *, tail=True, **op
             teacher_temperature=teacher_temperature,
             debias=debias,
             value=value,
-            unbalanced=unbalanced,
+            marginal_relaxation=unbalanced,
             **TIGHT,
         )
 
@@ -115,8 +115,8 @@ def test_value_and_gradient_are_those_of_the_reference(name, tail):
         {"debias": False},
         {"value": "sharp"},
         {"value": "sharp", "debias": False},
-        {"unbalanced": 1.0},
-        {"unbalanced": 0.3, "debias": False},
+        {"marginal_relaxation": 1.0},
+        {"marginal_relaxation": 0.3, "debias": False},
         {"temperature": 2.0, "teacher_temperature": 0.8},
     ],
 )
@@ -211,7 +211,7 @@ def test_the_heaviest_tokens_are_those_of_a_sort(seed, vocab, k, kind):
     unbalanced=st.sampled_from([None, 1.0]),
 )
 def test_laws_of_the_divergence(seed, name, k, tail, unbalanced):
-    loss = loss_of(one_vocabulary(name)[0], k, tail, unbalanced=unbalanced)
+    loss = loss_of(one_vocabulary(name)[0], k, tail, marginal_relaxation=unbalanced)
     student, teacher = logits(seed, 3, VOCAB), logits(seed + 1, 3, VOCAB)
     value, gradient = slopes(lambda z: loss(z, teacher), student)
     close(gradient.sum(-1), torch.zeros(3, dtype=F64), atol=1e-9, rtol=0)

@@ -84,7 +84,7 @@ def test_value_and_gradient_are_those_of_the_definition(seed, k, stored, heat):
 
 @pytest.mark.parametrize("k", [2, VOCAB])
 @pytest.mark.parametrize(
-    "options", [{}, {"debias": False}, {"value": "sharp"}, {"unbalanced": 0.5}]
+    "options", [{}, {"debias": False}, {"value": "sharp"}, {"marginal_relaxation": 0.5}]
 )
 def test_with_every_token_stored_it_is_the_loss_over_all_of_them(k, options):
     student, teacher = logits(1, 3, 2, VOCAB), logits(2, 3, 2, VOCAB)
@@ -189,7 +189,7 @@ def test_a_self_term_of_other_settings_is_solved_again(solves):
         "another cost or epsilon": [{"epsilon": 0.3}, {"cost": EmbeddingCost(embedding(9))}],
         "the cost is learnable": [{"cost": learnable}],
         "dual value": [{"value": "sharp"}],
-        "unbalanced": [{"unbalanced": 1.0}],
+        "marginal_relaxation": [{"marginal_relaxation": 1.0}],
     }
     for reason, cases in others.items():
         for options in cases:
@@ -208,9 +208,9 @@ def test_a_self_term_of_other_settings_is_solved_again(solves):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"debias": False}, "debias=False"),
+        ({"debias": None}, "debias=None"),
         ({"value": "sharp"}, "value='sharp'"),
-        ({"unbalanced": 1.0}, "unbalanced transport"),
+        ({"marginal_relaxation": 1.0}, "marginal_relaxation is set"),
         ({"support": TopK(4, tail=False)}, "no tail"),
         ({"support": TopK(4, clusters=2)}, "the tail is stored as a single mass"),
         ({"support": "auto"}, r"support is Dense\(.*\), not a TopK"),

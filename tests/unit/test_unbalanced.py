@@ -47,7 +47,7 @@ def divergence(a, b, cost, epsilon, rho, *, debias=False, **options):
         a,
         b,
         costs,
-        *objective_and_solver(epsilon=epsilon, unbalanced=rho, debias=debias, **options),
+        *objective_and_solver(epsilon=epsilon, marginal_relaxation=rho, debias=debias, **options),
     )
 
 
@@ -166,7 +166,7 @@ def test_a_pair_through_the_logits(rho):
     student, teacher = logits(1, 3, 6), logits(2, 3, 6)
     cost = self_costs(1, 6)["l1"]
     loss = otkd.SinkhornLoss(
-        cost, epsilon=0.3, unbalanced=rho, debias=False, reduction="none", **TIGHT
+        cost, epsilon=0.3, marginal_relaxation=rho, debias=False, reduction="none", **TIGHT
     )
 
     def naively(z):
@@ -245,7 +245,7 @@ def test_gradcheck_through_the_logits(support, debias):
     options = {"cost": self_costs(1, 5)["l1"], "support": support, "debias": debias, **TIGHT}
 
     def value(z):
-        return F.sinkhorn_divergence(z, teacher, epsilon=0.3, unbalanced=0.7, **options)
+        return F.sinkhorn_divergence(z, teacher, epsilon=0.3, marginal_relaxation=0.7, **options)
 
     assert gradcheck(value, (student,), atol=1e-7)
 
@@ -294,7 +294,9 @@ def test_a_large_penalty_is_balanced_transport(debias):
     z, t = logits(1, 3, 6), logits(2, 3, 6)
     options = {"cost": cost, "epsilon": 0.2, "debias": debias, **TIGHT}
     left, right = (
-        slopes(lambda z, rho=rho: F.sinkhorn_divergence(z, t, unbalanced=rho, **options), z)
+        slopes(
+            lambda z, rho=rho: F.sinkhorn_divergence(z, t, marginal_relaxation=rho, **options), z
+        )
         for rho in (1000.0, None)
     )
     close(left[1], right[1], atol=2e-3, rtol=0)
@@ -351,7 +353,7 @@ def test_heads_without_a_tail_keep_the_mass_they_have():
     cost = 1 - torch.eye(6, dtype=F64)
     options = {"cost": cost, "epsilon": 0.3, "support": TopK(2, tail=False), **TIGHT}
     held = F.sinkhorn_divergence(head, flatter, **options)
-    free = F.sinkhorn_divergence(head, flatter, unbalanced=1.0, **options)
+    free = F.sinkhorn_divergence(head, flatter, marginal_relaxation=1.0, **options)
     assert abs(held.item()) < 1e-9
     assert free.item() > 1e-3
     a, b = (naive.log_distribution(z).exp()[:, :2] for z in (head, flatter))
@@ -365,23 +367,25 @@ def test_heads_without_a_tail_keep_the_mass_they_have():
 def test_the_loss_and_what_it_refuses():
     cost = self_costs(1, 6)["l1"]
     student, teacher = logits(1, 4, 6), logits(2, 4, 6)
-    loss = otkd.SinkhornLoss(cost, epsilon=0.3, unbalanced=0.5, reduction="none", **TIGHT)
+    loss = otkd.SinkhornLoss(cost, epsilon=0.3, marginal_relaxation=0.5, reduction="none", **TIGHT)
     q, p = (naive.log_distribution(z).exp() for z in (student, teacher))
     value = loss(student, teacher)
     close(value, naive.unbalanced_divergence(q, p, (cost,) * 3, 0.3, 0.5), atol=1e-9, rtol=1e-8)
     assert loss.last_report.converged
     for rho in (0.0, -1.0, -math.inf, math.nan, (1.0, 0.0)):
-        with pytest.raises(ValueError, match="unbalanced must be a finite number above 0"):
-            otkd.SinkhornLoss(cost, unbalanced=rho)
-        with pytest.raises(ValueError, match="unbalanced must be a finite number above 0"):
-            F.sinkhorn_divergence(student, teacher, cost=cost, unbalanced=rho)
+        with pytest.raises(ValueError, match="marginal_relaxation must be a finite number above 0"):
+            otkd.SinkhornLoss(cost, marginal_relaxation=rho)
+        with pytest.raises(ValueError, match="marginal_relaxation must be a finite number above 0"):
+            F.sinkhorn_divergence(student, teacher, cost=cost, marginal_relaxation=rho)
     for held in (math.inf, (math.inf, math.inf)):  # as in POT
-        loss = otkd.SinkhornLoss(cost, epsilon=0.3, unbalanced=held, reduction="none", **TIGHT)
+        loss = otkd.SinkhornLoss(
+            cost, epsilon=0.3, marginal_relaxation=held, reduction="none", **TIGHT
+        )
         balanced = otkd.SinkhornLoss(cost, epsilon=0.3, reduction="none", **TIGHT)
         close(loss(student, teacher), balanced(student, teacher), rtol=0, atol=0)
     with pytest.raises(ValueError, match="a pair"):
-        otkd.SinkhornLoss(cost, unbalanced=(1.0, 2.0, 3.0))
+        otkd.SinkhornLoss(cost, marginal_relaxation=(1.0, 2.0, 3.0))
     with pytest.raises(ValueError, match="is not a divergence"):
-        otkd.SinkhornLoss(cost, unbalanced=(1.0, math.inf))
-    with pytest.raises(ValueError, match="unbalanced transport has value='dual' alone"):
-        otkd.SinkhornLoss(cost, unbalanced=1.0, value="sharp")
+        otkd.SinkhornLoss(cost, marginal_relaxation=(1.0, math.inf))
+    with pytest.raises(ValueError, match="has only value='dual'"):
+        otkd.SinkhornLoss(cost, marginal_relaxation=1.0, value="sharp")

@@ -1,0 +1,142 @@
+"""KL with a price: the distance at which moving mass is cheaper than insisting on the token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from otkd.checks import check_choice
+from otkd.compilation import outside_graphs
+from otkd.costs import Cost, MatrixCost
+from otkd.functional.transport import sinkhorn_with_report
+from otkd.ot.options import Objective, SolverSettings
+from otkd.scalars import as_positive
+from otkd.supports import Support, as_support
+
+DIRECTIONS = ("forward", "reverse")
+DEBIASINGS = ("auto", "teacher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """The settings of a transport KL that a user chooses, and the problem that they stand for.
+
+    Attributes:
+        price: κ, in nats per unit of the cost.
+        smoothing: η, from above 0 to 1.
+        direction: ``"forward"`` or ``"reverse"``.
+    """
+
+    price: float
+    smoothing: float
+    direction: str
+
+    def __post_init__(self) -> None:
+        check_choice("direction", self.direction, DIRECTIONS)
+        as_positive("price", self.price)
+        smoothing = as_positive("smoothing", self.smoothing)
+        if smoothing > 1:
+            raise ValueError(f"smoothing must be at most 1, got {self.smoothing!r}")
+        if smoothing == 1 and self.direction == "reverse":
+            raise ValueError(
+                "direction='reverse' requires smoothing below 1: at 1 the value is linear in the "
+                "student's distribution, and its distance to the tangent is 0 everywhere"
+            )
+
+    @property
+    def epsilon(self) -> float:
+        """ε = η/κ."""
+        return self.smoothing / self.price
+
+    @property
+    def relaxation(self) -> float:
+        """ρ = (1 − η)/κ."""
+        return (1 - self.smoothing) / self.price
+
+    @property
+    def unit(self) -> float:
+        """The value of transport that is one nat."""
+        return 1 / self.price if self.direction == "forward" else self.relaxation
+
+    def objective(self, debias: str | None) -> Objective:
+        """The transport problem."""
+        penalties = self.relaxation, math.inf
+        if self.direction == "reverse":
+            penalties = math.inf, self.relaxation
+        return Objective(epsilon=self.epsilon, debias=debias, penalties=penalties)
+
+
+def debiasing_for(cost: Cost, debias: str | None) -> str | None:
+    """How to debias with this cost: ``"auto"`` debiases over one vocabulary, where it exists.
+
+    Raises:
+        ValueError: if ``debias`` is neither ``"auto"`` nor ``"teacher"`` nor None.
+    """
+    if debias is None:
+        return None
+    check_choice("debias", debias, DEBIASINGS)
+    return "teacher" if debias == "teacher" or cost.one_vocabulary else None
+
+
+@outside_graphs
+def transport_kl_divergence(
+    student_logits: Float[Tensor, "*batch vocab"],
+    teacher_logits: Float[Tensor, "*batch teacher_vocab"],
+    *,
+    cost: Cost | Tensor,
+    price: float = 30.0,
+    smoothing: float = 1.0,
+    direction: str = "forward",
+    debias: str | None = "auto",
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    mask: Shaped[Tensor, "*batch"] | None = None,
+    support: str | Support = "auto",
+    max_iterations: int = 200,
+    tolerance: float = 1e-4,
+) -> Float[Tensor, "*batch"]:
+    """KL between the teacher and the student after mass has moved between near tokens, in nats.
+
+    See :class:`otkd.TransportKLLoss` for the formula. It tends to KL(p‖q) (``"forward"``) or
+    KL(q‖p) (``"reverse"``) as the price grows.
+
+    Args:
+        student_logits: ``(*batch, vocab)``; q.
+        teacher_logits: ``(*batch, vocab)``; p, a constant. For a cost between two vocabularies,
+            ``(*batch, teacher_vocab)``.
+        cost: a cost object of :mod:`otkd.costs`, or a ``(vocab, vocab)`` tensor; a constant.
+        price: κ, in nats per unit of the cost.
+        smoothing: η, above 0 and at most 1.
+        direction: ``"forward"`` or ``"reverse"``.
+        debias: ``"auto"``, ``"teacher"`` or None.
+        temperature: divides the logits of both sides.
+        teacher_temperature: if given, divides the teacher's logits instead.
+        mask: ``(*batch,)``; where it is zero, the value is 0 and the logits may hold any value.
+        support: which tokens take part: ``"auto"`` or an object of :mod:`otkd.supports`.
+        max_iterations: limit of the solver.
+        tolerance: L1 marginal error at which a position counts as solved.
+
+    Returns:
+        One value per position, in nats.
+
+    Raises:
+        TypeError, ValueError: for wrong shapes, parameters out of range, or NaN in a counted
+            position.
+    """
+    settings = Price(price=price, smoothing=smoothing, direction=direction)
+    cost = MatrixCost(cost) if isinstance(cost, Tensor) else cost
+    values, _ = sinkhorn_with_report(
+        student_logits,
+        teacher_logits,
+        cost=cost,
+        support=as_support(support),
+        objective=settings.objective(debiasing_for(cost, debias)),
+        solver=SolverSettings(tolerance=tolerance, max_iterations=max_iterations),
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        mask=mask,
+    )
+    return values / settings.unit

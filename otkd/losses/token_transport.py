@@ -1,0 +1,132 @@
+"""The base of the losses that transport q to p over the tokens of each position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from otkd.checks import check_choice
+from otkd.costs import Cost
+from otkd.functional.transport import sinkhorn_with_report
+from otkd.losses.base import Batch, DistillationLoss
+from otkd.losses.explain import Explanation, explain_position
+from otkd.ot.options import Objective, SolverSettings
+from otkd.supports import BACKENDS, Support, as_support, choose_support
+from otkd.teachers import StoredTeacher, TopKTeacher
+
+
+class TokenTransportLoss(DistillationLoss):
+    """Base of the losses that transport q to p over the tokens of each position.
+
+    A subclass calls :meth:`_set_up` in its constructor.
+    """
+
+    reads_stored = True
+    rescales_by_default = False
+
+    def _set_up(
+        self,
+        *,
+        cost: Cost,
+        support: str | Support,
+        objective: Objective,
+        solver: SolverSettings,
+        backend: str,
+    ) -> None:
+        check_choice("backend", backend, BACKENDS)
+        self.backend = backend
+        self.objective = objective
+        self.solver = solver
+        self.cost = cost
+        self.support = as_support(support)
+
+    @property
+    def bridges_vocabularies(self) -> bool:
+        """Whether the cost is between two different vocabularies."""
+        return self.cost.bridges_vocabularies
+
+    def per_position(self, batch: Batch) -> Tensor:
+        """See :class:`~otkd.losses.base.DistillationLoss`."""
+        values, self.last_report = sinkhorn_with_report(
+            batch.student_logits,
+            batch.teacher_logits,
+            cost=self.cost,
+            support=self.support,
+            objective=self.objective,
+            solver=self.solver,
+            backend=self.backend,
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            mask=batch.counted,
+            stored=batch.stored,
+        )
+        return values
+
+    def explain(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | StoredTeacher,
+        tokenizer: Any = None,
+        position: int | Sequence[int] = 0,
+        *,
+        top: int | None = 20,
+    ) -> Explanation:
+        """The transport plan of OT_ε(q, p) at one position: which mass moves from where to where.
+
+        Args:
+            student_logits: as for a call.
+            teacher_logits: as for a call.
+            tokenizer: its ``convert_ids_to_tokens`` names the tokens. A pair (student's, teacher's)
+                for a cost between two vocabularies. With None, tokens are shown as ids.
+            position: an index into the batch of positions: one whole number, which counts the
+                positions in order, or one number for each batch dimension.
+            top: how many of the largest moves to return; None for all.
+
+        Returns:
+            An :class:`~otkd.losses.explain.Explanation`, which prints as a table.
+
+        Raises:
+            IndexError: if there is no such position.
+            TypeError, ValueError: for input that a call refuses, an object that is not a tokenizer,
+                or a support that does not hold a plan.
+        """
+        batch = self._prepare(student_logits, teacher_logits, None, None, None, None)
+        return explain_position(
+            batch,
+            position,
+            cost=self.cost,
+            support=self.support,
+            objective=self.objective,
+            solver=self.solver,
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            tokenizer=tokenizer,
+            top=top,
+        )
+
+    def with_self_term(self, teacher: TopKTeacher) -> TopKTeacher:
+        """A copy of the stored teacher with the potential of its self-term OT_ε(p, p).
+
+        The debiased divergence needs OT_ε(p, p), which does not depend on the student. Solved once
+        and stored with the teacher, it is not solved again in every training step.
+
+        Args:
+            teacher: stored at the temperature at which this loss reads it.
+
+        Returns:
+            A copy of ``teacher`` with ``self_potential`` and ``self_settings``.
+
+        Raises:
+            ValueError: if this loss has no self-term that can be stored. It needs a ``TopK``
+                support with one tail atom, ``debias=True``, ``value="dual"``, balanced marginals
+                and a constant cost.
+        """
+        teacher.check_temperature(self.teacher_temperature or self.temperature)
+        support = self.support or choose_support(teacher.vocab_size, teacher.vocab_size)
+        potential, settings = support.stored_self_term(
+            teacher, self.cost, self.objective, self.solver
+        )
+        return replace(teacher, self_potential=potential, self_settings=settings)

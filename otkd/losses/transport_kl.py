@@ -1,0 +1,124 @@
+"""KL that forgives near tokens, at a price."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from otkd.costs import Cost
+from otkd.functional.transport_kl import Price, debiasing_for
+from otkd.losses.base import Batch
+from otkd.losses.ground_cost import make_cost
+from otkd.losses.registry import register_loss
+from otkd.losses.settings import CommonSettings
+from otkd.losses.token_transport import TokenTransportLoss
+from otkd.ot.options import SolverSettings
+from otkd.supports import Support
+
+
+@register_loss("transport_kl")
+class TransportKLLoss(TokenTransportLoss):
+    """KL between p and q over the tokens of each position that forgives near tokens, at a price.
+
+    Where q has too little mass for a token of p, KL insists on that token. This loss may instead
+    use mass of q on tokens at a small cost from it. It pays κ nats for each unit of cost. So it
+    lies between KL (κ → ∞) and optimal transport (κ → 0), and unlike balanced transport its
+    gradient does not vanish where q has no mass: in the logits it is q − r, where r is the
+    teacher's distribution after the mass has moved (KL has q − p), plus the debiasing term.
+
+    With ε = η/κ and ρ = (1 − η)/κ, let
+
+        U(q, p) = min_P ⟨P, C⟩ + ε·KL(P‖q⊗p) + ρ·KL(P1‖q)    such that Pᵀ1 = p.
+
+    The loss is κ·D(q, p), with D the distance of U(·, p) from its tangent at p:
+
+        D(q, p) = U(q, p) − U(p, p) − ⟨∂U(p, p)/∂q, q − p⟩.
+
+    U is convex in q, so D is at least 0, and 0 with gradient 0 at q = p. As κ → ∞, κ·D tends to
+    KL(p‖q) exactly, for every η, if no two tokens coincide. With ``direction="reverse"`` the
+    penalty is on the other side, ρ·KL(Pᵀ1‖p) such that P1 = q; the loss is D/ρ and tends to
+    KL(q‖p).
+
+    For η = 1 (forward only) no iterations are needed, since U/ε = −Σ_j p_j·log(Kᵀq)_j with
+    K = exp(−κ·C): the cross-entropy of p against q smoothed over near tokens.
+
+    Between two vocabularies U(p, p) does not exist. The loss is then U/(ε + ρ) (forward) or U/ρ
+    (reverse), which has the same meaning but is not 0 at its minimum.
+
+    Args:
+        cost: ``"embedding"``, ``"discrete"`` (0/1), ``"ordinal"`` (|i − j|), a ``(vocab, vocab)``
+            tensor, or an object of :mod:`otkd.costs` that is not learnable.
+        embedding: ``(vocab, width)``, for ``cost="embedding"``: the cost is the squared distance of
+            two rows, divided by its mean.
+        price: κ, in nats per unit of the cost, above 0.
+        smoothing: η, above 0 and at most 1 (below 1 for ``"reverse"``). A smaller one gives a
+            sharper plan, and takes more iterations.
+        direction: ``"forward"`` (mean-seeking, like KL) or ``"reverse"`` (mode-seeking).
+        debias: ``"auto"`` and ``"teacher"`` give κ·D; ``"auto"`` leaves debiasing out between two
+            vocabularies. None leaves it out always.
+        support: which tokens take part: an object of :mod:`otkd.supports`, or ``"auto"``, which is
+            ``Dense()`` up to 2048 tokens and ``TopK(64)`` above.
+        max_iterations: limit of the solver. If it is reached, a warning is issued and
+            ``last_report.converged`` is False.
+        tolerance: L1 marginal error at which a position counts as solved.
+        backend: what computes the transport: ``"auto"``, ``"torch"``, or another backend of the
+            support.
+        **common: see :class:`~otkd.losses.base.DistillationLoss`.
+
+    Raises:
+        TypeError, ValueError: for settings that are out of range or contradict each other.
+
+    Source: the infimal convolution of KL with transport, as in Birrell et al. (2022), "(f,
+    Γ)-Divergences: Interpolating between f-Divergences and Integral Probability Metrics", with
+    entropic transport (Chizat et al., 2018).
+
+    Example:
+        >>> embedding = torch.tensor([[0.0, 0.0], [0.0, 0.1], [3.0, 0.0]])
+        >>> loss = otkd.TransportKLLoss(embedding=embedding, price=10.0)
+        >>> teacher = torch.tensor([[6.0, 0.0, 0.0]])
+        >>> near, far = torch.tensor([[0.0, 6.0, 0.0]]), torch.tensor([[0.0, 0.0, 6.0]])
+        >>> loss(near, teacher), loss(far, teacher)
+        (tensor(0.0003), tensor(5.2936))
+        >>> otkd.KLLoss()(near, teacher), otkd.KLLoss()(far, teacher)
+        (tensor(5.9556), tensor(5.9556))
+    """
+
+    rescales_by_default = True
+
+    def __init__(
+        self,
+        cost: str | Tensor | Cost = "embedding",
+        embedding: Tensor | None = None,
+        *,
+        price: float = 30.0,
+        smoothing: float = 1.0,
+        direction: str = "forward",
+        debias: str | None = "auto",
+        support: str | Support = "auto",
+        max_iterations: int = 200,
+        tolerance: float = 1e-4,
+        backend: str = "auto",
+        **common: Unpack[CommonSettings],
+    ) -> None:
+        super().__init__(**common)
+        self.settings = Price(price=price, smoothing=smoothing, direction=direction)
+        ground = make_cost(cost, embedding)
+        self._set_up(
+            cost=ground,
+            support=support,
+            objective=self.settings.objective(debiasing_for(ground, debias)),
+            solver=SolverSettings(tolerance=tolerance, max_iterations=max_iterations),
+            backend=backend,
+        )
+
+    def per_position(self, batch: Batch) -> Tensor:
+        """See :class:`~otkd.losses.base.DistillationLoss`."""
+        return super().per_position(batch) / self.settings.unit
+
+    def extra_repr(self) -> str:
+        """The settings of the transport and the common ones."""
+        settings = self.settings
+        return (
+            f"price={settings.price}, smoothing={settings.smoothing}, "
+            f"direction={settings.direction!r}, " + super().extra_repr()
+        )
