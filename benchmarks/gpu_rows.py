@@ -76,7 +76,11 @@ def correctness(settings: Settings) -> dict:
     teacher = student + torch.randn(student.shape, generator=generator, dtype=torch.float64)
     embedding = torch.randn(1000, 32, generator=generator)
     labels = torch.arange(64)
-    options = {"sinkhorn": {"embedding": embedding}, "wasserstein": {"cost": "ordinal"}}
+    options = {
+        "sinkhorn": {"embedding": embedding},
+        "transport_kl": {"embedding": embedding},
+        "wasserstein": {"cost": "ordinal"},
+    }
     found = {}
     for name in otkd.losses.list_losses():
         chosen = {**options.get(name, {}), "reduction": "mean"}

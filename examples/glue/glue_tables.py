@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -23,7 +24,6 @@ from glue_results import (
 )
 
 from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
-from otkd.study.objectives import loss_parameters
 from otkd.study.report import metric_title
 from otkd.study.results import Result
 from otkd.tasks import Task, get_task
@@ -194,7 +194,7 @@ def sensitivity(studies: Studies) -> str:
 def _setting(run: Result, name: str) -> float:
     value = run.settings.get(f"loss.{name}", run.settings.get(name))
     if value is None:  # the default of the public code's iterations
-        value = loss_parameters(UnrolledBatchSinkhornLoss)[name].default
+        value = inspect.signature(UnrolledBatchSinkhornLoss).parameters[name].default
     return float(value)
 
 

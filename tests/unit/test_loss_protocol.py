@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 
 VOCAB = 12
 close = torch.testing.assert_close
-NEEDED = {"sinkhorn": {"cost": "discrete"}, "wasserstein": {"cost": "discrete"}}
+NEEDED = {name: {"cost": "discrete"} for name in ("sinkhorn", "transport_kl", "wasserstein")}
 
 
 def sinkhorn(**options):

@@ -615,7 +615,7 @@ def test_where_settings_are_at_their_defaults():
     for build, formula in defaults.items():
         assert build().formula == formula
     for build in map(otkd.losses.loss_class, RESCALED):
-        if build not in (otkd.SinkhornLoss, otkd.WassersteinLoss):
+        if build not in (otkd.SinkhornLoss, otkd.TransportKLLoss, otkd.WassersteinLoss):
             assert build().temperature == (2.0 if build is otkd.BatchSinkhornLoss else 1.0)
             assert build().reduction == "mean"
     token, batch = otkd.SinkhornLoss(embedding=points(1, 4)), otkd.BatchSinkhornLoss()
