@@ -1,4 +1,4 @@
-"""KL with a price: the distance at which moving mass is cheaper than insisting on the token."""
+"""KL that may use mass on near tokens in place of the exact one, at a price."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from otkd.compilation import outside_graphs
 from otkd.costs import Cost, MatrixCost
 from otkd.functional.transport import sinkhorn_with_report
 from otkd.ot.options import Objective, SolverSettings
-from otkd.scalars import as_positive
+from otkd.scalars import as_positive, settle
 from otkd.supports import Support, as_support
 
 DIRECTIONS = ("forward", "reverse")
@@ -36,11 +36,14 @@ class Price:
 
     def __post_init__(self) -> None:
         check_choice("direction", self.direction, DIRECTIONS)
-        as_positive("price", self.price)
-        smoothing = as_positive("smoothing", self.smoothing)
-        if smoothing > 1:
+        settle(
+            self,
+            price=as_positive("price", self.price),
+            smoothing=as_positive("smoothing", self.smoothing),
+        )
+        if self.smoothing > 1:
             raise ValueError(f"smoothing must be at most 1, got {self.smoothing!r}")
-        if smoothing == 1 and self.direction == "reverse":
+        if self.smoothing == 1 and self.direction == "reverse":
             raise ValueError(
                 "direction='reverse' requires smoothing below 1: at 1 the value is linear in the "
                 "student's distribution, and its distance to the tangent is 0 everywhere"
@@ -58,7 +61,7 @@ class Price:
 
     @property
     def unit(self) -> float:
-        """The value of transport that is one nat."""
+        """By what the value of the transport problem is divided, so that the result is in nats."""
         return 1 / self.price if self.direction == "forward" else self.relaxation
 
     def objective(self, debias: str | None) -> Objective:

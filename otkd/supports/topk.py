@@ -50,8 +50,8 @@ class TopK(Support):
 
     Args:
         k: tokens of each side, at least 1. All tokens are used if there are fewer.
-        tail: with False the tail is dropped. The chosen tokens are then renormalised or, with
-            marginal relaxation (``marginal_relaxation``), keep their mass.
+        tail: with False the tail is dropped. The chosen tokens are then renormalised or, if the
+            loss has ``marginal_relaxation``, keep their mass.
         clusters: number of atoms into which the tail is divided, by k-means of the embedding. More
             than 1 reduces the error if the embedding has clusters. It requires an
             :class:`~otkd.costs.EmbeddingCost` and a teacher that is not a stored top-k.
