@@ -112,11 +112,27 @@ def _assign(points: np.ndarray, number: int) -> np.ndarray:
     sample = points
     if len(points) > _FITTED_TOKENS:
         sample = points[generator.choice(len(points), _FITTED_TOKENS, replace=False)]
-    starts = sample[generator.choice(len(sample), min(number, len(sample)), replace=False)]
+    starts = _spread_out(sample, min(number, len(sample)), generator)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about empty clusters, which are dropped
         centres, _ = kmeans2(sample, starts, iter=_ITERATIONS, minit="matrix")
     return vq(points, centres)[0].astype(np.int64)
+
+
+def _spread_out(points: np.ndarray, number: int, generator: np.random.Generator) -> np.ndarray:
+    """First centres of k-means: each is drawn far from those before it.
+
+    Random points would put several centres into one cluster and none into another. Source: Arthur
+    and Vassilvitskii (2007), "k-means++: The Advantages of Careful Seeding".
+    """
+    chosen = [generator.integers(len(points))]
+    distances = np.full(len(points), np.inf)
+    while len(chosen) < number:
+        distances = np.minimum(distances, np.square(points - points[chosen[-1]]).sum(-1))
+        if not distances.any():  # all other points coincide with a centre
+            break
+        chosen.append(generator.choice(len(points), p=distances / distances.sum()))
+    return points[chosen]
 
 
 def _mean_cost_table(cost, sides, clusters, dtype, device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -11,10 +12,14 @@ from torch import Tensor
 from otkd.checks import check_choice
 from otkd.compilation import outside_graphs
 from otkd.costs import Cost, MatrixCost
-from otkd.functional.transport import sinkhorn_with_report
+from otkd.functional.report import Report
+from otkd.functional.smoothing import smoothed_kl
+from otkd.functional.transport import counted_positions_of, sinkhorn_with_report
+from otkd.ot.divergence import SolverReport
 from otkd.ot.options import Objective, SolverSettings
 from otkd.scalars import as_positive, settle
-from otkd.supports import Support, as_support
+from otkd.supports import Support, TopK, as_support
+from otkd.teachers import TopKTeacher
 
 DIRECTIONS = ("forward", "reverse")
 DEBIASINGS = ("auto", "teacher")
@@ -129,17 +134,69 @@ def transport_kl_divergence(
         TypeError, ValueError: for wrong shapes, parameters out of range, or NaN in a counted
             position.
     """
-    settings = Price(price=price, smoothing=smoothing, direction=direction)
     cost = MatrixCost(cost) if isinstance(cost, Tensor) else cost
-    values, _ = sinkhorn_with_report(
+    values, _ = transport_kl_with_report(
         student_logits,
         teacher_logits,
+        settings=Price(price=price, smoothing=smoothing, direction=direction),
         cost=cost,
         support=as_support(support),
-        objective=settings.objective(debiasing_for(cost, debias)),
+        debias=debiasing_for(cost, debias),
         solver=SolverSettings(tolerance=tolerance, max_iterations=max_iterations),
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         mask=mask,
     )
-    return values / settings.unit
+    return values
+
+
+def transport_kl_with_report(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    settings: Price,
+    cost: Cost,
+    support: Support | None,
+    debias: str | None,
+    solver: SolverSettings,
+    temperature: float,
+    teacher_temperature: float | None,
+    mask: Tensor | None,
+    backend: str = "auto",
+    stored: TopKTeacher | None = None,
+) -> tuple[Tensor, Report | None]:
+    """:func:`transport_kl_divergence` with the solver's report (None without a counted position).
+
+    With ``smoothing=1`` and :class:`~otkd.supports.TopK`, the closed form of
+    :mod:`otkd.functional.smoothing` makes every token of the tail an atom of its own.
+    """
+    problem: dict[str, Any] = {
+        "cost": cost,
+        "support": support,
+        "objective": settings.objective(debias),
+        "backend": backend,
+        "temperature": temperature,
+        "teacher_temperature": teacher_temperature,
+        "mask": mask,
+        "stored": stored,
+    }
+    positions, chosen = counted_positions_of(student_logits, teacher_logits, **problem)
+    closed = isinstance(chosen, TopK) and chosen.tail and cost.one_vocabulary and not cost.learns
+    if settings.smoothing < 1 or not closed or positions.stored is not None:
+        values, report = sinkhorn_with_report(
+            student_logits, teacher_logits, solver=solver, **problem
+        )
+        return values / settings.unit, report
+    values = smoothed_kl(
+        positions,
+        None if mask is None else mask.reshape(-1),
+        cost=cost,
+        epsilon=settings.epsilon,
+        k=chosen.k,
+        clusters=chosen.clusters,
+        debiased=debias is not None,
+    )
+    error = values.new_zeros(())
+    solved = SolverReport(iterations=1, marginal_error=error, converged=True)
+    report = Report.of([solved], support=repr(chosen)) if len(positions) else None
+    return values.reshape(student_logits.shape[:-1]), report

@@ -53,17 +53,23 @@ class TokenTransportLoss(DistillationLoss):
         values, self.last_report = sinkhorn_with_report(
             batch.student_logits,
             batch.teacher_logits,
-            cost=self.cost,
-            support=self.support,
             objective=self.objective,
-            solver=self.solver,
-            backend=self.backend,
-            temperature=self.temperature,
-            teacher_temperature=self.teacher_temperature,
-            mask=batch.counted,
-            stored=batch.stored,
+            **self._arguments(batch),
         )
         return values
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        """What every transport over tokens takes besides the logits and the problem."""
+        return {
+            "cost": self.cost,
+            "support": self.support,
+            "solver": self.solver,
+            "backend": self.backend,
+            "temperature": self.temperature,
+            "teacher_temperature": self.teacher_temperature,
+            "mask": batch.counted,
+            "stored": batch.stored,
+        }
 
     def explain(
         self,

@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from otkd.costs import Cost
-from otkd.functional.transport_kl import Price, debiasing_for
+from otkd.functional.transport_kl import Price, debiasing_for, transport_kl_with_report
 from otkd.losses.base import Batch
 from otkd.losses.ground_cost import make_cost
 from otkd.losses.registry import register_loss
@@ -113,7 +113,14 @@ class TransportKLLoss(TokenTransportLoss):
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
-        return super().per_position(batch) / self.settings.unit
+        values, self.last_report = transport_kl_with_report(
+            batch.student_logits,
+            batch.teacher_logits,
+            settings=self.settings,
+            debias=self.objective.debias,
+            **self._arguments(batch),
+        )
+        return values
 
     def extra_repr(self) -> str:
         """The settings of the transport and the common ones."""

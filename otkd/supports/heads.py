@@ -99,7 +99,7 @@ def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, 
     check_softmax("student_logits", q_normaliser)
     check_softmax("teacher_logits", p_normaliser)
     if shared:
-        union, counts = _union(q_tokens, p_tokens)
+        union, counts = union_of(q_tokens, p_tokens)
         student, teacher = Heads(union, counts, q_normaliser), Heads(union, counts, p_normaliser)
     else:
         student = _distinct(q_tokens, q_normaliser)
@@ -107,7 +107,7 @@ def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, 
         teacher = (
             _distinct(p_tokens, p_normaliser)
             if positions.stored is None
-            else Heads(*_union(p_tokens, p_tokens[:, :0]), p_normaliser)
+            else Heads(*union_of(p_tokens, p_tokens[:, :0]), p_normaliser)
         )
     return student, teacher
 
@@ -162,8 +162,8 @@ def _distinct(tokens: Tensor, normaliser: Tensor) -> Heads:
     return Heads(tokens, torch.full_like(tokens[:, 0], tokens.shape[-1]), normaliser)
 
 
-def _union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct tokens of both sides, first in each row, and their number."""
+def union_of(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct tokens of both sides, first in each row, and their number, ``(N, K)``, ``(N,)``."""
     tokens = torch.cat([first, second], -1).sort(-1).values
     repeated = torch.zeros_like(tokens, dtype=torch.bool)
     repeated[:, 1:] = tokens[:, 1:] == tokens[:, :-1]
