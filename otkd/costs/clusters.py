@@ -125,13 +125,13 @@ def _spread_out(points: np.ndarray, number: int, generator: np.random.Generator)
     Random points would put several centres into one cluster and none into another. Source: Arthur
     and Vassilvitskii (2007), "k-means++: The Advantages of Careful Seeding".
     """
-    chosen = [generator.integers(len(points))]
+    chosen = [int(generator.integers(len(points)))]
     distances = np.full(len(points), np.inf)
     while len(chosen) < number:
         distances = np.minimum(distances, np.square(points - points[chosen[-1]]).sum(-1))
         if not distances.any():  # all other points coincide with a centre
             break
-        chosen.append(generator.choice(len(points), p=distances / distances.sum()))
+        chosen.append(int(generator.choice(len(points), p=distances / distances.sum())))
     return points[chosen]
 
 

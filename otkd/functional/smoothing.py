@@ -1,15 +1,16 @@
 """The closed form of the transport KL with η = 1, in which every token is an atom of its own.
 
-Let K = exp(−κ·C) and let q̃ = Kᵀq and p̃ = Kᵀp be the distributions smoothed over near tokens. Then
+Let K = exp(−κ·C), and let q̃ = Kq and p̃ = Kp be the distributions smoothed over near tokens. Then
+κ·U(q, p) = −Σ_j p_j·log q̃_j, and its distance to the tangent at p is
 
-    κ·U(q, p) = −Σ_j p_j·log q̃_j,        κ·D(q, p) = Σ_j p_j·φ(q̃_j/p̃_j),   φ(x) = x − 1 − log x,
+    κ·D(q, p) = Σ_j p_j·φ(q̃_j/p̃_j),    φ(x) = x − 1 − log x,
 
-which is at least 0 term by term (Itakura and Saito's divergence of q̃ and p̃, weighted with p). The
-gradient in q is K(p/p̃ − p/q̃). One product with K for each of q̃, p̃ and the gradient is all that is
-needed, so the kernel may be over the whole vocabulary if its products are cheap. It is exact among
-the k most probable tokens of student and teacher, and between a token and itself. Between two other
-tokens it has low rank (:mod:`otkd.costs.background`). Whatever the kernel is, D is at least 0, and
-0 with gradient 0 at q = p, and it tends to KL(p‖q) over the whole vocabulary as the price grows.
+which is at least 0 term by term (the divergence of Itakura and Saito between q̃ and p̃, weighted with
+p). The gradient in q is K(p/p̃ − p/q̃). Three products with K are all that is needed, so the kernel
+may be over the whole vocabulary if its products are cheap. It is exact among the k most probable
+tokens of student and teacher, and between a token and itself. Between two other tokens it has low
+rank (:mod:`otkd.costs.background`). For every symmetric kernel D is at least 0, and 0 with gradient
+0 at q = p. As the price grows it tends to KL(p‖q) over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from otkd.costs import Cost, EmbeddingCost
-from otkd.costs.background import Background, background_of
+from otkd.costs.background import background_of
 from otkd.functional.rowwise import DenseTeacher, Formula, Pair, Spread, compare_rowwise
 from otkd.supports.base import Positions, over_temperature
 from otkd.supports.heads import top_tokens, union_of
@@ -41,24 +42,22 @@ def smoothed_kl(
     epsilon: float,
     k: int,
     clusters: int,
-    debiased: bool,
 ) -> Tensor:
-    """κ·D, or κ·U if not debiased, at every position, ``(positions,)``; 0 where masked.
+    """κ·D at every position, ``(positions,)``; 0 where masked.
 
     Args:
         positions: all positions, with the teacher's logits over the same vocabulary.
         mask: ``(positions,)``.
-        cost: a constant.
+        cost: a constant, and symmetric.
         epsilon: 1/κ.
         k: number of most probable tokens of each side among which the kernel is exact.
         clusters: least number of clusters of the vocabulary, for the kernel elsewhere.
-        debiased: whether to return D.
     """
     if isinstance(cost, EmbeddingCost):
         clusters = max(clusters, _LEAST_CLUSTERS)
     settings = KernelSettings(cost, epsilon, k, clusters)
     return compare_rowwise(
-        _Smoothed(debiased=debiased),
+        _Smoothed(),
         positions.student,
         _Teacher(positions, settings),
         temperature=positions.temperature,
@@ -122,28 +121,18 @@ class Kernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Σ_j K_ij·x_j, ``(N, V)``."""
-        return self._product(x, self._exact, self._background)
-
-    def transposed(self, x: Tensor) -> Tensor:
-        """Σ_i K_ij·x_i, ``(N, V)``."""
-        return self._product(x, self._exact.mT, self._background.transposed)
-
-    def _product(self, x: Tensor, exact: Tensor, background: Background) -> Tensor:
-        tokens, clusters = self._tokens, background.assignment[self._tokens]
+        tokens, background = self._tokens, self._background
+        clusters, scales = background.assignment[tokens], background.scales[tokens]
         head = x.gather(-1, tokens) * self._valid
         tail = x.scatter(-1, tokens, 0.0)
-        from_tail = tail @ background.columns
-        scaled = head * _own_column(background.columns, tokens, clusters)
-        from_all = from_tail.scatter_add(-1, clusters, scaled)
-        to_head, to_tail = (part @ background.between.mT for part in (from_tail, from_all))
-        of_head = torch.bmm(exact, head.unsqueeze(-1)).squeeze(-1)
-        of_head += to_head.gather(-1, clusters) * _own_column(background.rows, tokens, clusters)
-        product = torch.addmm(tail.mul_(background.own), to_tail, background.rows.mT)
+        from_tail = tail @ background.members
+        from_all = from_tail.scatter_add(-1, clusters, head * scales)
+        of_head = torch.bmm(self._exact, head.unsqueeze(-1)).squeeze(-1)
+        of_head += (from_tail @ background.between).gather(-1, clusters) * scales
+        product = torch.addmm(
+            tail.mul_(background.own), from_all @ background.between, background.members.mT
+        )
         return product.scatter_(-1, tokens, of_head)
-
-
-def _own_column(matrix: Tensor, tokens: Tensor, clusters: Tensor) -> Tensor:
-    return matrix[tokens, clusters]
 
 
 class SmoothedPair(Pair):
@@ -170,32 +159,28 @@ class _Teacher(DenseTeacher):
         return SmoothedPair(student, teacher, self._settings.at(student, teacher)), None
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Smoothed(Formula):
-    debiased: bool
-
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         assert isinstance(pair, SmoothedPair)
-        smoothed = pair.kernel.transposed(pair.q)
+        smoothed = pair.kernel(pair.q)
         smallest = torch.finfo(smoothed.dtype).tiny
         demand = pair.p / smoothed.clamp_(min=smallest)
-        if demand.dtype == torch.float32 and demand.amax() > _STEEPEST:
-            value, weighted = self(pair.double())
-            return value.float(), weighted.float()
         log_smoothed, lost = smoothed.log(), None
-        if demand.dtype == torch.float64 and demand.amax() > _STEEPEST:
+        if _exceeds(demand, _STEEPEST):
+            if demand.dtype == torch.float32:
+                value, weighted = self(pair.double())
+                return value.float(), weighted.float()
             lost = (smoothed < _NOTHING) & (pair.p > 0)
             log_smoothed = torch.where(lost, pair.log_q, log_smoothed)
             demand = demand.masked_fill(lost, 0.0)
-        if self.debiased:
-            reference = pair.kernel.transposed(pair.p).clamp_(min=smallest)
-            ratio = smoothed.div_(reference)
-            log_ratio = log_smoothed.sub_(reference.log())
-            value = torch.linalg.vecdot(pair.p, ratio.sub(1).sub_(log_ratio))
-            demand.sub_(pair.p / reference)
-        else:
-            value = -torch.linalg.vecdot(pair.p, log_smoothed)
-        weighted = pair.kernel(demand).mul_(pair.q).neg_()
+        reference = pair.kernel(pair.p).clamp_(min=smallest)
+        log_ratio = log_smoothed.sub_(reference.log())
+        value = torch.linalg.vecdot(pair.p, smoothed.div_(reference).sub_(1).sub_(log_ratio))
+        weighted = pair.kernel(demand.sub_(pair.p / reference)).mul_(pair.q).neg_()
         if lost is not None:
             weighted -= pair.p.masked_fill(~lost, 0.0)
         return value, weighted
+
+
+def _exceeds(values: Tensor, limit: float) -> bool:
+    return values.numel() > 0 and bool(values.amax() > limit)

@@ -135,13 +135,14 @@ def transport_kl_divergence(
             position.
     """
     cost = MatrixCost(cost) if isinstance(cost, Tensor) else cost
+    settings = Price(price=price, smoothing=smoothing, direction=direction)
     values, _ = transport_kl_with_report(
         student_logits,
         teacher_logits,
-        settings=Price(price=price, smoothing=smoothing, direction=direction),
+        settings=settings,
+        objective=settings.objective(debiasing_for(cost, debias)),
         cost=cost,
         support=as_support(support),
-        debias=debiasing_for(cost, debias),
         solver=SolverSettings(tolerance=tolerance, max_iterations=max_iterations),
         temperature=temperature,
         teacher_temperature=teacher_temperature,
@@ -155,9 +156,9 @@ def transport_kl_with_report(
     teacher_logits: Tensor,
     *,
     settings: Price,
+    objective: Objective,
     cost: Cost,
     support: Support | None,
-    debias: str | None,
     solver: SolverSettings,
     temperature: float,
     teacher_temperature: float | None,
@@ -173,7 +174,7 @@ def transport_kl_with_report(
     problem: dict[str, Any] = {
         "cost": cost,
         "support": support,
-        "objective": settings.objective(debias),
+        "objective": objective,
         "backend": backend,
         "temperature": temperature,
         "teacher_temperature": teacher_temperature,
@@ -181,8 +182,8 @@ def transport_kl_with_report(
         "stored": stored,
     }
     positions, chosen = counted_positions_of(student_logits, teacher_logits, **problem)
-    closed = isinstance(chosen, TopK) and chosen.tail and cost.one_vocabulary and not cost.learns
-    if settings.smoothing < 1 or not closed or positions.stored is not None:
+    closed = settings.smoothing == 1 and objective.debias is not None and positions.stored is None
+    if not (closed and isinstance(chosen, TopK) and chosen.tail):
         values, report = sinkhorn_with_report(
             student_logits, teacher_logits, solver=solver, **problem
         )
@@ -194,7 +195,6 @@ def transport_kl_with_report(
         epsilon=settings.epsilon,
         k=chosen.k,
         clusters=chosen.clusters,
-        debiased=debias is not None,
     )
     error = values.new_zeros(())
     solved = SolverReport(iterations=1, marginal_error=error, converged=True)

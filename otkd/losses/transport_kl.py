@@ -40,7 +40,10 @@ class TransportKLLoss(TokenTransportLoss):
     KL(q‖p).
 
     For η = 1 (forward only) no iterations are needed, since U/ε = −Σ_j p_j·log(Kᵀq)_j with
-    K = exp(−κ·C): the cross-entropy of p against q smoothed over near tokens.
+    K = exp(−κ·C): the cross-entropy of p against q smoothed over near tokens. With a ``TopK``
+    support no token is then left to a tail: K is exact among the k most probable tokens of both
+    sides and between a token and itself, and has low rank between other tokens, with 16 clusters of
+    the embedding or as many as the support has. A stored top-k teacher has a tail of one atom.
 
     Between two vocabularies U(p, p) does not exist. The loss is then U/(ε + ρ) (forward) or U/ρ
     (reverse), which has the same meaning but is not 0 at its minimum.
@@ -117,7 +120,7 @@ class TransportKLLoss(TokenTransportLoss):
             batch.student_logits,
             batch.teacher_logits,
             settings=self.settings,
-            debias=self.objective.debias,
+            objective=self.objective,
             **self._arguments(batch),
         )
         return values

@@ -163,7 +163,7 @@ def _distinct(tokens: Tensor, normaliser: Tensor) -> Heads:
 
 
 def union_of(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct tokens of both sides, first in each row, and their number, ``(N, K)``, ``(N,)``."""
+    """The distinct tokens of both sides, first in each row, and their number, ``(N,)``."""
     tokens = torch.cat([first, second], -1).sort(-1).values
     repeated = torch.zeros_like(tokens, dtype=torch.bool)
     repeated[:, 1:] = tokens[:, 1:] == tokens[:, :-1]
