@@ -100,14 +100,32 @@ class Pair:
         Raises:
             ValueError: if outputs, stored logits, labels and mask do not belong together.
         """
-        labels, mask = self.targets(inputs)
+        labels, _ = self.targets(inputs)  # a wrong batch is refused before the models run
         if model.training and self.student.decodes:
             # Before the decoder's input is made from them.
             self._check_labels(labels, self.student.targets)
         # The teacher runs first, so that its activations are freed before the student's are stored.
         with autocast:
-            teacher = self._teacher_outputs(inputs, device)
-        student, auxiliary = self._student_outputs(model, inputs)
+            teacher = self.teacher_outputs(inputs, device)
+        return self.align(inputs, self._student_outputs(model, inputs), teacher)
+
+    def align(
+        self, inputs: Mapping[str, Any], outputs: Any, teacher: dict[str, Any] | None
+    ) -> Comparison:
+        """Align and check the outputs of both models, labels and mask.
+
+        Args:
+            inputs: the batch.
+            outputs: of the student.
+            teacher: see :meth:`teacher_outputs`.
+
+        Raises:
+            ValueError: if outputs, stored logits, labels and mask do not belong together.
+        """
+        labels, mask = self.targets(inputs)
+        student: Mapping[str, Tensor] = read_outputs(
+            outputs, self.student, "student", features=self.needs_features
+        )
         predictions = student["logits"]
         if teacher is not None and TEACHER_KEY in inputs:
             check_stored_rows(teacher["logits"].shape, predictions.shape)
@@ -121,6 +139,7 @@ class Pair:
         self._labels_seen = True
         # A mask over tokens does not apply to the single row of logits of a classifier.
         mask = mask if predictions.ndim > 2 else None
+        auxiliary = auxiliary_loss(outputs, self.student)
         return Comparison(student, teacher, labels, mask, predictions, auxiliary)
 
     def _check_labels(self, labels: Tensor | None, classes: int | None) -> None:
@@ -128,19 +147,14 @@ class Pair:
             # Synchronise the device in the first batch only.
             check_labels_of(self.student, labels if self._labels_seen else labels.cpu(), classes)
 
-    def _student_outputs(
-        self, model: nn.Module, inputs: Mapping[str, Any]
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Logits, and features if the loss needs them; and the auxiliary loss of the model."""
+    def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         other = () if self.teacher is None else self.teacher.arguments
-        outputs = model(**self._inputs(model, self.student, inputs, other))
-        read = read_outputs(outputs, self.student, "student", features=self.needs_features)
-        return read, auxiliary_loss(outputs, self.student)
+        return model(**self._inputs(model, self.student, inputs, other))
 
-    def _teacher_outputs(
+    def teacher_outputs(
         self, inputs: Mapping[str, Any], device: torch.device
     ) -> dict[str, Any] | None:
-        """Logits, and features if the loss needs them; None if there is no teacher."""
+        """Logits of the teacher, and features if the loss needs them; None without a teacher."""
         if TEACHER_KEY in inputs:
             return self._stored_outputs(inputs[TEACHER_KEY], device)
         model, own = self.teacher_model, self.teacher

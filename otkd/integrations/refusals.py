@@ -33,6 +33,26 @@ def check_loss(loss: Any) -> None:
         )
 
 
+def refuse_trained_loss(loss: nn.Module, purpose: str) -> None:
+    """Raise ``ValueError`` for a loss with trainable parameters, which ``purpose`` cannot train."""
+    if any(p.requires_grad for p in loss.parameters()):
+        raise ValueError(
+            f"{type(loss).__name__} has trainable parameters, which {purpose} would not train: use "
+            "otkd.integrations.transformers.DistillationTrainer"
+        )
+
+
+def refuse_shared(student: nn.Module, teacher: nn.Module, loss: nn.Module) -> None:
+    """Raise ``ValueError`` if training the student or the loss would change the teacher."""
+    trained = [*student.parameters(), *loss.parameters()]
+    trainable = {id(p) for p in trained if p.requires_grad}
+    if teacher is student or any(id(p) in trainable for p in teacher.parameters()):
+        raise ValueError(
+            "the teacher is the student or shares trainable parameters with it or with the "
+            "loss, so training would change it: pass a copy (copy.deepcopy, tensor.clone())"
+        )
+
+
 def refuse_training(
     args: Any,
     *,
@@ -92,13 +112,7 @@ def refuse_training(
                 "DenseTeacher(logits, features)"
             )
     if teacher is not None:
-        trained = [*student.parameters(), *loss.parameters()]
-        trainable = {id(p) for p in trained if p.requires_grad}
-        if teacher is student or any(id(p) in trainable for p in teacher.parameters()):
-            raise ValueError(
-                "the teacher is the student or shares trainable parameters with it or with the "
-                "loss, so training would change it: pass a copy (copy.deepcopy, tensor.clone())"
-            )
+        refuse_shared(student, teacher, loss)
     elif protocol.needs_teacher and not may_carry_teacher(train_dataset):
         raise ValueError(
             f"{name} needs a teacher: pass a model or stored logits as teacher=, or a "
