@@ -13,6 +13,7 @@ from otkd.integrations.batches import label_key, label_names_of
 from otkd.integrations.counting import StepItems, counted_items, step_items
 from otkd.integrations.evaluation import Evaluation, cross_entropy
 from otkd.integrations.loss_parameters import LossParameters
+from otkd.integrations.objective import compute_loss_func
 from otkd.integrations.pair import Pair
 from otkd.integrations.records import LossRecord
 from otkd.integrations.refusals import check_loss, refuse_training
@@ -26,6 +27,8 @@ from otkd.integrations.stored import (
 from otkd.losses.protocol import as_loss
 from otkd.reductions import ItemCounts
 from otkd.teachers import StoredTeacher
+
+__all__ = ["DistillationTrainer", "compute_loss_func"]
 
 
 class DistillationTrainer(Trainer):
