@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NEED_CLASS_ROWS = ("sinkhorn", "transport_kl", "wasserstein")
 # The options of batch transport.
 _TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "sample_cost", "debias", "iterations")
+_PRICE = ("price", "smoothing", "direction")
 
 
 def objective_options(name: str, settings: Settings) -> dict[str, Any]:
@@ -53,6 +54,8 @@ def _option_names(name: str, author: bool) -> list[str]:
         names += ["temperature", "anneal", "rescale_t2"]
     if "epsilon" in takes and "epsilon" not in names:
         names.append("epsilon")
+    if name == "transport_kl":
+        names += _PRICE
     # The public code has a single cost and no debiasing.
     unknown = ("batch_cost", "sample_cost", "debias") if author and name == "sinkd" else ()
     return [option for option in names if option not in unknown]
@@ -120,8 +123,7 @@ def build_objective(
     if name == "batch_sinkhorn":
         loss = _batch_transport(options, widths)
     else:
-        if "epsilon" in options:
-            common["epsilon"] = options["epsilon"]
+        common |= {key: options[key] for key in ("epsilon", *_PRICE) if key in options}
         if name in NEED_CLASS_ROWS:
             if class_rows is None:
                 raise ValueError(f"the objective {name!r} needs the teacher's class rows")

@@ -102,6 +102,18 @@ class Settings:
     epsilon: float = _losses(
         0.1, "Entropic regularisation, for losses that have it.", ge=1e-6, le=1e6
     )
+    price: float = _losses(
+        30.0, "For transport_kl: nats per unit of the cost between classes.", ge=1e-6, le=1e6
+    )
+    smoothing: float = _losses(
+        1.0,
+        "For transport_kl: share of the entropic regularisation; below 1 for --direction reverse.",
+        ge=1e-3,
+        le=1,
+    )
+    direction: Literal["forward", "reverse"] = _losses(
+        "forward", "For transport_kl: forward, like KL, or reverse, like reverse KL."
+    )
     author: bool = _losses(
         False, "For sinkd: reproduce the arithmetic of the public code, or use the corrected form."
     )

@@ -347,6 +347,10 @@ def test_interrupted_comparison_goes_on_where_it_stopped(arguments, tmp_path, mo
         (["--iterations", 5], "--iterations has no effect on kl"),
         (["--losses", "sinkhorn,ce", "--batch-cost", "l1"], "no effect on sinkhorn, ce"),
         (["--losses", "sinkd", "--author", "--debias"], "--debias has no effect on sinkd"),
+        (["--losses", "sinkhorn", "--price", 3], "--price has no effect on sinkhorn"),
+        (["--losses", "transport_kl", "--epsilon", 1], "--epsilon has no effect on transport_kl"),
+        (["--losses", "transport_kl", "--direction", "reverse"], "requires smoothing below 1"),
+        (["--losses", "transport_kl", "--direction", "back"], "must be 'forward' or 'reverse'"),
         (["--seeds", 0], "--seeds must be at least 1, got 0"),
         (["--epochs", 0], "--epochs must be at least 1, got 0"),
         (["--max-train-rows", 0], "--max-train-rows must be at least 1, got 0"),
@@ -421,6 +425,16 @@ def test_every_registered_loss_is_an_objective(name):
     assert value.isfinite()
     assert student.grad.isfinite().all()
     assert student.grad.abs().sum() > 0
+
+
+def test_transport_kl_takes_its_price_from_the_settings():
+    chosen = {"price": 3.0, "smoothing": 0.5, "direction": "reverse"}
+    for settings in (chosen, {}):
+        options = objective_options("transport_kl", Settings("rte", **settings))
+        loss = build_objective("transport_kl", options, torch.randn(3, 8)).terms["transport_kl"]
+        default = otkd.TransportKLLoss("discrete").settings
+        assert loss.settings == dataclasses.replace(default, **settings)
+    assert not chosen.keys() & objective_options("sinkhorn", Settings("rte", **chosen)).keys()
 
 
 def test_missing_extra_names_the_command(monkeypatch):

@@ -590,6 +590,8 @@ def test_numbers_out_of_range_are_refused_by_name(name, integral, bounds, tmp_pa
             "--temperature must be at least 0.001",
         ),
         ("train", ["--epsilon", "1e-300"], "--epsilon must be at least 0.000001"),
+        ("train", ["--price", 0], "--price must be at least 0.000001, got 0"),
+        ("train", ["--smoothing", 2], "--smoothing must be at most 1, got 2"),
         ("train", ["--learning-rate", "nan"], "--learning-rate must be a finite number, got nan"),
         (
             "train",

@@ -133,10 +133,10 @@ def test_author_is_the_published_protocol(task):
 
 # Of all settings that a protocol resolves to, so that its results can still be resumed.
 RESOLVED = {
-    "author": "f33cfb6e7c32bec7",
-    "fair": "d5652049f31ad77e",
-    "pilot": "eea564b7d839ffd0",
-    "sensitivity": "08bfc84a7d2dde27",
+    "author": "2cad064c88b5ea37",
+    "fair": "1df19b3308a03b2f",
+    "pilot": "5ab9b181db28ae09",
+    "sensitivity": "2e050b618d3b8af8",
 }
 
 
@@ -145,12 +145,16 @@ def test_protocols_resolve_to_the_settings_of_their_results(name):
     protocol = load_protocol(name)
     shared = protocol.tuning.settings if protocol.tuning else {}
     resolved = []
+    # Of the options of losses, a result depends only on those of its own loss.
+    of_losses = {o for loss in otkd.list_losses() for o in objective_options(loss, Settings("rte"))}
     for task in task_names():
         for objective in protocol.objectives(protocol.resolve(Settings(task), ()), ()):
             for each in (objective, *objective.tried(**shared)):
-                values = dataclasses.asdict(each.settings), list(map(dict, each.candidates))
+                values = dataclasses.asdict(each.settings)
+                shared_by_losses = {k: v for k, v in values.items() if k not in of_losses}
+                candidates = list(map(dict, each.candidates))
                 options = objective_options(each.loss, each.settings)
-                resolved.append([task, each.name, each.loss, *values, options])
+                resolved.append([task, each.name, each.loss, shared_by_losses, candidates, options])
     text = json.dumps([protocol.title, protocol.seeds, resolved], sort_keys=True, default=str)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == RESOLVED[name]
 
@@ -591,3 +595,19 @@ def test_result_files_name_no_settings_a_loss_does_not_have(tuned):
     folder, _, _ = tuned
     settings = json.loads((folder / "kl" / "0.json").read_text())["settings"]
     assert not {"loss.batch_cost", "loss.sinkhorn_weight", "loss.author"} & set(settings)
+
+
+def test_a_protocol_sets_the_price_of_a_loss_and_tries_others(tmp_path):
+    path = tmp_path / "prices.toml"
+    path.write_text(
+        '[tuning]\ntrain_rows = 9\nheld_out = 0.5\n[losses.forgiving]\nloss = "transport_kl"\n'
+        "price = 5.0\nsmoothing = 0.5\ncandidates = [{ price = 10.0 }, { direction = 'reverse' }]"
+    )
+    protocol = load_protocol(str(path))
+    (objective,) = protocol.objectives(protocol.resolve(Settings("rte"), ()), ())
+    tried = [objective_options(each.loss, each.settings) for each in objective.tried()]
+    names = ("price", "smoothing", "direction")
+    assert [tuple(options[name] for name in names) for options in tried] == [
+        (10.0, 0.5, "forward"),
+        (5.0, 0.5, "reverse"),
+    ]
