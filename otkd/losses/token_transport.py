@@ -114,10 +114,13 @@ class TokenTransportLoss(DistillationLoss):
         )
 
     def with_self_term(self, teacher: TopKTeacher) -> TopKTeacher:
-        """A copy of the stored teacher with the potential of its self-term OT_ε(p, p).
+        """A copy of the stored teacher with the solved self-term U(p, p) of this loss.
 
-        The debiased divergence needs OT_ε(p, p), which does not depend on the student. Solved once
-        and stored with the teacher, it is not solved again in every training step.
+        Debiasing subtracts ½·U(p, p) or, as :class:`~otkd.TransportKLLoss` does, U(p, p) with its
+        gradient in q. Both follow from the target potentials of U(p, p), the transport of p to
+        itself, which do not depend on the student. Solved once and stored with the teacher, this
+        problem is not solved again in every training step. A loss with other settings issues a
+        warning and solves its own.
 
         Args:
             teacher: stored at the temperature at which this loss reads it.
@@ -126,10 +129,25 @@ class TokenTransportLoss(DistillationLoss):
             A copy of ``teacher`` with ``self_potential`` and ``self_settings``.
 
         Raises:
+            TypeError: if ``teacher`` is not a :class:`~otkd.TopKTeacher`.
             ValueError: if this loss has no self-term that can be stored. It needs a ``TopK``
-                support with one tail atom, ``debias=True``, ``value="dual"``, balanced marginals
-                and a constant cost.
+                support with one tail atom, a constant cost, ``value="dual"``, and
+                ``debias="sinkhorn"`` without ``marginal_relaxation`` or, over one vocabulary,
+                ``debias="teacher"``.
+
+        Example:
+            >>> cost = otkd.costs.EmbeddingCost(torch.arange(100.0).unsqueeze(-1))
+            >>> loss = otkd.TransportKLLoss(cost, support=otkd.supports.TopK(4))
+            >>> teacher_logits = 0.1 * torch.arange(200.0).reshape(2, 100)
+            >>> stored = otkd.TopKTeacher.from_logits(teacher_logits, k=4)
+            >>> loss.with_self_term(stored)
+            TopKTeacher((2, 100), k=4, temperature=1.0, with self-term)
         """
+        if not isinstance(teacher, TopKTeacher):
+            raise TypeError(
+                f"with_self_term needs a TopKTeacher, got {type(teacher).__name__}: no other "
+                "teacher keeps a self-term"
+            )
         teacher.check_temperature(self.teacher_temperature or self.temperature)
         support = self.support or choose_support(teacher.vocab_size, teacher.vocab_size)
         potential, settings = support.stored_self_term(

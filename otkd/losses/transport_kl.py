@@ -45,6 +45,9 @@ class TransportKLLoss(TokenTransportLoss):
     sides and between a token and itself, and has low rank between other tokens, with 16 clusters of
     the embedding or as many as the support has. A stored top-k teacher has a tail of one atom.
 
+    U(p, p) and its gradient depend on the teacher alone. With a stored top-k teacher,
+    ``teacher = loss.with_self_term(teacher)`` solves them once and not in every step.
+
     Between two vocabularies U(p, p) does not exist. The loss is then U/(ε + ρ) (forward) or U/ρ
     (reverse), which has the same meaning but is not 0 at its minimum.
 

@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from otkd.costs import CostMatrices
+from otkd.ot.kernels.lazy import LazyCost
 from otkd.ot.normal_form import Ground
 from otkd.ot.options import Objective, SolverSettings
 from otkd.ot.problem import Problem, flatten_problem
-from otkd.ot.transport import Transport, solve_transport
+from otkd.ot.transport import Transport, solve_transport, transport_of
 from otkd.precision import without_autocast
 
 
@@ -125,6 +126,14 @@ class TargetTerm:
         return cls(own.value / 2, None, own.potentials.g)
 
 
+def own_problem(
+    masses: Tensor, log: Tensor | None, cost: Tensor | LazyCost, objective: Objective
+) -> Problem:
+    """The problem between masses ``(B, n)``, with their logarithms, and themselves."""
+    source, target = penalties = objective.penalties
+    return Problem(masses, masses, cost, objective.epsilon, source == target, penalties, log, log)
+
+
 def solve_divergence(
     a: Tensor,
     b: Tensor,
@@ -133,7 +142,7 @@ def solve_divergence(
     solver: SolverSettings,
     *,
     logs: tuple[Tensor, Tensor] | None = None,
-    target_term: TargetTerm | None = None,
+    target_potential: Tensor | None = None,
 ) -> DivergenceSolution:
     """Transport U(a, b) = OT_ε, balanced or relaxed, debiased as ``objective.debias`` says.
 
@@ -152,7 +161,9 @@ def solve_divergence(
         objective: what is computed.
         solver: how it is computed.
         logs: logarithms of a and b, if they are known; see :class:`~otkd.ot.problem.Problem`.
-        target_term: that of b, if it is known.
+        target_potential: target potentials of (b, b), ``(B, m)``, if they are known; any finite
+            number at points without mass. For balanced ``debias="sinkhorn"``, ½·U(b, b) is their
+            mean over b.
     """
     if objective.debias == "teacher":
         _check_constants(b, *cost)
@@ -164,35 +175,42 @@ def solve_divergence(
     # Within one vocabulary the three costs are one object, and so is their normal form.
     grounds: dict[int, Ground] = {}
 
-    def solve(problem: Problem, matrix: Tensor, **hints: Tensor | None) -> Transport:
+    def solve(
+        problem: Problem, matrix: Tensor, known: Tensor | None = None, **hints: Tensor | None
+    ) -> Transport:
         ground = grounds.get(id(matrix))
-        transport = solve_transport(problem, solver, objective.value, ground, **hints)
+        if known is None:
+            transport = solve_transport(problem, solver, objective.value, ground, **hints)
+        else:
+            transport = transport_of(problem, known, solver.tolerance, ground)
         grounds[id(matrix)] = transport.form.ground
         return transport
 
     def solve_within(
-        masses: Tensor, log: Tensor | None, matrix: Tensor | None, weights: Tensor | None = None
+        masses: Tensor, log: Tensor | None, matrix: Tensor | None, **hints: Tensor | None
     ) -> Transport:
         if matrix is None:
             raise ValueError("a debiased divergence needs the cost within each side")
-        rho, other_rho = objective.penalties
         flat = flatten_problem(masses, masses, matrix, batch)[2]
-        problem = Problem(
-            masses, masses, flat, objective.epsilon, rho == other_rho, objective.penalties, log, log
-        )
-        return solve(problem, matrix, weights=weights)
+        return solve(own_problem(masses, log, flat, objective), matrix, **hints)
 
     with without_autocast(a):
         if objective.debias == "sinkhorn":
             self_terms.append(solve_within(a, log_a, cost.source))
         if objective.debias is None:
             target_term = None
-        elif target_term is None:
+        elif target_potential is None:
             # The tangent is taken at a, which may have mass where b has none.
             weights = torch.maximum(a, b).detach() if objective.debias == "teacher" else None
-            own = solve_within(b, log_b, cost.target, weights)
+            own = solve_within(b, log_b, cost.target, weights=weights)
             self_terms.append(own)
             target_term = TargetTerm.of(own, objective)
+        elif objective.debias == "teacher":
+            own = solve_within(b, log_b, cost.target, known=target_potential)
+            target_term = TargetTerm.of(own, objective)
+        else:
+            half = torch.linalg.vecdot(b, target_potential.to(b))
+            target_term = TargetTerm(half, start=target_potential)
         problem = Problem(
             a, b, cross_cost, objective.epsilon, False, objective.penalties, log_a, log_b
         )
@@ -206,6 +224,9 @@ def solve_divergence(
             value = value - target_term.value
             if target_term.gradient is not None:
                 value = value - torch.linalg.vecdot(target_term.gradient, a - b)
+        if objective.debias == "teacher" and target_potential is not None:
+            # Exactly 0 there, although the potentials may be of b before its masses were rounded.
+            value = value.masked_fill((a == b).all(-1), 0)
         if objective.debias != "teacher":  # with it both costs are the same: offsets cancel
             value = with_offsets(value, a, b, parts)
         if objective.debias == "sinkhorn" and not objective.balanced:

@@ -78,7 +78,8 @@ def solve_potentials(
         update = _Alternation(problem, kernel)
         if start is not None:  # it may be the solution, and nothing else finds it as exactly
             update.patience = max(update.patience, 1.0)
-        if start is None and problem.target.held and not problem.source.held:
+        near_zero = start is None and problem.target.held and not problem.source.held
+        if near_zero or problem.source.free:
             f = torch.zeros_like(problem.a)
         else:
             start = torch.zeros_like(problem.b) if start is None else start

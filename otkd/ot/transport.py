@@ -10,7 +10,7 @@ from torch import Tensor
 from otkd.ot.gradients import dual_value, sharp_value, source_gradient
 from otkd.ot.normal_form import Ground, NormalForm
 from otkd.ot.options import SolverSettings
-from otkd.ot.potentials import Potentials
+from otkd.ot.potentials import Potentials, excess_of
 from otkd.ot.problem import Problem
 from otkd.ot.solution import warn_not_converged
 from otkd.ot.solver import solve_potentials
@@ -130,3 +130,45 @@ def solve_transport(
         what = "the gradient" if potentials.converged else "the potentials"
         warn_not_converged(problem.a, problem.b, problem.epsilon, solver, what)
     return transport
+
+
+def transport_of(
+    problem: Problem, g: Tensor, tolerance: float, ground: Ground | None = None
+) -> Transport:
+    """A batch of problems whose target potentials are known, with its dual value; not iterated.
+
+    The best source potentials follow by one soft minimum, also at points without mass.
+
+    Args:
+        problem: the problems.
+        g: their target potentials, ``(B, m)``; any finite number at points without mass.
+        tolerance: to which they were solved.
+        ground: that of the cost, if it is known.
+    """
+    form = NormalForm.of(problem, ground, tolerance=tolerance)
+    f, g, log_rows = _rows_of(form, g)
+    potentials = Potentials(f, g, log_rows, torch.zeros_like(problem.a[:, 0]), 0, True)
+    value = dual_value(problem, form, potentials)
+    return Transport(value, problem.detached(), form, potentials, "dual")
+
+
+@torch.no_grad()
+def target_error(problem: Problem, g: Tensor, tolerance: float) -> Tensor:
+    """The L1 error of the target marginal of the plan with target potentials g, ``(B,)``."""
+    form = NormalForm.of(problem, tolerance=tolerance)
+    f, g, _ = _rows_of(form, g)
+    normal, kernel = form.problem, form.ground.kernel
+    softmin = kernel.transposed.softmin(g if normal.symmetric else f, normal.log_masses()[0])
+    log_columns = (g - softmin) / normal.epsilon
+    optimal = normal.target.optimal_log_ratio(g, log_columns)
+    return torch.linalg.vecdot(normal.b, (excess_of(log_columns) - excess_of(optimal)).abs())
+
+
+@torch.no_grad()
+def _rows_of(form: NormalForm, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The best f for given target potentials, and these in normal form; and ``log_rows``."""
+    normal = form.problem
+    g = (g - form.target_shift).to(normal.b)
+    softmin = form.ground.kernel.softmin(g, normal.log_masses()[1])
+    f = normal.source.damping(normal.epsilon) * softmin
+    return f, g, (f - softmin) / normal.epsilon

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from otkd.checks import check_finite_rows
 from otkd.costs import Cost, CostMatrices
-from otkd.ot.divergence import SolverReport, TargetTerm, solve_divergence
+from otkd.ot.divergence import SolverReport, solve_divergence
 from otkd.ot.options import Objective, SolverSettings
 from otkd.teachers import TopKTeacher
 from otkd.teachers.self_term import SelfTermSettings
@@ -89,7 +89,8 @@ class Block:
         log_source: log masses of the student's atoms, ``(N, n)``; differentiable in the logits.
         log_target: log masses of the teacher's atoms, ``(N, m)``.
         costs: between the atoms of the two sides and, for debiasing, within each side.
-        target_term: what debiasing subtracts because of the teacher, if it is known.
+        target_potential: target potentials of the transport of the teacher to itself, ``(N, m)``,
+            if they are known; see :func:`otkd.ot.divergence.solve_divergence`.
         places: the index of each position among those that count, ``(N,)``; None if the blocks are
             in the order of the positions.
         tokens: token ids of the student's and the teacher's atoms, ``(N, ≤ n)`` and ``(N, ≤ m)``.
@@ -99,7 +100,7 @@ class Block:
     log_source: Tensor
     log_target: Tensor
     costs: CostMatrices
-    target_term: TargetTerm | None = None
+    target_potential: Tensor | None = None
     places: Tensor | None = None
     tokens: tuple[Tensor, Tensor] | None = None
 
@@ -112,7 +113,7 @@ class Block:
             objective,
             solver,
             logs=(self.log_source, self.log_target),
-            target_term=self.target_term,
+            target_potential=self.target_potential,
         )
         return solution.value, solution.report
 
@@ -175,7 +176,7 @@ class Support(ABC):
     def stored_self_term(
         self, teacher: TopKTeacher, cost: Cost, objective: Objective, solver: SolverSettings
     ) -> tuple[Tensor, SelfTermSettings]:
-        """The potentials of OT_ε(p, p) at every stored position.
+        """The target potentials of U(p, p) at every stored position, and their settings.
 
         Raises:
             ValueError: if this support has no self-term that can be stored.

@@ -67,9 +67,12 @@ class Atoms(NamedTuple):
     def part(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and log masses of some positions, without columns of repetitions alone."""
         count = int(self.heads.counts[places].max())
-        log_masses = self.log_masses[places]
-        log_masses = torch.cat([log_masses[:, :count], log_masses[:, self.width :]], -1)
-        return self.heads.tokens[places, :count], log_masses
+        return self.heads.tokens[places, :count], self.columns(self.log_masses, places, count)
+
+    def columns(self, values: Tensor, places: Tensor, count: int) -> Tensor:
+        """Of values of all atoms, those of ``count`` tokens and the others at some positions."""
+        values = values[places]
+        return torch.cat([values[:, :count], values[:, self.width :]], -1)
 
 
 def block_size(vocab: int, device: torch.device) -> int:

@@ -18,7 +18,6 @@ from otkd.costs.clusters import (
     soft_mean_cost_of_clusters,
 )
 from otkd.costs.tails import mean_cost_to_all, soft_mean_cost
-from otkd.ot.divergence import TargetTerm
 from otkd.ot.options import Objective, SolverSettings
 from otkd.ot.problem import check_costs
 from otkd.scalars import as_flag, as_whole, settle
@@ -26,7 +25,7 @@ from otkd.supports.base import Block, Positions, Selection, Support
 from otkd.supports.coverage import warn_of_coverage
 from otkd.supports.heads import Atoms, HeadLogMasses, select_heads
 from otkd.supports.on_chip import check_on_chip, on_chip_block
-from otkd.supports.stored import solve_self_term, stored_masses, stored_self_values
+from otkd.supports.stored import solve_self_term, stored_masses, stored_potential
 from otkd.teachers import TopKTeacher
 from otkd.teachers.atoms import same_up_to_rounding
 from otkd.teachers.self_term import SelfTermSettings
@@ -129,10 +128,10 @@ class TopK(Support):
         self, positions: Positions, student: Atoms, teacher: Atoms, cost: Cost, objective: Objective
     ) -> Iterator[Block]:
         sizes = positions.student.shape[-1], positions.teacher.shape[-1]
-        own_values = None
+        known = None
         if positions.stored is not None:
             stored = positions.counted_stored()
-            own_values = stored_self_values(stored, cost, self, objective, positions.dtype)
+            known = stored_potential(stored, teacher.heads, cost, self, objective, positions.dtype)
         # Repeated tokens have no mass and come last, so a block is as wide as its longest head.
         # Sorting puts positions with heads of similar length into the same block.
         order = (student.heads.counts + teacher.heads.counts).argsort()
@@ -147,7 +146,9 @@ class TopK(Support):
                 log_source=log_q,
                 log_target=log_p,
                 costs=costs,
-                target_term=None if own_values is None else TargetTerm(own_values[places] / 2),
+                target_potential=(
+                    None if known is None else teacher.columns(known, places, y.shape[-1])
+                ),
                 places=places,
                 tokens=(x, y),
             )

@@ -27,10 +27,11 @@ class TopKTeacher(StoredMasses):
     """The k most probable tokens of a teacher at each position, with their log-probabilities.
 
     The tokens that are not stored are known only as one total mass, the tail. Divergences compare
-    k + 1 atoms, the stored tokens and the tail, on both sides. ``SinkhornLoss`` with a
-    :class:`~otkd.supports.TopK` support adds atoms for tokens that are certainly more probable in
-    the student than in the teacher. Losses that compare all tokens use :meth:`logits_beside`. With
-    each of these, a loss that is 0 with zero gradient at student = teacher keeps this property.
+    k + 1 atoms, the stored tokens and the tail, on both sides. ``SinkhornLoss`` and
+    ``TransportKLLoss`` with a :class:`~otkd.supports.TopK` support add atoms for tokens that are
+    certainly more probable in the student than in the teacher. Losses that compare all tokens use
+    :meth:`logits_beside`. With each of these, a loss that is 0 with zero gradient at student =
+    teacher keeps this property.
 
     A position may have fewer than k tokens, but at least one: a token of −1 or a log-mass of −inf
     marks an empty slot. Use :meth:`from_logprobs` for log-probabilities from an inference server.
@@ -42,8 +43,8 @@ class TopKTeacher(StoredMasses):
             a difference from 1, has an error of about 1e-3 (float16) or 1e-2 (bfloat16).
         vocab_size: number of tokens of the teacher.
         temperature: by which the teacher's logits were divided.
-        self_potential: ``(examples, *positions, k + 1)`` or None: the potential f of the self-term,
-            on the stored tokens and the tail, with OT_ε(p, p) = 2·⟨p, f⟩. See
+        self_potential: ``(examples, *positions, k + 1)`` or None: the target potentials of the
+            self-term U(p, p), the transport of p to itself, on the stored tokens and the tail. See
             :meth:`otkd.SinkhornLoss.with_self_term`.
         self_settings: the settings for which ``self_potential`` was computed.
 

@@ -33,8 +33,14 @@ def load_topk(path: str | os.PathLike) -> dict[str, Any]:
     try:
         settings = None
         if "self_settings" in metadata:
-            epsilon, costs = json.loads(metadata["self_settings"])
+            # Files of earlier versions have only the first two.
+            epsilon, costs, *more = json.loads(metadata["self_settings"])
             settings = SelfTermSettings(float(epsilon), tuple(map(float, costs)))
+            if more:
+                debias, penalties = more
+                settings = settings._replace(
+                    debias=str(debias), penalties=tuple(map(float, penalties))
+                )
         return {
             "tokens": tensors["tokens"],
             "log_masses": tensors["log_masses"],
