@@ -124,14 +124,12 @@ class Kernel:
         tokens, background = self._tokens, self._background
         clusters, scales = background.assignment[tokens], background.scales[tokens]
         head = x.gather(-1, tokens) * self._valid
-        tail = x.scatter(-1, tokens, 0.0)
-        from_tail = tail @ background.members
-        from_all = from_tail.scatter_add(-1, clusters, head * scales)
+        from_all = x @ background.members
+        from_tail = from_all.scatter_add(-1, clusters, head * -scales)
         of_head = torch.bmm(self._exact, head.unsqueeze(-1)).squeeze(-1)
         of_head += (from_tail @ background.between).gather(-1, clusters) * scales
-        product = torch.addmm(
-            tail.mul_(background.own), from_all @ background.between, background.members.mT
-        )
+        product = x * background.own
+        product.addmm_(from_all @ background.between, background.members.mT)
         return product.scatter_(-1, tokens, of_head)
 
 
@@ -165,19 +163,22 @@ class _Smoothed(Formula):
         smoothed = pair.kernel(pair.q)
         smallest = torch.finfo(smoothed.dtype).tiny
         demand = pair.p / smoothed.clamp_(min=smallest)
-        log_smoothed, lost = smoothed.log(), None
-        if _exceeds(demand, _STEEPEST):
-            if demand.dtype == torch.float32:
-                value, weighted = self(pair.double())
-                return value.float(), weighted.float()
-            lost = (smoothed < _NOTHING) & (pair.p > 0)
-            log_smoothed = torch.where(lost, pair.log_q, log_smoothed)
-            demand = demand.masked_fill(lost, 0.0)
+        steep = _exceeds(demand, _STEEPEST)
+        if steep and demand.dtype == torch.float32:
+            value, weighted = self(pair.double())
+            return value.float(), weighted.float()
         reference = pair.kernel(pair.p).clamp_(min=smallest)
-        log_ratio = log_smoothed.sub_(reference.log())
-        value = torch.linalg.vecdot(pair.p, smoothed.div_(reference).sub_(1).sub_(log_ratio))
-        weighted = pair.kernel(demand.sub_(pair.p / reference)).mul_(pair.q).neg_()
-        if lost is not None:
+        ratio = smoothed / reference
+        log_ratio = ratio.log()
+        excess = ratio.sub_(1)
+        pulled = demand.mul_(excess)  # p/p̃ − p/q̃
+        if steep:
+            lost = (smoothed < _NOTHING) & (pair.p > 0)
+            log_ratio = torch.where(lost, pair.log_q - reference.log(), log_ratio)
+            pulled = torch.where(lost, pair.p / reference, pulled)
+        value = torch.linalg.vecdot(pair.p, log_ratio.neg_().add_(excess))
+        weighted = pair.kernel(pulled).mul_(pair.q)
+        if steep:
             weighted -= pair.p.masked_fill(~lost, 0.0)
         return value, weighted
 

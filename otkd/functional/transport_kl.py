@@ -23,6 +23,7 @@ from otkd.teachers import TopKTeacher
 
 DIRECTIONS = ("forward", "reverse")
 DEBIASINGS = ("auto", "teacher")
+_HEAD = 32  # tokens of each side; the others have no tail, so that fewer are enough
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ def transport_kl_with_report(
             student_logits, teacher_logits, solver=solver, **problem
         )
         return values / settings.unit, report
+    chosen = TopK(_HEAD) if support is None else chosen
     values = smoothed_kl(
         positions,
         None if mask is None else mask.reshape(-1),

@@ -63,7 +63,8 @@ class TransportKLLoss(TokenTransportLoss):
         debias: ``"auto"`` and ``"teacher"`` give κ·D; ``"auto"`` leaves debiasing out between two
             vocabularies. None leaves it out always.
         support: which tokens take part: an object of :mod:`otkd.supports`, or ``"auto"``, which is
-            ``Dense()`` up to 2048 tokens and ``TopK(64)`` above.
+            ``Dense()`` up to 2048 tokens and, above, ``TopK(32)`` with ``smoothing=1`` and
+            ``TopK(64)`` without.
         max_iterations: limit of the solver. If it is reached, a warning is issued and
             ``last_report.converged`` is False.
         tolerance: L1 marginal error at which a position counts as solved.
