@@ -125,6 +125,10 @@ def _otkd_sinkhorn(
     )
 
 
+def _otkd_transport_kl(problem: Problem, **options) -> Function:
+    return otkd.TransportKLLoss(embedding=problem.embedding, reduction="none", **options)
+
+
 def mean_normalised_cost(embedding: Tensor) -> Tensor:
     """|x_i − x_j|² divided by its mean, without otkd's code."""
     centred = embedding.double() - embedding.double().mean(0)
@@ -226,6 +230,7 @@ def _unrolled(problem: Problem, *, iterations: int, log_domain: bool = False) ->
 
 KINDS: dict[str, Callable[..., Function]] = {
     "otkd_sinkhorn": _otkd_sinkhorn,
+    "otkd_transport_kl": _otkd_transport_kl,
     "pot": _pot,
     "geomloss": _geomloss,
     "unrolled": _unrolled,

@@ -21,6 +21,7 @@ import pareto_rows
 import step_rows
 import tables
 import torch
+import transport_kl_rows
 import typer
 import vocabulary_rows
 from compare import Row, Settings
@@ -32,6 +33,7 @@ from otkd.ot.kernels.keops import obstacle_to_keops
 SCHEMA = 1
 GROUPS = {
     "vocabulary": vocabulary_rows.ROWS,
+    "transport_kl": transport_kl_rows.ROWS,
     "batch": batch_rows.ROWS,
     "divergences": divergence_rows.ROWS,
     "steps": step_rows.ROWS,

@@ -17,8 +17,9 @@ from otkd.functional.divergences import (
     total_variation_distance,
     universal_logit_distance,
 )
-from otkd.functional.transport import sinkhorn_divergence, wasserstein_distance
+from otkd.functional.transport import sinkhorn_divergence
 from otkd.functional.transport_kl import transport_kl_divergence
+from otkd.functional.wasserstein import wasserstein_distance
 
 __all__ = [
     "adaptive_kl_divergence",

@@ -14,7 +14,7 @@ from otkd.checks import check_choice, check_logits, check_not_negative
 from otkd.compilation import outside_graphs
 from otkd.costs import CostMatrices
 from otkd.functional.l1_distances import l1_distances
-from otkd.functional.transport import distributions
+from otkd.functional.wasserstein import distributions
 from otkd.ot.divergence import DivergenceSolution, solve_divergence
 from otkd.ot.kernels.line import LineCost
 from otkd.ot.options import Objective, SolverSettings

@@ -163,22 +163,23 @@ class _Smoothed(Formula):
         smoothed = pair.kernel(pair.q)
         smallest = torch.finfo(smoothed.dtype).tiny
         demand = pair.p / smoothed.clamp_(min=smallest)
-        steep = _exceeds(demand, _STEEPEST)
-        if steep and demand.dtype == torch.float32:
-            value, weighted = self(pair.double())
-            return value.float(), weighted.float()
+        lost = None
+        if _exceeds(demand, _STEEPEST):
+            if demand.dtype == torch.float32:
+                value, weighted = self(pair.double())
+                return value.float(), weighted.float()
+            lost = (smoothed < _NOTHING) & (pair.p > 0)
         reference = pair.kernel(pair.p).clamp_(min=smallest)
         ratio = smoothed / reference
         log_ratio = ratio.log()
         excess = ratio.sub_(1)
         pulled = demand.mul_(excess)  # p/p̃ − p/q̃
-        if steep:
-            lost = (smoothed < _NOTHING) & (pair.p > 0)
+        if lost is not None:
             log_ratio = torch.where(lost, pair.log_q - reference.log(), log_ratio)
             pulled = torch.where(lost, pair.p / reference, pulled)
         value = torch.linalg.vecdot(pair.p, log_ratio.neg_().add_(excess))
         weighted = pair.kernel(pulled).mul_(pair.q)
-        if steep:
+        if lost is not None:
             weighted -= pair.p.masked_fill(~lost, 0.0)
         return value, weighted
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -14,7 +13,7 @@ from otkd.compilation import outside_graphs
 from otkd.costs import Cost, MatrixCost
 from otkd.functional.report import Report
 from otkd.functional.smoothing import smoothed_kl
-from otkd.functional.transport import counted_positions_of, sinkhorn_with_report
+from otkd.functional.transport import counted_positions_of, solve_positions
 from otkd.ot.divergence import SolverReport
 from otkd.ot.options import Objective, SolverSettings
 from otkd.scalars import as_positive, settle
@@ -172,23 +171,23 @@ def transport_kl_with_report(
     With ``smoothing=1`` and :class:`~otkd.supports.TopK`, the closed form of
     :mod:`otkd.functional.smoothing` makes every token of the tail an atom of its own.
     """
-    problem: dict[str, Any] = {
-        "cost": cost,
-        "support": support,
-        "objective": objective,
-        "backend": backend,
-        "temperature": temperature,
-        "teacher_temperature": teacher_temperature,
-        "mask": mask,
-        "stored": stored,
-    }
-    positions, chosen = counted_positions_of(student_logits, teacher_logits, **problem)
+    positions, chosen = counted_positions_of(
+        student_logits,
+        teacher_logits,
+        cost=cost,
+        support=support,
+        objective=objective,
+        backend=backend,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        mask=mask,
+        stored=stored,
+    )
+    batch_shape = student_logits.shape[:-1]
     closed = settings.smoothing == 1 and objective.debias is not None and positions.stored is None
     if not (closed and isinstance(chosen, TopK) and chosen.tail):
-        values, report = sinkhorn_with_report(
-            student_logits, teacher_logits, solver=solver, **problem
-        )
-        return values / settings.unit, report
+        values, report = solve_positions(positions, chosen, cost, objective, solver, backend)
+        return values.reshape(batch_shape) / settings.unit, report
     chosen = TopK(_HEAD) if support is None else chosen
     values = smoothed_kl(
         positions,
@@ -201,4 +200,4 @@ def transport_kl_with_report(
     error = values.new_zeros(())
     solved = SolverReport(iterations=1, marginal_error=error, converged=True)
     report = Report.of([solved], support=repr(chosen)) if len(positions) else None
-    return values.reshape(student_logits.shape[:-1]), report
+    return values.reshape(batch_shape), report

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Unpack
 
-from otkd.functional.transport import distributions
+from otkd.functional.wasserstein import distributions
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.gathering import GatheredBatch, spans_processes
 from otkd.losses.settings import CommonSettings, SettingsBesideTemperature

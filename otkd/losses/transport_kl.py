@@ -22,9 +22,14 @@ class TransportKLLoss(TokenTransportLoss):
 
     Where q has too little mass for a token of p, KL insists on that token. This loss may instead
     use mass of q on tokens at a small cost from it. It pays κ nats for each unit of cost. So it
-    lies between KL (κ → ∞) and optimal transport (κ → 0), and unlike balanced transport its
-    gradient does not vanish where q has no mass: in the logits it is q − r, where r is the
-    teacher's distribution after the mass has moved (KL has q − p), plus the debiasing term.
+    lies between KL (κ → ∞) and optimal transport (κ → 0). Its gradient in the logits is q − r,
+    where r is the teacher's distribution after the mass has moved (KL has q − p), plus the
+    debiasing term.
+
+    The price decides what a student can learn. A token of p that costs C from the student's mass
+    is insisted on while log(1/q) is below κ·C nats. Beyond, all of its mass moves: the loss stays
+    at about κ·C and its gradient there vanishes, as that of transport does. So a student far from
+    its teacher needs a price at which κ·C is above the gaps between their log-probabilities.
 
     With ε = η/κ and ρ = (1 − η)/κ, let
 
@@ -37,7 +42,9 @@ class TransportKLLoss(TokenTransportLoss):
     U is convex in q, so D is at least 0, and 0 with gradient 0 at q = p. As κ → ∞, κ·D tends to
     KL(p‖q) exactly, for every η, if no two tokens coincide. With ``direction="reverse"`` the
     penalty is on the other side, ρ·KL(Pᵀ1‖p) such that P1 = q; the loss is D/ρ and tends to
-    KL(q‖p).
+    KL(q‖p). A student with all of its mass on a wrong token at cost C then has a loss of about
+    (κ·C − η·log(1/p))/(1 − η), or 0 if that is negative, as p at that token tends to 0: use a small
+    η and a high price.
 
     For η = 1 (forward only) no iterations are needed, since U/ε = −Σ_j p_j·log(Kᵀq)_j with
     K = exp(−κ·C): the cross-entropy of p against q smoothed over near tokens. With a ``TopK``

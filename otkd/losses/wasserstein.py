@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from otkd.costs import Cost
-from otkd.functional.transport import wasserstein_distance
+from otkd.functional.wasserstein import wasserstein_distance
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.ground_cost import make_cost
 from otkd.losses.registry import register_loss

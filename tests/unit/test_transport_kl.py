@@ -218,6 +218,28 @@ def test_the_gradient_does_not_vanish_where_the_student_has_no_mass():
     assert abs(slopes[otkd.SinkhornLoss]) < 1e-9
 
 
+@pytest.mark.parametrize("price", [1.0, 3.0, 10.0])
+def test_a_token_costs_at_most_what_moving_its_mass_costs(price):
+    student = torch.tensor([[-60.0, 0.0, -60.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[0.0, -30.0, -30.0]], dtype=torch.float64)
+    loss = otkd.TransportKLLoss("discrete", price=price, smoothing=0.01)
+    value = loss(student, teacher)
+    (slope,) = torch.autograd.grad(value, student)
+    assert value.item() == pytest.approx(price, rel=0.02)
+    assert slope.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("price", "smoothing"), [(3.0, 0.6), (10.0, 0.1), (20.0, 0.1)])
+def test_the_reverse_direction_forgives_what_moving_costs_less(price, smoothing):
+    student = torch.tensor([[-60.0, 0.0, -60.0]], dtype=torch.float64)
+    teacher = torch.tensor([[0.0, -30.0, -30.0]], dtype=torch.float64)
+    loss = otkd.TransportKLLoss(
+        "discrete", price=price, smoothing=smoothing, direction="reverse", **TIGHT
+    )
+    expected = max(0.0, price - smoothing * 30) / (1 - smoothing)
+    assert loss(student, teacher).item() == pytest.approx(expected, abs=0.05)
+
+
 # Corners of the arithmetic -----------------------------------------------------------------------
 
 
