@@ -23,7 +23,10 @@ def final_measures(embedding: Tensor) -> dict[str, nn.Module]:
     return {
         **CURVE_MEASURES,
         "tvd": otkd.TVDLoss(reduction="none"),
-        "sinkhorn": otkd.SinkhornLoss(embedding=embedding, reduction="none"),
+        # The support is given, so that results of different versions of otkd are comparable.
+        "sinkhorn": otkd.SinkhornLoss(
+            embedding=embedding, support=otkd.supports.TopK(64), reduction="none"
+        ),
     }
 
 

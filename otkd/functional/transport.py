@@ -190,7 +190,7 @@ def counted_positions_of(
     check_mask(mask, batch_shape)
     n, m = student_logits.shape[-1], teacher_logits.shape[-1]
     if support is None:
-        support = choose_support(n, m, backend)
+        support = choose_support(n, m, backend, cost if stored is None else None)
     support.check(cost, n, m, objective, backend)
     counted = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
     if stored is not None and support.reads_stored:

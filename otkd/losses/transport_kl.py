@@ -71,7 +71,7 @@ class TransportKLLoss(TokenTransportLoss):
             vocabularies. None leaves it out always.
         support: which tokens take part: an object of :mod:`otkd.supports`, or ``"auto"``, which is
             ``Dense()`` up to 2048 tokens and, above, ``TopK(32)`` with ``smoothing=1`` and
-            ``TopK(64)`` without.
+            ``TopK(64, clusters=32)`` without.
         max_iterations: limit of the solver. If it is reached, a warning is issued and
             ``last_report.converged`` is False.
         tolerance: L1 marginal error at which a position counts as solved.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from otkd.costs import Cost, EmbeddingCost
 from otkd.supports.base import Positions, Support
 from otkd.supports.coverage import CoverageWarning
 from otkd.supports.dense import LARGEST_DENSE, Dense
@@ -43,16 +44,24 @@ def as_support(support: str | Support) -> Support | None:
     raise TypeError(f"support must be 'auto' or an object of otkd.supports, got {support!r}")
 
 
-def choose_support(n: int, m: int, backend: str = "auto") -> Support:
-    """:class:`Dense` up to 2048 tokens, :class:`TopK` above.
+def choose_support(n: int, m: int, backend: str = "auto", cost: Cost | None = None) -> Support:
+    """:class:`Dense` up to 2048 tokens, ``TopK(64)`` above, with 32 clusters for an embedding.
 
     Reports name the choice (``last_report.support``), and it is logged at level DEBUG.
 
     If only one of them has the backend, that one is chosen.
+
+    Args:
+        n: number of tokens of the student.
+        m: number of tokens of the teacher.
+        backend: what computes the transport.
+        cost: if it is a constant embedding cost, the tail is divided into clusters. None if the
+            teacher's tail cannot be divided because it is stored as one mass.
     """
     dense = max(n, m) <= LARGEST_AUTOMATIC_DENSE
     if backend in Dense.backends + TopK.backends:
         dense = backend in Dense.backends
-    support = Dense() if dense else TopK(64)
+    clustered = isinstance(cost, EmbeddingCost) and not cost.learns and backend != "triton"
+    support = Dense() if dense else TopK(64, clusters=32 if clustered else 1)
     _logger.debug("support='auto' chose %r for %d×%d tokens", support, n, m)
     return support

@@ -289,6 +289,18 @@ def test_auto_takes_the_heads_of_a_large_vocabulary():
     assert loss.last_report.support == "Dense()"
     loss(torch.randn(3, 2049), torch.randn(3, 2049))
     assert loss.last_report.support == repr(TopK(64))
+    embedding = torch.randn(2049, 4)
+    loss = otkd.SinkhornLoss(embedding=embedding)
+    logits = torch.randn(3, 2049)
+    loss(torch.randn(3, 2049), logits)
+    assert loss.last_report.support == repr(TopK(64, clusters=32))
+    stored = otkd.TopKTeacher.from_logits(logits, k=64)
+    loss(torch.randn(3, 2049), stored)
+    assert loss.last_report.support == repr(TopK(64))
+    cost = otkd.costs.EmbeddingCost(torch.nn.Parameter(embedding), learnable=True)
+    loss = otkd.SinkhornLoss(cost)
+    loss(torch.randn(3, 2049), logits)
+    assert loss.last_report.support == repr(TopK(64))
 
 
 def test_the_automatic_choice_is_logged_for_those_who_ask(caplog):
