@@ -56,6 +56,17 @@ class Marginal:
             return masses * potential
         return self.penalty * (masses - torch.exp(logs - potential / self.penalty))
 
+    def log_mass(self, masses: Tensor, logs: Tensor, potential: Tensor) -> Tensor:
+        """Log of the mass of the optimal plan with this potential, ``(B, 1)``."""
+        total = masses.sum(-1, keepdim=True)
+        if self.held:
+            return total.log()
+        exponents = potential / -self.penalty
+        excess = torch.linalg.vecdot(masses, exponents.expm1()).unsqueeze(-1) / total
+        # The first is accurate for large ρ, the second for a mass near 0.
+        little = (exponents + logs).logsumexp(-1, keepdim=True)
+        return torch.where(excess.abs() < 0.5, total.log() + excess.log1p(), little)
+
     def optimal_log_ratio(self, potential: Tensor, log_ratio: Tensor) -> Tensor:
         """The log of the plan's marginal over the mass at the optimum, from its current value.
 

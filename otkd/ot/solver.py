@@ -30,7 +30,7 @@ from otkd.ot.acceleration import Anderson
 from otkd.ot.kernels.base import Kernel
 from otkd.ot.newton import newton_potentials
 from otkd.ot.potentials import Potentials, excess_of
-from otkd.ot.problem import Marginal, Problem
+from otkd.ot.problem import Problem
 
 _CHEAP = 2  # times as many iterations before Newton's method if some of them are plain
 _FIRST = 4  # times as many plain steps at first
@@ -177,8 +177,8 @@ class _Alternation(_Update):
         if not self.slow:
             return f
         assert g is not None
-        of_source = _log_mass(self.source, self.a, self.log_a, f)
-        surplus = of_source - _log_mass(self.target, self.b, self.log_b, g)
+        of_source = self.source.log_mass(self.a, self.log_a, f)
+        surplus = of_source - self.target.log_mass(self.b, self.log_b, g)
         rho = 1 / (1 / self.source.penalty + 1 / self.target.penalty)
         return f + rho * surplus
 
@@ -190,18 +190,6 @@ class _Alternation(_Update):
 
 def _damped(softmin: Tensor, damping: float) -> Tensor:
     return softmin if damping == 1 else damping * softmin
-
-
-def _log_mass(side: Marginal, masses: Tensor, logs: Tensor, potential: Tensor) -> Tensor:
-    """Log of the mass of the optimal plan with this potential of a side, ``(B, 1)``."""
-    total = masses.sum(-1, keepdim=True)
-    if side.held:
-        return total.log()
-    exponents = potential / -side.penalty
-    excess = torch.linalg.vecdot(masses, exponents.expm1()).unsqueeze(-1) / total
-    # The first is accurate for large ρ, the second for a mass near 0.
-    little = (exponents + logs).logsumexp(-1, keepdim=True)
-    return torch.where(excess.abs() < 0.5, total.log() + excess.log1p(), little)
 
 
 class _Averaging(_Update):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from otkd.extras import missing
 from otkd.files import cache_folder, written_whole
 
 _FORMAT, _VERSION = "otkd.neighbours", "1"
@@ -73,13 +74,10 @@ def _path(cache_dir: Path | str | None, key: str) -> Path | None:
 
 
 def _search(queries: Tensor, points: Tensor, k: int, metric: str) -> Tensor:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            "NearestNeighbours needs faiss, which is not installed: pip install '.[faiss]' in "
-            "otkd's checkout"
-        ) from error
+    if message := missing("NearestNeighbours", "faiss", extra="faiss"):
+        raise ImportError(message)
+    import faiss
+
     queries, points = queries.detach().double().cpu(), points.detach().double().cpu()
     if metric == "cosine":
         queries, points = (nn.functional.normalize(x, dim=-1) for x in (queries, points))
@@ -140,11 +138,8 @@ def _write(path: Path, key: str, table: Tensor) -> None:
 
 
 def _safetensors():
-    try:
-        import safetensors
-    except ImportError as error:
-        raise ImportError(
-            "NearestNeighbours stores neighbours in safetensors files, but safetensors is not "
-            "installed: pip install '.[faiss]' in otkd's checkout"
-        ) from error
+    if message := missing("The file of neighbours", "safetensors", extra="faiss"):
+        raise ImportError(message)
+    import safetensors
+
     return safetensors

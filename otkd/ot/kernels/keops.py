@@ -27,10 +27,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from otkd.extras import missing
 from otkd.ot.kernels.blocked import PointCost, SharedKernel
 from otkd.warn import warn_caller
 
-_HINT = "pip install '.[keops]' in otkd's checkout"
 _NO_MASS = -1e30  # log of mass 0; a difference of infinities would be NaN
 
 
@@ -109,19 +109,21 @@ def keops_works(device: torch.device) -> bool:
 
 def obstacle_to_keops(device: torch.device) -> Exception | None:
     """The error that keeps KeOps from working on this device, or None."""
+    if message := missing("backend='keops'", "pykeops", extra="keops"):
+        return ImportError(message)
     try:
         config = _import_keops().config
     except (ImportError, OSError) as error:  # importing it needs a writable folder
-        return ImportError(f"backend='keops' needs pykeops: {_HINT} ({error})")
+        return ImportError(f"backend='keops' needs pykeops, which cannot be imported: {error}")
     if device.type == "cuda" and not config.gpu_available:
-        return RuntimeError(f"KeOps ({_HINT}) found no CUDA to compile for")
+        return RuntimeError("KeOps found no CUDA to compile for")
     if config.pykeops_base.get_cxx_compiler() is None:
         return RuntimeError(
-            f"KeOps ({_HINT}) compiles its formulas, and found no C++ compiler: install g++ or "
+            "KeOps compiles its formulas, and found no C++ compiler: install g++ or "
             "name one in the environment variable CXX"
         )
     if device.type not in ("cpu", "cuda"):
-        return RuntimeError(f"KeOps ({_HINT}) does not compute on {device.type}")
+        return RuntimeError(f"KeOps does not compute on {device.type}")
     return None
 
 
