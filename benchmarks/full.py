@@ -18,6 +18,7 @@ else:
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Freed memory is reused": {
         "Divergences and top-k transport": ("divergences/kept_memory",),
+        "Transport KL": ("transport_kl/kept_memory",),
     },
     "Freed memory is returned to the system": {
         "Transport over vocabularies": (
@@ -27,6 +28,11 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "vocabulary/topk_large",
             "vocabulary/accuracy",
             "vocabulary/sizes",
+        ),
+        "Transport KL": (
+            "transport_kl/time",
+            "transport_kl/accuracy",
+            "transport_kl/language_model",
         ),
         "Transport between the samples of a batch": (
             "batch/few_classes",

@@ -55,6 +55,9 @@ def time_targets(cases: list[dict]) -> list[dict]:
     return [target("transport KL: time, F.kl_div ÷ otkd", times, "≥", 1 / 2.2)]
 
 
+kept_memory_targets = time_targets
+
+
 def _spec(settings: Settings) -> Spec:
     return Spec(*settings.pick((32_000, 512, 256), (3000, 16, 16)), seed=settings.seed)
 
@@ -85,7 +88,8 @@ def language_model(settings: Settings) -> dict:
     """The same for SmolLM2-135M and a student of six of its layers, over all 49,152 tokens.
 
     The logits of 16 positions of held-out reviews are in ``data/smollm2.safetensors``, in float16.
-    The student was trained for 100 steps. The embedding is that of the packaged model.
+    The student was trained for 100 steps with this loss at a price of 10, and its KL is 2.66. The
+    embedding is that of the packaged model.
     """
     logits = load_file(DATA)
     student, teacher = (logits[side].float() for side in ("student", "teacher"))
@@ -116,6 +120,9 @@ def accuracy_targets(cases: list[dict]) -> list[dict]:
         for point in case["points"]
         if point["support"] == next(iter(SUPPORTS)) and point["price"] == PRICES[-1]
     ]
+
+
+language_model_targets = accuracy_targets
 
 
 def _points(student: Tensor, teacher: Tensor, embedding: Tensor) -> list[dict]:

@@ -128,6 +128,28 @@ def test_more_tokens_are_more_accurate():
         assert few["gradient_error"] > many["gradient_error"]
 
 
+@pytest.mark.parametrize("row", ["accuracy", "language_model"])
+def test_the_transport_kl_is_compared_with_the_whole_kernel(row):
+    result = result_of("transport_kl", row)
+    for case in result["cases"]:
+        errors = {}
+        for point in case["points"]:
+            place = point["price"], point["temperature"]
+            errors.setdefault(place, {})[point["support"]] = point["gradient_error"]
+        assert len(errors) == 9
+        for found in errors.values():
+            kl, default, *more = found.values()
+            assert max(default, *more) < 0.5
+            if kl > 0.1:  # else the price is so high that the loss is KL
+                assert default < kl
+
+
+def test_the_transport_kl_is_timed_beside_kl():
+    (case,) = result_of("transport_kl", "time")["cases"]
+    assert {"F.kl_div", "otkd.KLLoss"} < set(case["times"])
+    assert case["peers"]["otkd.TransportKLLoss"]["peak_bytes"] > 0
+
+
 def test_batch_transport_is_compared_at_known_errors():
     pytest.importorskip("geomloss")
     few, many = (result_of("batch", row) for row in ("few_classes", "many_classes"))
