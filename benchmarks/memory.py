@@ -11,14 +11,14 @@ import importlib
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
+
+from otkd.study.memory import reset_peak_memory, resident_memory
 
 # Parameters of glibc's mallopt and their default values.
 _MMAP_MAX, _TRIM_THRESHOLD = (-4, 65536), (-1, 128 * 1024)
@@ -96,33 +96,14 @@ def _measure(job: Mapping) -> dict:
     gc.collect()
     if platform.system() == "Linux":
         ctypes.CDLL(None).malloc_trim(0)
-    was_reset = _reset_high_water()
-    before, mark = _resident("VmRSS"), _resident("VmHWM")
+    was_reset = reset_peak_memory()
+    before, mark = resident_memory("VmRSS"), resident_memory("VmHWM")
     call()
-    high = _resident("VmHWM")
+    high = resident_memory("VmHWM")
     method = "VmHWM after reset" if was_reset else "VmHWM"
     if high <= mark and not was_reset:
         return {"bytes": None, "method": "not measured: making the inputs took more"}
     return {"bytes": high - before, "method": method}
-
-
-def _reset_high_water() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
-def _resident(field: str) -> int:
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(field + ":"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if platform.system() == "Darwin" else 1024 * used
 
 
 if __name__ == "__main__":
