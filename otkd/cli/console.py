@@ -51,8 +51,14 @@ class _Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def reporting(output_dir: Path) -> Iterator[None]:
-    """Print the notices of a command, and turn errors and signals into a message and a status."""
+def reporting(output_dir: Path, *, resumes: bool = True) -> Iterator[None]:
+    """Print the notices of a command, and turn errors and signals into a message and a status.
+
+    Args:
+        output_dir: folder of the results, for the messages.
+        resumes: whether finished runs are kept there, so that the same command continues. Otherwise
+            the command writes its results at its end, and starts again if it was interrupted.
+    """
     handler, logger = _Notices(), logging.getLogger("otkd")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -67,16 +73,18 @@ def reporting(output_dir: Path) -> Iterator[None]:
     except BrokenPipeError:
         raise  # the reader of the output has closed it
     except OSError as error:
-        notice(f"Error: {sentence(error)} Finished runs are kept in {output_dir}.", style="red")
+        kept = f" Finished runs are kept in {output_dir}." if resumes else ""
+        notice(f"Error: {sentence(error)}{kept}", style="red")
         raise typer.Exit(1) from error
     except KeyboardInterrupt as interrupt:
         name, number = "Interrupted", signal.SIGINT
         if isinstance(interrupt, _Interrupted):
             name, number = f"Ended by {signal.Signals(interrupt.number).name}", interrupt.number
-        notice(
-            f"{name}: finished runs are kept in {output_dir}; the same command continues.",
-            style=None,
-        )
+        if resumes:
+            state = f"finished runs are kept in {output_dir}; the same command continues"
+        else:
+            state = f"nothing was written to {output_dir}; the same command starts again"
+        notice(f"{name}: {state}.", style=None)
         raise typer.Exit(128 + number) from None
     finally:
         logger.removeHandler(handler)
