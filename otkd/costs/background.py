@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from otkd.costs.base import Cost, Side
+from otkd.costs.base import Cost, Side, as_constant
 from otkd.costs.clusters import clusters_of
 from otkd.costs.embedding import EmbeddingCost
 from otkd.costs.tails import sample_tokens
 
 _BLOCK_PAIRS = 2**22
+_KEPT_TABLES = 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def background_of(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Background:
-    """The background of a constant cost within one vocabulary; computed once.
+    """The background of a constant cost within one vocabulary; computed once for the last few ε.
 
     Args:
         cost: of one vocabulary.
@@ -78,8 +79,19 @@ def background_of(
         one = torch.zeros(size, dtype=torch.long, device=device)
         return _estimate(cost, epsilon, one, sample_tokens(size, device))
 
-    key = ("background", size, epsilon, clusters, device)
-    return cost.kept((*key, dtype), lambda: cost.kept(key, estimate).to(dtype))
+    # A price that changes in every step of a training must not fill the memory with tables.
+    tables = cost.kept(("backgrounds", size, clusters, device), dict)
+    if epsilon not in tables:
+        with as_constant():
+            table = estimate()
+        for oldest in list(tables)[: 1 - _KEPT_TABLES]:
+            tables.pop(oldest, None)
+        tables[epsilon] = {torch.float64: table}
+    by_dtype = tables[epsilon]
+    if dtype not in by_dtype:
+        with as_constant():
+            by_dtype[dtype] = by_dtype[torch.float64].to(dtype)
+    return by_dtype[dtype]
 
 
 def _estimate(cost: Cost, epsilon: float, assignment: Tensor, sample: Tensor) -> Background:

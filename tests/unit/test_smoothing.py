@@ -128,6 +128,18 @@ def test_the_background_has_the_total_of_every_pair_of_clusters(clusters):
     close(found.scales, means / typical, rtol=1e-5, atol=1e-7)
 
 
+def test_a_falling_price_does_not_fill_the_memory():
+    cost = costs.EmbeddingCost(points(5, V, 3))
+    found = [background_of(cost, V, 0.1 * step, 2, torch.float32, CPU) for step in range(1, 9)]
+    assert background_of(cost, V, 0.8, 2, torch.float32, CPU) is found[-1]
+    assert background_of(cost, V, 0.5, 2, torch.float32, CPU) is found[4]
+    again = background_of(cost, V, 0.1, 2, torch.float32, CPU)
+    assert again is not found[0]
+    close(again.between, found[0].between)
+    (tables,) = (x for key, x in cost.tail_constants.items() if key[0] == "backgrounds")
+    assert len(tables) == 4
+
+
 @pytest.mark.parametrize(("price", "limit"), [(3.0, 0.06), (10.0, 0.06), (30.0, 0.12)])
 def test_the_gradient_is_near_that_over_all_tokens(price, limit):
     """With one atom for the tail it would be off by 35, 74 and 71 %."""
