@@ -25,7 +25,7 @@ from otkd.costs.clusters import clusters_of
 from otkd.costs.embedding import EmbeddingCost
 from otkd.costs.tails import sample_tokens
 
-_BLOCK_PAIRS = 2**22
+_BLOCK_PAIRS = 2**20
 _KEPT_TABLES = 4
 
 

@@ -99,9 +99,12 @@ class Formula(ABC):
 
     Attributes:
         same_vocabulary: whether token i of the student is compared with token i of the teacher.
+        caches_per_block: size of a block on a CPU, in what a core's cache holds; above 1 if a block
+            takes much work besides passes over its entries.
     """
 
     same_vocabulary: ClassVar[bool] = True
+    caches_per_block: ClassVar[int] = 1
 
     @abstractmethod
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
@@ -185,9 +188,11 @@ def _rows(logits: Tensor) -> Tensor:
     return logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
 
 
-def _blocks(positions: int, vocab: int, mask: Tensor | None, device: torch.device) -> Iterator:
+def _blocks(
+    positions: int, vocab: int, mask: Tensor | None, device: torch.device, caches: int
+) -> Iterator:
     """Slices of all positions, or index tensors of the counted ones, in blocks."""
-    elements = block_elements(device, _BLOCK_ELEMENTS_ON_CPU, _BLOCK_ELEMENTS_ON_DEVICE)
+    elements = block_elements(device, caches * _BLOCK_ELEMENTS_ON_CPU, _BLOCK_ELEMENTS_ON_DEVICE)
     size = max(1, elements // vocab)
     if mask is None:
         for start in range(0, positions, size):
@@ -216,7 +221,8 @@ class _Rowwise(torch.autograd.Function):
             ctx.save_for_backward(gradient)
             ctx.dtype = student.dtype
         with without_autocast(student):
-            for rows in _blocks(positions, vocab, mask, student.device):
+            blocks = _blocks(positions, vocab, mask, student.device, formula.caches_per_block)
+            for rows in blocks:
                 logits = _scaled(student[rows], temperature, dtype)
                 pair, spread = teacher.compare(logits, rows, formula)
                 block, weighted = formula(pair)

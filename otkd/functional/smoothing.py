@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -158,6 +159,8 @@ class _Teacher(DenseTeacher):
 
 
 class _Smoothed(Formula):
+    caches_per_block: ClassVar[int] = 4
+
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         assert isinstance(pair, SmoothedPair)
         smoothed = pair.kernel(pair.q)
