@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -132,8 +131,7 @@ def _points(student: Tensor, teacher: Tensor, embedding: Tensor) -> list[dict]:
     """
     scaled = [torch.cat([x.double() / t for t in TEMPERATURES]) for x in (student, teacher)]
     cost, points = EmbeddingCost(embedding), []
-    for price in PRICES:
-        value, gradient = _exact(*scaled, cost, price)
+    for price, (value, gradient) in zip(PRICES, _exact(*scaled, cost), strict=True):
         found = {"KL": otkd.KLLoss(reduction="none")}
         for name, support in SUPPORTS.items():
             # "auto" would be every token of a small vocabulary.
@@ -161,28 +159,30 @@ def _points(student: Tensor, teacher: Tensor, embedding: Tensor) -> list[dict]:
     return points
 
 
-def _exact(
-    student: Tensor, teacher: Tensor, cost: EmbeddingCost, price: float
-) -> tuple[Tensor, Tensor]:
-    """Values and logit gradients in float64 by the definition, with all entries of the kernel."""
+def _exact(student: Tensor, teacher: Tensor, cost: EmbeddingCost) -> list[tuple[Tensor, Tensor]]:
+    """Values and logit gradients in float64 by the definition, with the whole kernel, by price."""
     q, p = student.softmax(-1), teacher.softmax(-1)
-    smoothed_q, smoothed_p = _kernel_times(torch.cat([q, p]), cost, price).chunk(2)
-    ratio = smoothed_q / smoothed_p
-    value = (p * (ratio - 1 - ratio.log())).sum(-1)
-    slope = _kernel_times(p / smoothed_p - p / smoothed_q, cost, price)
-    return value, q * (slope - (q * slope).sum(-1, keepdim=True))
+    both = torch.cat([q, p])
+    smoothed = [x.chunk(2) for x in _kernel_times([both] * len(PRICES), cost)]
+    slopes = _kernel_times([p / of_p - p / of_q for of_q, of_p in smoothed], cost)
+    found = []
+    for (of_q, of_p), slope in zip(smoothed, slopes, strict=True):
+        ratio = of_q / of_p
+        value = (p * (ratio - 1 - ratio.log())).sum(-1)
+        found.append((value, q * (slope - (q * slope).sum(-1, keepdim=True))))
+    return found
 
 
-def _kernel_times(x: Tensor, cost: EmbeddingCost, price: float) -> Tensor:
-    return torch.cat([x @ block.mT for block in _kernel_rows(cost, price)], -1)
-
-
-def _kernel_rows(cost: EmbeddingCost, price: float) -> Iterator[Tensor]:
+def _kernel_times(vectors: list[Tensor], cost: EmbeddingCost) -> list[Tensor]:
+    """The product of the kernel of every price with its vectors, ``(N, V)`` each."""
     points = cost.coordinates("source", torch.float64, torch.device("cpu"))
+    products: list[list[Tensor]] = [[] for _ in PRICES]
     for rows in torch.arange(len(points)).split(_ROWS_AT_A_TIME):
-        block = cost.distance(points[rows], points)
-        block[torch.arange(len(rows)), rows] = 0
-        yield block.mul_(-price).exp_()
+        costs = cost.distance(points[rows], points)
+        costs[torch.arange(len(rows)), rows] = 0
+        for parts, price, x in zip(products, PRICES, vectors, strict=True):
+            parts.append(x @ torch.exp(-price * costs).mT)
+    return [torch.cat(parts, -1) for parts in products]
 
 
 ROWS: dict[str, Row] = {

@@ -1,15 +1,16 @@
-"""exp(−C/ε) between two different tokens, as a matrix of low rank.
+"""The costs between two different tokens, in a form whose kernel exp(−C/ε) has low rank.
 
-A kernel over a whole vocabulary has too many entries to be computed at every position. Between
-tokens of no special interest it is replaced by
+A cost over a whole vocabulary has too many entries to be computed at every position. Between tokens
+of no special interest it is replaced by
 
-    s_i · κ_{c(i) c(j)} · s_j,
+    a_i + C̄_{c(i) c(j)} + a_j,
 
-with c(i) the cluster of token i. The scale s_i is the mean of row i of the kernel, relative to its
-cluster, so a token that is close to many others stays so. κ has the right total for every pair of
-clusters. One cluster is enough if costs are high compared with ε; the more mass moves, the more
-clusters matter. All is computed from the vocabulary alone and not from a batch, so microbatches add
-up.
+with c(i) the cluster of token i, C̄ the mean cost between two clusters, and a_i how much the mean
+cost from token i to its own cluster exceeds that of the cluster's other tokens. (For a squared
+distance that is what the distance of a token from the cluster's centre adds to its costs.) Up to
+constants that C̄ and a exchange, no term is below 0, so exp(−C/ε) is at most 1 and vanishes as
+ε → 0, as between the tokens themselves.
+All is computed from the vocabulary alone and not from a batch, so microbatches add up.
 """
 
 from __future__ import annotations
@@ -20,25 +21,47 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from otkd.costs.base import Cost, Side, as_constant
-from otkd.costs.clusters import clusters_of
+from otkd.costs.base import Cost, Side
+from otkd.costs.clusters import clusters_of, mean_cost_to_clusters
 from otkd.costs.embedding import EmbeddingCost
-from otkd.costs.tails import sample_tokens
+from otkd.costs.tails import mean_cost_to_all, sample_tokens
 
-_BLOCK_PAIRS = 2**20
-_KEPT_TABLES = 4
+_COMPARED = 64  # tokens in the check of symmetry
+_SIDES: tuple[Side, Side] = ("source", "target")
 
 
 @dataclass(frozen=True)
 class Background:
-    """The kernel between different tokens, s_i·κ_{cd}·s_j, and that of a token with itself.
+    """The costs a_i + C̄_{cd} + a_j between different tokens.
+
+    Attributes:
+        assignment: the cluster of every token, ``(V,)``.
+        excess: a_i, ``(V,)``.
+        between: C̄, ``(L, L)``.
+    """
+
+    assignment: Tensor
+    excess: Tensor
+    between: Tensor
+
+    def kernel(self, epsilon: float) -> LowRankKernel:
+        """exp(−C/ε) for these costs."""
+        scales, between = ((x / -epsilon).exp() for x in (self.excess, self.between))
+        members = one_hot(self.assignment, len(between)).to(scales) * scales.unsqueeze(-1)
+        own = 1 - scales.square() * between.diagonal()[self.assignment]
+        return LowRankKernel(self.assignment, scales, members, between, own.clamp(min=0))
+
+
+@dataclass(frozen=True)
+class LowRankKernel:
+    """s_i·κ_{cd}·s_j between two different tokens, and 1 between a token and itself.
 
     Attributes:
         assignment: the cluster of every token, ``(V,)``.
         scales: s_i, ``(V,)``.
         members: s_i in the column of the cluster of token i, ``(V, L)``.
         between: κ, ``(L, L)``.
-        own: 1 − s_i·κ_{cc}·s_i, ``(V,)``: what a token has beyond this matrix, at least 0.
+        own: 1 − s_i·κ_{cc}·s_i, ``(V,)``: what a token has beyond this matrix.
     """
 
     assignment: Tensor
@@ -47,81 +70,58 @@ class Background:
     between: Tensor
     own: Tensor
 
-    def to(self, dtype: torch.dtype) -> Background:
-        """The same in another precision."""
-        numbers = (self.scales, self.members, self.between, self.own)
-        return Background(self.assignment, *(x.to(dtype) for x in numbers))
-
 
 def background_of(
-    cost: Cost,
-    size: int,
-    epsilon: float,
-    clusters: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    cost: Cost, size: int, clusters: int, dtype: torch.dtype, device: torch.device
 ) -> Background:
-    """The background of a constant cost within one vocabulary; computed once for the last few ε.
+    """The background of a constant cost within one vocabulary; computed once.
 
     Args:
         cost: of one vocabulary.
         size: number of tokens, V.
-        epsilon: ε.
         clusters: number of clusters; above 1 the cost must be an ``EmbeddingCost``.
         dtype: of the result.
         device: of the result.
+
+    Raises:
+        ValueError: if the cost is not symmetric.
     """
-
-    def estimate() -> Background:
-        if clusters > 1 and isinstance(cost, EmbeddingCost):
-            groups = clusters_of(cost, "source", clusters, device)
-            return _estimate(cost, epsilon, groups.assignment, groups.sample())
-        one = torch.zeros(size, dtype=torch.long, device=device)
-        return _estimate(cost, epsilon, one, sample_tokens(size, device))
-
-    # A price that changes in every step of a training must not fill the memory with tables.
-    tables = cost.kept(("backgrounds", size, clusters, device), dict)
-    if epsilon not in tables:
-        with as_constant():
-            table = estimate()
-        for oldest in list(tables)[: 1 - _KEPT_TABLES]:
-            tables.pop(oldest, None)
-        tables[epsilon] = {torch.float64: table}
-    by_dtype = tables[epsilon]
-    if dtype not in by_dtype:
-        with as_constant():
-            by_dtype[dtype] = by_dtype[torch.float64].to(dtype)
-    return by_dtype[dtype]
+    key = ("background", size, clusters, dtype, device)
+    return cost.kept(key, lambda: _background(cost, size, clusters, dtype, device))
 
 
-def _estimate(cost: Cost, epsilon: float, assignment: Tensor, sample: Tensor) -> Background:
-    """From the kernel between all tokens and a sample of them, in float64."""
-    groups = one_hot(assignment).double()
-    sizes, sampled = groups.sum(0), groups[sample]
-    # A cluster counts as much as it has tokens, however many of them are in the sample.
-    weights = sampled @ (sizes / sampled.sum(0).clamp(min=1))
+def _background(cost, size, clusters, dtype, device) -> Background:
+    every = torch.arange(size, device=device).unsqueeze(0)
+    if clusters > 1 and isinstance(cost, EmbeddingCost):
+        groups = clusters_of(cost, "source", clusters, device)
+        assignment = groups.assignment
+        means = mean_cost_to_clusters(cost, every, _SIDES, groups, dtype).squeeze(0)
+    else:
+        _check_symmetry(cost, size, device)
+        assignment = torch.zeros_like(every[0])
+        means = mean_cost_to_all(cost, every, _SIDES, (size, size), dtype).squeeze(0)
+        means = means.unsqueeze(-1)
+    members = one_hot(assignment).to(dtype)
+    sizes = members.sum(0)
+    # The mean over a cluster counts the cost from a token to itself, which is 0.
+    others = sizes / (sizes - 1).clamp(min=1)
+    within = (means * members).sum(-1) * others[assignment]
+    between = members.mT @ means / sizes.unsqueeze(-1)
+    between = torch.lerp(between, between.mT, 0.5)
+    between.diagonal().mul_(others)
+    excess = within - between.diagonal()[assignment]
+    # Half the cost to the nearest cluster moves from C̄ to the tokens, so that no term is below 0.
+    nearest = between.amin(-1) / 2
+    excess = (excess + nearest[assignment]).clamp(min=0)
+    between = (between - nearest.unsqueeze(-1) - nearest).clamp(min=0)
+    return Background(assignment, excess, between)
 
-    def kernel(tokens: Tensor) -> Tensor:
-        """To the sample; 0 between a token and itself."""
-        sides: tuple[Side, Side] = ("source", "target")
-        costs = cost.between(tokens.unsqueeze(0), sample.unsqueeze(0), sides, torch.float32)
-        values = (costs.squeeze(0).double() / -epsilon).exp_()
-        return values.masked_fill_(tokens.unsqueeze(-1) == sample, 0.0)
 
-    every = torch.arange(len(assignment), device=assignment.device)
-    means = torch.cat(
-        [kernel(block) @ weights for block in every.split(max(1, _BLOCK_PAIRS // len(sample)))]
-    )
-    typical = (groups.mT @ means / sizes)[assignment]
-    scales = torch.where(typical > 0, means / typical, 1.0)
-    among, members = kernel(sample), groups * scales.unsqueeze(-1)
-    if not torch.allclose(among, among.mT, rtol=1e-3, atol=1e-6):
+def _check_symmetry(cost: Cost, size: int, device: torch.device) -> None:
+    tokens = sample_tokens(size, device)[:_COMPARED].unsqueeze(0)
+    costs = cost.between(tokens, tokens.clone(), _SIDES, torch.float64).squeeze(0)
+    if (costs - costs.mT).abs().max() > 1e-3 * costs.abs().max():
         raise ValueError(
             f"{cost!r} is not symmetric, but costs within one vocabulary must be: pass a cost that "
             "is the same in both directions"
         )
-    pairs = members[sample].sum(0).outer(members[sample].sum(0))
-    pairs -= members[sample].square().sum(0).diag()
-    between = torch.where(pairs > 0, sampled.mT @ among @ sampled / pairs, 0.0)
-    own = 1 - scales.square() * between.diagonal()[assignment]
-    return Background(assignment, scales, members, between, own.clamp(min=0))

@@ -16,14 +16,14 @@ rank (:mod:`otkd.costs.background`). For every symmetric kernel D is at least 0,
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from otkd.costs import Cost, EmbeddingCost
-from otkd.costs.background import background_of
+from otkd.costs.background import LowRankKernel, background_of
 from otkd.functional.rowwise import DenseTeacher, Formula, Pair, Spread, compare_rowwise
 from otkd.supports.base import Positions, over_temperature
 from otkd.supports.heads import top_tokens, union_of
@@ -31,7 +31,8 @@ from otkd.supports.heads import top_tokens, union_of
 _LEAST_CLUSTERS = 16  # of an embedding: enough for any price, and as fast as one
 # Above, a float32 sum over near tokens may have lost what little mass the student has there.
 _STEEPEST = 1e25
-# Below, a float64 sum has lost it, too; what is left of it is the token's own mass.
+# Below, a float64 sum has lost it, too. What is left is the larger of two bounds: the token's own
+# mass, and what all mass gives it from the largest cost.
 _NOTHING = 1e-290
 
 
@@ -81,6 +82,18 @@ class KernelSettings:
     epsilon: float
     k: int
     clusters: int
+    _others: dict[torch.dtype, LowRankKernel] = field(default_factory=dict, init=False)
+
+    def others(self, vocab: int, dtype: torch.dtype, device: torch.device) -> LowRankKernel:
+        """The kernel between tokens that are not among the most probable ones."""
+        if dtype not in self._others:
+            background = background_of(self.cost, vocab, self.clusters, dtype, device)
+            self._others[dtype] = background.kernel(self.epsilon)
+        return self._others[dtype]
+
+    def least_log_mass(self, vocab: int) -> float:
+        """A lower bound of log Σ_i q_i·K_ij: that of all mass at the largest cost."""
+        return -self.cost.largest(vocab, vocab) / self.epsilon
 
     def at(self, student: Tensor, teacher: Tensor) -> Kernel:
         """The kernel for the logits of a block of positions, ``(N, V)``."""
@@ -109,12 +122,11 @@ class Kernel:
         dtype: torch.dtype,
     ) -> None:
         self._with_dtype = functools.partial(Kernel, settings, tokens, valid, vocab)
+        self.least_log_mass = settings.least_log_mass(vocab)
         self._tokens, self._valid = tokens, valid
         costs = settings.cost.between(tokens, tokens, ("source", "target"), dtype)
         self._exact = (costs / -settings.epsilon).exp_()
-        self._background = background_of(
-            settings.cost, vocab, settings.epsilon, settings.clusters, dtype, tokens.device
-        )
+        self._others = settings.others(vocab, dtype, tokens.device)
 
     def double(self) -> Kernel:
         """The same kernel in float64."""
@@ -122,15 +134,17 @@ class Kernel:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Σ_j K_ij·x_j, ``(N, V)``."""
-        tokens, background = self._tokens, self._background
-        clusters, scales = background.assignment[tokens], background.scales[tokens]
+        tokens, others = self._tokens, self._others
+        clusters, scales = others.assignment[tokens], others.scales[tokens]
         head = x.gather(-1, tokens) * self._valid
-        from_all = x @ background.members
-        from_tail = from_all.scatter_add(-1, clusters, head * -scales)
+        # Subtracting the head from the sum over all tokens would leave only its rounding error if
+        # the tail has almost no mass.
+        from_tail = x.scatter(-1, tokens, 0.0) @ others.members
+        from_all = from_tail.scatter_add(-1, clusters, head * scales)
         of_head = torch.bmm(self._exact, head.unsqueeze(-1)).squeeze(-1)
-        of_head += (from_tail @ background.between).gather(-1, clusters) * scales
-        product = x * background.own
-        product.addmm_(from_all @ background.between, background.members.mT)
+        of_head += (from_tail @ others.between).gather(-1, clusters) * scales
+        product = x * others.own
+        product.addmm_(from_all @ others.between, others.members.mT)
         return product.scatter_(-1, tokens, of_head)
 
 
@@ -177,13 +191,15 @@ class _Smoothed(Formula):
         log_ratio = ratio.log()
         excess = ratio.sub_(1)
         pulled = demand.mul_(excess)  # p/p̃ − p/q̃
+        least = pair.kernel.least_log_mass
         if lost is not None:
-            log_ratio = torch.where(lost, pair.log_q - reference.log(), log_ratio)
+            log_smoothed = pair.log_q.clamp(min=least)
+            log_ratio = torch.where(lost, log_smoothed - reference.log(), log_ratio)
             pulled = torch.where(lost, pair.p / reference, pulled)
         value = torch.linalg.vecdot(pair.p, log_ratio.neg_().add_(excess))
         weighted = pair.kernel(pulled).mul_(pair.q)
         if lost is not None:
-            weighted -= pair.p.masked_fill(~lost, 0.0)
+            weighted -= pair.p.masked_fill(~lost | (pair.log_q < least), 0.0)
         return value, weighted
 
 
