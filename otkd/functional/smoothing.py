@@ -10,7 +10,8 @@ p). The gradient in q is K(p/p̃ − p/q̃). Three products with K are all that 
 may be over the whole vocabulary if its products are cheap. It is exact among the k most probable
 tokens of student and teacher, and between a token and itself. Between two other tokens it has low
 rank (:mod:`otkd.costs.background`). For every symmetric kernel D is at least 0, and 0 with gradient
-0 at q = p. As the price grows it tends to KL(p‖q) over the whole vocabulary.
+0 at q = p. As the price grows it tends to KL(p‖q) over the whole vocabulary, if p > 0 wherever
+q > 0.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Explanation:
 
     Attributes:
         moves: the largest first.
-        value: the loss at the position, before T² and reduction.
+        value: the loss at the position, over the atoms shown, before T² and reduction.
         transport_cost: ⟨P, C⟩ of the whole plan.
         moved_mass: mass that moves to another token; between two vocabularies, all mass.
         marginal_error: L1 distance between q and the row sums of the plan.

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 from typing_extensions import Unpack
 
 from otkd.costs import Cost
 from otkd.functional.transport_kl import Price, debiasing_for, transport_kl_with_report
 from otkd.losses.base import Batch
+from otkd.losses.explain import Explanation
 from otkd.losses.ground_cost import make_cost
 from otkd.losses.registry import register_loss
 from otkd.losses.settings import CommonSettings
 from otkd.losses.token_transport import TokenTransportLoss
 from otkd.ot.options import SolverSettings
 from otkd.supports import Support
+from otkd.teachers import StoredTeacher
 
 
 @register_loss("transport_kl")
@@ -21,15 +27,21 @@ class TransportKLLoss(TokenTransportLoss):
     """KL between p and q over the tokens of each position that forgives near tokens, at a price.
 
     Where q has too little mass for a token of p, KL insists on that token. This loss may instead
-    use mass of q on tokens at a small cost from it. It pays κ nats for each unit of cost. So it
-    lies between KL (κ → ∞) and optimal transport (κ → 0). Its gradient in the logits is q − r,
-    where r is the teacher's distribution after the mass has moved (KL has q − p), plus the
-    debiasing term.
+    use mass of q on tokens at a small cost from it, and pays κ nats for each unit of cost. As
+    κ → ∞ it tends to KL; as κ → 0 every token counts as near, and it tends to 0. Its gradient in
+    the logits is q − r, where r is the teacher's distribution after the mass has moved (KL has
+    q − p), plus that of the debiasing term.
 
-    The price decides what a student can learn. A token of p that costs C from the student's mass
-    is insisted on while log(1/q) is below κ·C nats. Beyond, all of its mass moves: the loss stays
-    at about κ·C and its gradient there vanishes, as that of transport does. So a student far from
-    its teacher needs a price at which κ·C is above the gaps between their log-probabilities.
+    The price decides what a student can learn:
+
+    - A token of p that costs C from the student's mass is insisted on while log(1/q) is below κ·C
+      nats. Beyond, its mass moves: the loss stays at about κ·C (less up to 1 nat, which debiasing
+      removes), and its gradient there vanishes, as that of transport does.
+    - With debiasing, mass m of the student on tokens with p below about exp(−κ·C) costs about m²
+      and not m, because the tangent at p already contains its first order. With ``debias=None`` its
+      whole gradient remains, but the loss is then not smallest at q = p.
+
+    So a student far from its teacher needs a high price.
 
     With ε = η/κ and ρ = (1 − η)/κ, let
 
@@ -40,17 +52,18 @@ class TransportKLLoss(TokenTransportLoss):
         D(q, p) = U(q, p) − U(p, p) − ⟨∂U(p, p)/∂q, q − p⟩.
 
     U is convex in q, so D is at least 0, and 0 with gradient 0 at q = p. As κ → ∞, κ·D tends to
-    KL(p‖q) exactly, for every η, if no two tokens coincide. With ``direction="reverse"`` the
-    penalty is on the other side, ρ·KL(Pᵀ1‖p) such that P1 = q; the loss is D/ρ and tends to
-    KL(q‖p). A student with all of its mass on a wrong token at cost C then has a loss of about
-    (κ·C − η·log(1/p))/(1 − η), or 0 if that is negative, as p at that token tends to 0: use a small
-    η and a high price.
+    KL(p‖q) exactly, for every η, if no two tokens coincide and p > 0 wherever q > 0. With
+    ``direction="reverse"`` the penalty is on the other side, ρ·KL(Pᵀ1‖p) such that P1 = q; the loss
+    is D/ρ and tends to KL(q‖p). A student with all of its mass on a wrong token at cost C then has
+    a loss of about (κ·C − η·log(1/p))/(1 − η), or 0 if that is negative, as p at that token tends
+    to 0: use a small η and a high price.
 
     For η = 1 (forward only) no iterations are needed, since U/ε = −Σ_j p_j·log(Kᵀq)_j with
-    K = exp(−κ·C): the cross-entropy of p against q smoothed over near tokens. With a ``TopK``
-    support no token is then left to a tail: K is exact among the k most probable tokens of both
-    sides and between a token and itself, and has low rank between other tokens, with 16 clusters of
-    the embedding or as many as the support has. A stored top-k teacher has a tail of one atom.
+    K = exp(−κ·C): the cross-entropy of p against q smoothed over near tokens. If the teacher's
+    logits are given, and the loss is debiased, a ``TopK`` support then has no tail: every token is
+    an atom of its own. K is exact among the k most probable tokens of both sides, and has low rank
+    between other tokens, with at least 16 clusters of an embedding, and one for other costs. In all
+    other cases the tail is one atom, or as many as the support has clusters.
 
     U(p, p) and its gradient depend on the teacher alone. With a stored top-k teacher,
     ``teacher = loss.with_self_term(teacher)`` solves them once and not in every step.
@@ -70,8 +83,9 @@ class TransportKLLoss(TokenTransportLoss):
         debias: ``"auto"`` and ``"teacher"`` give κ·D; ``"auto"`` leaves debiasing out between two
             vocabularies. None leaves it out always.
         support: which tokens take part: an object of :mod:`otkd.supports`, or ``"auto"``, which is
-            ``Dense()`` up to 2048 tokens and, above, ``TopK(32)`` with ``smoothing=1`` and
-            ``TopK(64, clusters=32)`` without.
+            ``Dense()`` up to 2048 tokens. Above, it is ``TopK(32)`` where there is no tail, and
+            otherwise ``TopK(64)``, with ``clusters=32`` for an embedding and a teacher that is not
+            stored.
         max_iterations: limit of the solver. If it is reached, a warning is issued and
             ``last_report.converged`` is False.
         tolerance: L1 marginal error at which a position counts as solved.
@@ -135,6 +149,23 @@ class TransportKLLoss(TokenTransportLoss):
             **self._arguments(batch),
         )
         return values
+
+    def explain(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | StoredTeacher,
+        tokenizer: Any = None,
+        position: int | Sequence[int] = 0,
+        *,
+        top: int | None = 20,
+    ) -> Explanation:
+        """The plan of U(q, p) at one position; see :meth:`otkd.SinkhornLoss.explain`.
+
+        The tail is shown as one atom, or one per cluster of the support. The value is that of the
+        atoms shown, in nats.
+        """
+        explanation = super().explain(student_logits, teacher_logits, tokenizer, position, top=top)
+        return replace(explanation, value=explanation.value / self.settings.unit)
 
     def extra_repr(self) -> str:
         """The settings of the transport and the common ones."""

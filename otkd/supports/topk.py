@@ -45,7 +45,8 @@ class TopK(Support):
     the mean E_w[C(token, ·)], and its cost to the tail of the other side is
     −ε·log E_w,w[exp(−C/ε)]. These do not depend on the batch, so microbatches add up. The gradient
     of every token in the tail uses the tail's potential. Costs are computed for the chosen tokens
-    only. :class:`otkd.TransportKLLoss` with ``smoothing=1`` needs no tail: see there.
+    only. :class:`otkd.TransportKLLoss` has no tail if it is debiased, its smoothing is 1 and the
+    teacher's logits are given.
 
     Args:
         k: tokens of each side, at least 1. All tokens are used if there are fewer.

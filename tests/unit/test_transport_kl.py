@@ -229,6 +229,25 @@ def test_a_token_costs_at_most_what_moving_its_mass_costs(price):
     assert slope.abs().max() < 1e-4
 
 
+def test_debiasing_forgives_a_little_mass_where_the_teacher_has_none():
+    teacher = torch.full((1, 101), -15.0, dtype=torch.float64)
+    teacher[0, 0] = 0
+    student = torch.full((1, 101), math.log(0.001), dtype=torch.float64)
+    student[0, 0] = math.log(0.9)
+    student.requires_grad_()
+    slopes = {}
+    for debias in ("teacher", None):
+        loss = otkd.TransportKLLoss("discrete", price=10.0, debias=debias)
+        (slopes[debias],) = torch.autograd.grad(loss(student, teacher), student)
+    kl = otkd.KLLoss()(student, teacher)
+    (expected,) = torch.autograd.grad(kl, student)
+    value = otkd.TransportKLLoss("discrete", price=10.0)(student, teacher)
+    assert value.item() == pytest.approx(0.0055, abs=0.0005)
+    assert kl.item() == pytest.approx(0.105, abs=0.001)
+    assert slopes["teacher"][0, 1] < 0.15 * expected[0, 1]
+    assert slopes[None][0, 1] == pytest.approx(expected[0, 1], rel=0.01)
+
+
 @pytest.mark.parametrize(("price", "smoothing"), [(3.0, 0.6), (10.0, 0.1), (20.0, 0.1)])
 def test_the_reverse_direction_forgives_what_moving_costs_less(price, smoothing):
     student = torch.tensor([[-60.0, 0.0, -60.0]], dtype=torch.float64)
