@@ -22,6 +22,8 @@ from otkd.teachers import TopKTeacher
 
 DIRECTIONS = ("forward", "reverse")
 DEBIASINGS = ("auto", "teacher")
+LARGEST_PRICE = 1e9
+"""Far above any at which a token is forgiven; much higher ones would overflow."""
 _HEAD = 32  # tokens of each side; the others have no tail, so that fewer are enough
 
 
@@ -46,6 +48,11 @@ class Price:
             price=as_positive("price", self.price),
             smoothing=as_positive("smoothing", self.smoothing),
         )
+        if self.price > LARGEST_PRICE:
+            raise ValueError(
+                f"price must be at most {LARGEST_PRICE:.0e}, got {self.price!r}: use KLLoss or "
+                "ReverseKLLoss, which are its limits"
+            )
         if self.smoothing > 1:
             raise ValueError(f"smoothing must be at most 1, got {self.smoothing!r}")
         if self.smoothing == 1 and self.direction == "reverse":

@@ -76,7 +76,7 @@ class TransportKLLoss(TokenTransportLoss):
             tensor, or an object of :mod:`otkd.costs` that is not learnable.
         embedding: ``(vocab, width)``, for ``cost="embedding"``: the cost is the squared distance of
             two rows, divided by its mean.
-        price: κ, in nats per unit of the cost, above 0.
+        price: κ, in nats per unit of the cost, above 0 and at most 1e9.
         smoothing: η, above 0 and at most 1 (below 1 for ``"reverse"``). A smaller one gives a
             sharper plan, and takes more iterations.
         direction: ``"forward"`` (mean-seeking, like KL) or ``"reverse"`` (mode-seeking).

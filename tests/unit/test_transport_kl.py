@@ -340,6 +340,7 @@ def test_between_two_vocabularies_it_is_not_debiased(kind):
     [
         ({"price": 0.0}, ValueError, "price must be a finite number above 0"),
         ({"price": INF}, ValueError, "price must be a finite number above 0"),
+        ({"price": 1e10}, ValueError, r"price must be at most 1e\+09"),
         ({"smoothing": 0.0}, ValueError, "smoothing must be a finite number above 0"),
         ({"smoothing": 1.5}, ValueError, "smoothing must be at most 1"),
         ({"direction": "backward"}, ValueError, "direction must be one of 'forward'"),
