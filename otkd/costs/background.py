@@ -7,10 +7,10 @@ of no special interest it is replaced by
 
 with c(i) the cluster of token i, C̄ the mean cost between two clusters, and a_i how much the mean
 cost from token i to its own cluster exceeds that of the cluster's other tokens. (For a squared
-distance that is what the distance of a token from the cluster's centre adds to its costs.) Up to
-constants that C̄ and a exchange, no term is below 0, so exp(−C/ε) is at most 1 and vanishes as
-ε → 0, as between the tokens themselves.
-All is computed from the vocabulary alone and not from a batch, so microbatches add up.
+distance that is what the distance of a token from the cluster's centre adds to its costs.)
+Constants are moved from C̄ to a so that no term is below 0: exp(−C/ε) is then at most 1, and
+vanishes as ε → 0. All terms depend on the vocabulary alone and not on a batch, so microbatches add
+up.
 """
 
 from __future__ import annotations

@@ -44,6 +44,11 @@ class TokenTransportLoss(DistillationLoss):
         self.support = as_support(support)
 
     @property
+    def _value_unit(self) -> float:
+        """By what the value of the transport problem is divided in the loss."""
+        return 1.0
+
+    @property
     def bridges_vocabularies(self) -> bool:
         """Whether the cost is between two different vocabularies."""
         return self.cost.bridges_vocabularies
@@ -80,7 +85,10 @@ class TokenTransportLoss(DistillationLoss):
         *,
         top: int | None = 20,
     ) -> Explanation:
-        """The transport plan of OT_ε(q, p) at one position: which mass moves from where to where.
+        """The transport plan at one position: which mass moves from where to where.
+
+        It is that of OT_ε(q, p), or of the relaxed problem of this loss. The tail is shown as one
+        atom, or one for each cluster of the support.
 
         Args:
             student_logits: as for a call.
@@ -100,7 +108,7 @@ class TokenTransportLoss(DistillationLoss):
                 or a support that does not hold a plan.
         """
         batch = self._prepare(student_logits, teacher_logits, None, None, None, None)
-        return explain_position(
+        explanation = explain_position(
             batch,
             position,
             cost=self.cost,
@@ -112,6 +120,7 @@ class TokenTransportLoss(DistillationLoss):
             tokenizer=tokenizer,
             top=top,
         )
+        return replace(explanation, value=explanation.value / self._value_unit)
 
     def with_self_term(self, teacher: TopKTeacher) -> TopKTeacher:
         """A copy of the stored teacher with the solved self-term U(p, p) of this loss.

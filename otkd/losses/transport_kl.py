@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
-
 from torch import Tensor
 from typing_extensions import Unpack
 
 from otkd.costs import Cost
 from otkd.functional.transport_kl import Price, debiasing_for, transport_kl_with_report
 from otkd.losses.base import Batch
-from otkd.losses.explain import Explanation
 from otkd.losses.ground_cost import make_cost
 from otkd.losses.registry import register_loss
 from otkd.losses.settings import CommonSettings
 from otkd.losses.token_transport import TokenTransportLoss
 from otkd.ot.options import SolverSettings
 from otkd.supports import Support
-from otkd.teachers import StoredTeacher
 
 
 @register_loss("transport_kl")
@@ -150,22 +144,10 @@ class TransportKLLoss(TokenTransportLoss):
         )
         return values
 
-    def explain(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor | StoredTeacher,
-        tokenizer: Any = None,
-        position: int | Sequence[int] = 0,
-        *,
-        top: int | None = 20,
-    ) -> Explanation:
-        """The plan of U(q, p) at one position; see :meth:`otkd.SinkhornLoss.explain`.
-
-        The tail is shown as one atom, or one per cluster of the support. The value is that of the
-        atoms shown, in nats.
-        """
-        explanation = super().explain(student_logits, teacher_logits, tokenizer, position, top=top)
-        return replace(explanation, value=explanation.value / self.settings.unit)
+    @property
+    def _value_unit(self) -> float:
+        """See :class:`~otkd.losses.token_transport.TokenTransportLoss`."""
+        return self.settings.unit
 
     def extra_repr(self) -> str:
         """The settings of the transport and the common ones."""

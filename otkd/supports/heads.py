@@ -35,8 +35,7 @@ class Heads(NamedTuple):
     @property
     def valid(self) -> Tensor:
         """Whether a token is not a repetition, ``(N, K)``."""
-        places = torch.arange(self.tokens.shape[-1], device=self.tokens.device)
-        return places < self.counts.unsqueeze(-1)
+        return not_repeated(self.tokens, self.counts)
 
 
 class Atoms(NamedTuple):
@@ -172,6 +171,11 @@ def union_of(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     repeated[:, 1:] = tokens[:, 1:] == tokens[:, :-1]
     order = repeated.to(torch.uint8).sort(dim=-1, stable=True).indices
     return tokens.gather(-1, order), tokens.shape[-1] - repeated.sum(-1)
+
+
+def not_repeated(tokens: Tensor, counts: Tensor) -> Tensor:
+    """True for the first ``counts`` tokens of each row, ``(N, K)``; see :func:`union_of`."""
+    return torch.arange(tokens.shape[-1], device=tokens.device) < counts.unsqueeze(-1)
 
 
 class HeadLogMasses(torch.autograd.Function):

@@ -332,6 +332,13 @@ def test_between_two_vocabularies_it_is_not_debiased(kind):
         otkd.TransportKLLoss(cost, debias="teacher", **kind)(student, teacher)
 
 
+@every_kind
+def test_an_explanation_has_the_value_of_the_loss(kind):
+    student, teacher = pair(13, positions=1)
+    loss = otkd.TransportKLLoss(embedding=points(3, 7, 3), price=5.0, **kind, **TIGHT)
+    assert loss.explain(student, teacher).value == pytest.approx(loss(student, teacher).item())
+
+
 # Settings ----------------------------------------------------------------------------------------
 
 
