@@ -3,9 +3,10 @@
 All compare the distributions of student and teacher at temperature 1; only ``ce`` reads the
 reviews' own tokens. Costs are between the teacher's input embeddings.
 
-``transport_kl-DIRECTION-PRICE-SMOOTHING-COST`` is ``otkd.TransportKLLoss``. The cost ``permuted``
-gives every token the embedding of another one, which shows whether the geometry matters or only the
-presence of a cost; ``discrete`` has none. The price ``falling`` starts at 100 and ends at 10.
+``transport_kl-DIRECTION-PRICE-SMOOTHING-COST`` is ``otkd.TransportKLLoss``, with ``-undebiased`` at
+the end for ``debias=None``. The cost ``permuted`` gives every token the embedding of another one,
+which shows whether the geometry matters or only the presence of a cost; ``discrete`` has none. The
+price ``falling`` starts at 100 and ends at 10.
 
 WASD (Na et al. 2026) is not among the objectives yet.
 """
@@ -74,13 +75,19 @@ def _cost(name: str, embedding: Tensor) -> otkd.costs.Cost:
     return otkd.costs.EmbeddingCost(embedding)
 
 
-def _transport_kl(direction: str, price: str, smoothing: str, cost: str) -> Objective:
+def _transport_kl(
+    direction: str, price: str, smoothing: str, cost: str, debias: str | None = "auto"
+) -> Objective:
     def build(embedding: Tensor) -> Schedule:
         between = _cost(cost, embedding)
 
         def at(price: float) -> nn.Module:
             return otkd.TransportKLLoss(
-                between, price=price, smoothing=float(smoothing), direction=direction
+                between,
+                price=price,
+                smoothing=float(smoothing),
+                direction=direction,
+                debias=debias,
             )
 
         if price == "falling":
@@ -110,6 +117,13 @@ OBJECTIVES = {
         for direction, smoothings in SMOOTHINGS.items()
         for price in PRICES
         for smoothing in smoothings
+        for cost in COSTS
+    },
+    **{
+        f"transport_kl-forward-{price}-1-{cost}-undebiased": _transport_kl(
+            "forward", price, "1", cost, None
+        )
+        for price in PRICES
         for cost in COSTS
     },
 }

@@ -11,7 +11,7 @@ may be over the whole vocabulary if its products are cheap. It is exact among th
 tokens of student and teacher, and between a token and itself. Between two other tokens it has low
 rank (:mod:`otkd.costs.background`). For every symmetric kernel D is at least 0, and 0 with gradient
 0 at q = p. As the price grows it tends to KL(p‖q) over the whole vocabulary, if p > 0 wherever
-q > 0.
+q > 0. Without debiasing, the value is κ·U itself, whose gradient in q is −K(p/q̃).
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ def smoothed_kl(
     *,
     cost: Cost,
     epsilon: float,
+    debiased: bool,
     k: int,
     clusters: int,
 ) -> Tensor:
-    """κ·D at every position, ``(positions,)``; 0 where masked.
+    """κ·D, or κ·U if not debiased, at every position, ``(positions,)``; 0 where masked.
 
     Args:
         positions: all positions, with the teacher's logits over the same vocabulary.
         mask: ``(positions,)``.
         cost: a constant, and symmetric.
         epsilon: 1/κ.
+        debiased: whether to subtract the tangent at p.
         k: number of most probable tokens of each side among which the kernel is exact.
         clusters: least number of clusters of the vocabulary, for the kernel elsewhere.
     """
@@ -60,7 +62,7 @@ def smoothed_kl(
         clusters = max(clusters, _LEAST_CLUSTERS)
     settings = KernelSettings(cost, epsilon, k, clusters)
     return compare_rowwise(
-        _Smoothed(),
+        _Smoothed(debiased),
         positions.student,
         _Teacher(positions, settings),
         temperature=positions.temperature,
@@ -176,28 +178,39 @@ class _Teacher(DenseTeacher):
 class _Smoothed(Formula):
     caches_per_block: ClassVar[int] = 4
 
+    def __init__(self, debiased: bool) -> None:
+        self._debiased = debiased
+
     def __call__(self, pair: Pair) -> tuple[Tensor, Tensor]:
         assert isinstance(pair, SmoothedPair)
-        smoothed = pair.kernel(pair.q)
-        smallest = torch.finfo(smoothed.dtype).tiny
-        demand = pair.p / smoothed.clamp_(min=smallest)
+        smallest = torch.finfo(pair.q.dtype).tiny
+        smoothed = pair.kernel(pair.q).clamp_(min=smallest)
+        demand = pair.p / smoothed
         lost = None
         if _exceeds(demand, _STEEPEST):
             if demand.dtype == torch.float32:
                 value, weighted = self(pair.double())
                 return value.float(), weighted.float()
             lost = (smoothed < _NOTHING) & (pair.p > 0)
-        reference = pair.kernel(pair.p).clamp_(min=smallest)
-        ratio = smoothed / reference
-        log_ratio = ratio.log()
-        excess = ratio.sub_(1)
-        pulled = demand.mul_(excess)  # p/p̃ − p/q̃
         least = pair.kernel.least_log_mass
-        if lost is not None:
-            log_smoothed = pair.log_q.clamp(min=least)
-            log_ratio = torch.where(lost, log_smoothed - reference.log(), log_ratio)
-            pulled = torch.where(lost, pair.p / reference, pulled)
-        value = torch.linalg.vecdot(pair.p, log_ratio.neg_().add_(excess))
+        bound = pair.log_q if lost is None else pair.log_q.clamp(min=least)
+        if self._debiased:
+            reference = pair.kernel(pair.p).clamp_(min=smallest)
+            ratio = smoothed.div_(reference)
+            log_ratio = ratio.log()
+            excess = ratio.sub_(1)
+            pulled = demand.mul_(excess)  # p/p̃ − p/q̃
+            if lost is not None:
+                log_ratio = torch.where(lost, bound - reference.log(), log_ratio)
+                pulled = torch.where(lost, pair.p / reference, pulled)
+            per_token = log_ratio.neg_().add_(excess)
+        else:
+            log_smoothed, pulled = smoothed.log_(), demand.neg_()
+            if lost is not None:
+                log_smoothed = torch.where(lost, bound, log_smoothed)
+                pulled = pulled.masked_fill_(lost, 0.0)
+            per_token = log_smoothed.neg_()
+        value = torch.linalg.vecdot(pair.p, per_token)
         weighted = pair.kernel(pulled).mul_(pair.q)
         if lost is not None:
             weighted -= pair.p.masked_fill(~lost | (pair.log_q < least), 0.0)

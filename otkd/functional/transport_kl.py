@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otkd.checks import check_choice
 from otkd.compilation import outside_graphs
-from otkd.costs import Cost, MatrixCost
+from otkd.costs import Cost, DiscreteCost, EmbeddingCost, MatrixCost
 from otkd.functional.report import Report
 from otkd.functional.smoothing import smoothed_kl
 from otkd.functional.transport import counted_positions_of, solve_positions
@@ -175,7 +175,7 @@ def transport_kl_with_report(
 ) -> tuple[Tensor, Report | None]:
     """:func:`transport_kl_divergence` with the solver's report (None without a counted position).
 
-    With ``smoothing=1`` and :class:`~otkd.supports.TopK`, the closed form of
+    With ``smoothing=1``, one vocabulary and :class:`~otkd.supports.TopK`, the closed form of
     :mod:`otkd.functional.smoothing` makes every token of the tail an atom of its own.
     """
     positions, chosen = counted_positions_of(
@@ -191,7 +191,7 @@ def transport_kl_with_report(
         stored=stored,
     )
     batch_shape = student_logits.shape[:-1]
-    closed = settings.smoothing == 1 and objective.debias is not None and positions.stored is None
+    closed = settings.smoothing == 1 and positions.stored is None and _is_smoothing(cost, objective)
     if not (closed and isinstance(chosen, TopK) and chosen.tail):
         values, report = solve_positions(positions, chosen, cost, objective, solver, backend)
         return values.reshape(batch_shape) / settings.unit, report
@@ -201,6 +201,7 @@ def transport_kl_with_report(
         None if mask is None else mask.reshape(-1),
         cost=cost,
         epsilon=settings.epsilon,
+        debiased=objective.debias is not None,
         k=chosen.k,
         clusters=chosen.clusters,
     )
@@ -208,3 +209,9 @@ def transport_kl_with_report(
     solved = SolverReport(iterations=1, marginal_error=error, converged=True)
     report = Report.of([solved], support=repr(chosen)) if len(positions) else None
     return values.reshape(batch_shape), report
+
+
+def _is_smoothing(cost: Cost, objective: Objective) -> bool:
+    """Whether the cost is constant and symmetric, as the teacher's debiasing requires already."""
+    known = isinstance(cost, DiscreteCost | EmbeddingCost) and not cost.learns
+    return objective.debias is not None or (known and cost.one_vocabulary)

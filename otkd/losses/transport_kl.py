@@ -54,10 +54,11 @@ class TransportKLLoss(TokenTransportLoss):
 
     For η = 1 (forward only) no iterations are needed, since U/ε = −Σ_j p_j·log(Kᵀq)_j with
     K = exp(−κ·C): the cross-entropy of p against q smoothed over near tokens. If the teacher's
-    logits are given, and the loss is debiased, a ``TopK`` support then has no tail: every token is
-    an atom of its own. K is exact among the k most probable tokens of both sides, and has low rank
-    between other tokens, with at least 16 clusters of an embedding, and one for other costs. In all
-    other cases the tail is one atom, or as many as the support has clusters.
+    logits are given, a ``TopK`` support then has no tail: every token is an atom of its own. K is
+    exact among the k most probable tokens of both sides, and has low rank between other tokens,
+    with at least 16 clusters of an embedding, and one for other costs. (With ``debias=None`` this
+    holds for constant embeddings and the 0/1 cost.) In all other cases the tail is one atom, or as
+    many as the support has clusters.
 
     U(p, p) and its gradient depend on the teacher alone. With a stored top-k teacher,
     ``teacher = loss.with_self_term(teacher)`` solves them once and not in every step.
@@ -154,5 +155,7 @@ class TransportKLLoss(TokenTransportLoss):
         settings = self.settings
         return (
             f"price={settings.price}, smoothing={settings.smoothing}, "
-            f"direction={settings.direction!r}, " + super().extra_repr()
+            f"direction={settings.direction!r}, "
+            + ("debias=None, " if self.objective.debias is None else "")
+            + super().extra_repr()
         )

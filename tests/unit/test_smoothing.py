@@ -36,12 +36,14 @@ def result(cost, student, teacher, support, **options):
     return value, torch.autograd.grad(value.sum(), z)[0]
 
 
+@pytest.mark.parametrize("debias", ["teacher", None])
 @pytest.mark.parametrize("price", [0.1, 1.0, 5.0, 30.0])
-def test_for_the_discrete_cost_nothing_is_approximated(price):
+def test_for_the_discrete_cost_nothing_is_approximated(price, debias):
     student, teacher = pair(1)
     cost = costs.DiscreteCost()
-    found = result(cost, student, teacher, TopK(3), price=price)
-    close(found, result(cost, student, teacher, Dense(), price=price), rtol=1e-9, atol=1e-11)
+    found = result(cost, student, teacher, TopK(3), price=price, debias=debias)
+    exact = result(cost, student, teacher, Dense(), price=price, debias=debias)
+    close(found, exact, rtol=1e-9, atol=1e-11)
 
 
 @given(seeds)
@@ -51,6 +53,32 @@ def test_if_all_tokens_are_in_the_head_nothing_is_approximated(seed):
     cost = costs.MatrixCost(any_matrix(seed))
     found = result(cost, student, teacher, TopK(V), price=4.0)
     close(found, result(cost, student, teacher, Dense(), price=4.0), rtol=1e-8, atol=1e-10)
+
+
+@given(seeds, st.sampled_from([0.5, 4.0, 40.0]))
+@settings(max_examples=20)
+def test_without_debiasing_if_all_tokens_are_in_the_head(seed, price):
+    student, teacher = pair(seed)
+    cost = costs.EmbeddingCost(points(seed, V, 3))
+    options = {"price": price, "debias": None}
+    found = result(cost, student, teacher, TopK(V), **options)
+    close(found, result(cost, student, teacher, Dense(), **options), rtol=1e-8, atol=1e-10)
+
+
+def test_without_debiasing_a_cost_may_be_learnable_or_asymmetric():
+    """The closed form has no gradient in the cost, and requires symmetry: the solver is used."""
+    student, teacher = pair(2)
+    embedding = points(2, V, 3).requires_grad_()
+    loss = otkd.TransportKLLoss(
+        costs.EmbeddingCost(embedding, learnable=True), price=3.0, debias=None, support=TopK(8)
+    )
+    loss(student, teacher).backward()
+    assert embedding.grad.norm() > 0
+    matrix = torch.rand(V, V, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    options = {"price": 3.0, "debias": None}
+    found = result(costs.MatrixCost(matrix), student, teacher, TopK(V), **options)
+    exact = result(costs.MatrixCost(matrix), student, teacher, Dense(), **options)
+    close(found, exact, rtol=1e-4, atol=1e-5)
 
 
 @given(seeds)
@@ -78,13 +106,14 @@ def test_it_is_a_divergence_whatever_the_kernel(seed, price, k, embedded):
     assert (slope == 0).all()
 
 
+@pytest.mark.parametrize("debias", ["teacher", None])
 @pytest.mark.parametrize("embedded", [True, False])
-def test_gradients_are_those_of_differences(embedded):
+def test_gradients_are_those_of_differences(embedded, debias):
     student, teacher = pair(3, vocab=12)
     cost = costs.EmbeddingCost(points(3, 12, 3))
     if not embedded:
         cost = costs.MatrixCost(any_matrix(3, 12))
-    loss = otkd.TransportKLLoss(cost, price=3.0, support=TopK(2))
+    loss = otkd.TransportKLLoss(cost, price=3.0, support=TopK(2), debias=debias)
     student.requires_grad_()
     assert torch.autograd.gradcheck(lambda z: loss(z, teacher), student, atol=1e-7)
 
@@ -158,17 +187,18 @@ def test_near_duplicates_far_from_all_other_tokens():
     assert slope.isfinite().all()
 
 
-def test_float32_where_the_tail_has_almost_no_mass():
-    group = torch.arange(60) // 2
-    matrix = (group.unsqueeze(-1) != group).float()
+@pytest.mark.parametrize("debias", ["teacher", None])
+def test_float32_where_the_tail_has_almost_no_mass(debias):
+    pairs = torch.nn.functional.one_hot(torch.arange(60) // 2).float()
     teacher = torch.full((1, 60), -60.0)
     student = teacher.clone()
     teacher[0, [0, 4, 8]] = torch.tensor([1.5, -0.3, -2.2])
     teacher[0, 12], student[0, 12] = -28.0, 0.0
     student[0, [0, 4, 8]] = -20.0
-    cost = costs.MatrixCost(matrix)
-    found = result(cost, student, teacher, TopK(4), price=30.0)
-    exact = result(cost, student.double(), teacher.double(), Dense(), price=30.0)
+    cost = costs.EmbeddingCost(pairs)
+    options = {"price": 30.0, "debias": debias}
+    found = result(cost, student, teacher, TopK(4), **options)
+    exact = result(cost, student.double(), teacher.double(), Dense(), **options)
     close([x.double() for x in found], list(exact), rtol=1e-3, atol=1e-3)
 
 
