@@ -14,13 +14,14 @@ from otkd import alignment, costs, functional, losses, ot, supports, teachers
 from otkd.losses import *  # noqa: F403
 from otkd.losses import __all__ as _loss_names
 from otkd.ot import ConvergenceWarning
-from otkd.teachers import DenseTeacher, StoredTeacher, TopKTeacher
+from otkd.teachers import DenseTeacher, HiddenStateTeacher, StoredTeacher, TopKTeacher
 from otkd.version import __version__
 from otkd.warn import deprecated_names as _deprecated_names
 
 __all__ = [
     "ConvergenceWarning",
     "DenseTeacher",
+    "HiddenStateTeacher",
     "StoredTeacher",
     "TopKTeacher",
     "__version__",
