@@ -35,16 +35,10 @@ def read_tsv(
         DataError: if the file cannot be read or is not text, a column is missing or repeated, or a
             row has a wrong number of fields.
     """
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     skipped = 0
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+    for number, text in text_lines(path):
         where = f"{path}, line {number}"
-        fields = _text(where, line).split("\t")
+        fields = text.split("\t")
         if header is None:
             header = fields
             _check_header(where, header, columns)
@@ -61,6 +55,23 @@ def read_tsv(
         raise DataError(f"{path} is empty; expected a header line.")
     if skipped:
         logger.warning("%s: left out %d lines with too few fields", path, skipped)
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield ``(line number, text)`` for each line of a UTF-8 file that is not empty.
+
+    Lines are counted from 1, including empty ones. A byte-order mark is removed.
+
+    Raises:
+        DataError: if the file cannot be read, or a line is not text.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    for number, line in enumerate(lines, 1):
+        if line:
+            yield number, _text(f"{path}, line {number}", line)
 
 
 def _text(where: str, line: bytes) -> str:

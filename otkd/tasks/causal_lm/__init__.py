@@ -1,8 +1,29 @@
 """What a study of causal language models needs: a teacher, shorter students, text and metrics."""
 
+from otkd.tasks.causal_lm.answers import rouge_l, sampled_answers
+from otkd.tasks.causal_lm.instructions import (
+    Instruction,
+    encode_instructions,
+    fitting_prompts,
+    padding_collator,
+    read_instructions,
+)
 from otkd.tasks.causal_lm.layers import evenly_spaced, student_of
 from otkd.tasks.causal_lm.metrics import next_token_metrics
 from otkd.tasks.causal_lm.packaged import packaged_teacher
 from otkd.tasks.causal_lm.text import review_blocks
 
-__all__ = ["evenly_spaced", "next_token_metrics", "packaged_teacher", "review_blocks", "student_of"]
+__all__ = [
+    "Instruction",
+    "encode_instructions",
+    "evenly_spaced",
+    "fitting_prompts",
+    "next_token_metrics",
+    "packaged_teacher",
+    "padding_collator",
+    "read_instructions",
+    "review_blocks",
+    "rouge_l",
+    "sampled_answers",
+    "student_of",
+]

@@ -1,0 +1,299 @@
+"""Instructions and their answers: read from files, checked row by row, and tokenised."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from otkd.checks import check_choice
+from otkd.reductions import IGNORE_INDEX
+from otkd.scalars import as_whole
+from otkd.tasks.tasks import DataError
+from otkd.tasks.tsv import text_lines
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# The template of Alpaca, as MiniLLM uses it for Dolly: with a line break after the last heading.
+_HEAD = "Below is an instruction that describes a task"
+_CONTEXT = ", paired with an input that provides further context"
+_REQUEST = ". Write a response that appropriately completes the request.\n\n"
+
+Message = dict[str, str]
+Prompt = str | list[Message]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A prompt and the answers to it.
+
+    Attributes:
+        where: the file and line, or the data set and row, for messages.
+        messages: the prompt as chat messages.
+        text: the same in the Alpaca template; None if the prompt is a conversation of several
+            messages, for which there is no such form.
+        answers: at least one. Models are trained on the first.
+    """
+
+    where: str
+    messages: tuple[Message, ...]
+    text: str | None
+    answers: tuple[str, ...]
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """The messages if the tokenizer has a chat template, otherwise the text.
+
+        Raises:
+            DataError: for a conversation of several messages without a chat template.
+        """
+        if tokenizer.chat_template is not None:
+            return [*self.messages]
+        if self.text is None:
+            raise DataError(
+                f"{self.where}: a conversation of {len(self.messages)} messages needs a tokenizer "
+                "with a chat template; without one, give a single message of the user."
+            )
+        return self.text
+
+    def prompt_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The tokens of the prompt, up to where the answer starts."""
+        prompt = self.prompt(tokenizer)
+        if isinstance(prompt, str):
+            return list(tokenizer(prompt)["input_ids"])
+        encoded: Any = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+
+def read_instructions(source: str | Path) -> list[Instruction]:
+    """The rows of a JSONL file, or of the part ``train`` of a data set on the Hugging Face hub.
+
+    A row has ``instruction``, an optional ``input`` and ``output``, which is a text or a list of
+    equally good texts; or ``messages``, each with ``role`` and ``content``, of which the last is
+    the assistant's answer. Other columns are ignored, and so are empty lines.
+
+    Args:
+        source: a file, or the name of a data set if there is no such file.
+
+    Raises:
+        DataError: if the source cannot be read or is empty; for a row that is no JSON object, lacks
+            a column, or has an empty prompt or answer. The message names the row.
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix in (".json", ".jsonl"):
+        lines = [(f"{path}, line {n}", text) for n, text in text_lines(path) if text.strip()]
+        rows = [(where, _object(where, text)) for where, text in lines]
+    else:
+        rows = [(f"{source}, row {n}", row) for n, row in enumerate(_hub_rows(str(source)), 1)]
+    if not rows:
+        raise DataError(f"{source} has no rows; expected one JSON object per line.")
+    return [_instruction(where, row) for where, row in rows]
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}); write one object per line.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {_short(row)} is not a JSON object with named columns.")
+    return row
+
+
+def _hub_rows(name: str) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows: Any = load_dataset(name, split="train")
+    except Exception as error:  # the hub, its cache and the builders have many kinds of errors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{name} is no file, and no data set of the hub could be read: {reason}"
+        ) from error
+    return rows
+
+
+def _instruction(where: str, row: dict[str, Any]) -> Instruction:
+    if row.get("messages") is not None:
+        return _conversation(where, row["messages"])
+    missing = [name for name in ("instruction", "output") if row.get(name) is None]
+    if missing:
+        raise DataError(
+            f"{where}: no column {' or '.join(map(repr, missing))}; the row has "
+            f"{', '.join(row) or 'none'}. Expected instruction, input and output, or messages."
+        )
+    instruction, context = row["instruction"], row.get("input") or ""
+    if not (isinstance(instruction, str) and isinstance(context, str) and instruction.strip()):
+        raise DataError(f"{where}: instruction and input must be texts, the instruction not empty.")
+    content = f"{instruction}\n\n{context}" if context else instruction
+    outputs = row["output"] if isinstance(row["output"], list) else [row["output"]]
+    return Instruction(
+        where,
+        ({"role": "user", "content": content},),
+        _alpaca(instruction, context),
+        _answers(where, "output", outputs),
+    )
+
+
+def _conversation(where: str, messages: Any) -> Instruction:
+    right = isinstance(messages, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not right or len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where}: messages must be a list of objects with the texts role and content, the "
+            "last of them the assistant's answer, after at least one other."
+        )
+    *prompt, answer = ({name: m[name] for name in ("role", "content")} for m in messages)
+    single = len(prompt) == 1 and prompt[0]["role"] == "user"
+    if single and not prompt[0]["content"].strip():
+        raise DataError(f"{where}: the message of the user is empty.")
+    return Instruction(
+        where,
+        tuple(prompt),
+        _alpaca(prompt[0]["content"], "") if single else None,
+        _answers(where, "last message", [answer["content"]]),
+    )
+
+
+def _answers(where: str, name: str, outputs: list[Any]) -> tuple[str, ...]:
+    if not outputs or not all(isinstance(text, str) and text.strip() for text in outputs):
+        raise DataError(
+            f"{where}: the answer ({name}) is {_short(outputs[0] if outputs else outputs)}; "
+            "expected a text that is not empty. Complete the row or remove it."
+        )
+    return tuple(outputs)
+
+
+def _alpaca(instruction: str, context: str) -> str:
+    parts = [_HEAD, _CONTEXT if context else "", _REQUEST, f"### Instruction:\n{instruction}\n\n"]
+    if context:
+        parts.append(f"### Input:\n{context}\n\n")
+    return "".join([*parts, "### Response:\n"])
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def fitting_prompts(
+    rows: Sequence[Instruction],
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    *,
+    skip_long: bool = False,
+) -> list[tuple[Instruction, list[int]]]:
+    """The rows with the tokens of their prompts, of which none has more than ``longest``.
+
+    Args:
+        rows: from :func:`read_instructions`.
+        tokenizer: of the model that reads the prompts.
+        longest: largest number of tokens of a prompt.
+        skip_long: leave rows with longer prompts out, with one warning in the log, instead of
+            refusing them.
+
+    Raises:
+        DataError: for a longer prompt, naming the row; if all of them are longer.
+    """
+    longest = as_whole("longest", longest, least=1)
+    every = [(row, row.prompt_tokens(tokenizer)) for row in rows]
+    kept = [(row, tokens) for row, tokens in every if len(tokens) <= longest]
+    if len(kept) == len(every):
+        return kept
+    row, tokens = next((row, tokens) for row, tokens in every if len(tokens) > longest)
+    found = f"{row.where}: the prompt has {len(tokens):,} tokens, but at most {longest:,} fit"
+    if not skip_long or not kept:
+        raise DataError(
+            f"{found}, as an answer must follow within the largest length. "
+            f"{len(every) - len(kept):,} of {len(every):,} rows have a longer prompt: shorten or "
+            "remove them, or allow a larger length if the model reads it."
+        )
+    logger.warning("%s; %d such rows are left out", found, len(every) - len(kept))
+    return kept
+
+
+def encode_instructions(
+    rows: Sequence[Instruction],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    skip_long: bool = False,
+) -> Dataset:
+    """Tokenise prompts and their first answers for training; only the answers have labels.
+
+    An answer is tokenised by itself, as a model generates it, and ends with an end-of-sequence
+    token, unless it is cut at ``max_length``.
+
+    Args:
+        rows: from :func:`read_instructions`.
+        tokenizer: its chat template writes the prompts; without one they have the Alpaca template.
+        max_length: largest number of tokens of a row.
+        skip_long: see :func:`fitting_prompts`; a prompt must leave room for one token.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and ``labels``, which are −100 on the prompt.
+
+    Raises:
+        DataError: if a prompt does not fit, or the tokenizer has no end-of-sequence token.
+    """
+    from datasets import Dataset
+
+    max_length = as_whole("max_length", max_length, least=2)
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError("The tokenizer has no end-of-sequence token, which ends every answer.")
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row, prompt in fitting_prompts(rows, tokenizer, max_length - 1, skip_long=skip_long):
+        answer = tokenizer(row.answers[0], add_special_tokens=False)["input_ids"]
+        ids = [*prompt, *answer, end][:max_length]
+        columns["input_ids"].append(ids)
+        columns["attention_mask"].append([1] * len(ids))
+        columns["labels"].append([IGNORE_INDEX] * len(prompt) + ids[len(prompt) :])
+    return Dataset.from_dict(columns)
+
+
+def padding_collator(
+    tokenizer: PreTrainedTokenizerBase, side: str = "right"
+) -> DataCollatorForSeq2Seq:
+    """A collator that pads a batch to its longest row, and labels with −100.
+
+    Args:
+        tokenizer: needs a padding token. It is copied, so that its own side stays as it is.
+        side: ``"right"`` for training, ``"left"`` for generation.
+
+    Raises:
+        ValueError: for another side, or a tokenizer without a padding token.
+    """
+    from transformers import DataCollatorForSeq2Seq
+
+    check_choice("side", side, ("left", "right"))
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "the tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token"
+        )
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = side
+    return DataCollatorForSeq2Seq(tokenizer)
+
+
+def digest_of(rows: Iterable[Instruction]) -> str:
+    """A hash of prompts and answers, which shows whether two runs read the same rows."""
+    digest = hashlib.sha256()
+    for row in rows:
+        content = {name: value for name, value in asdict(row).items() if name != "where"}
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
