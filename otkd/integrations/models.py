@@ -135,6 +135,7 @@ def own_inputs(
     share = {k: v for k, v in inputs.items() if k in named or k not in other or not named}
     if labels is None:
         return share
+    labels = labels.clone()  # FSMT replaces -100 in the labels that it is given
     base = unwrapped(model)
     derive: Any = getattr(base, "prepare_decoder_input_ids_from_labels", None)
     if description.decodes and derive is None:

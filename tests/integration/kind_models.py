@@ -173,6 +173,11 @@ def image() -> dict[str, torch.Tensor]:
     return {"pixel_values": _noise(3, 8, 8), "labels": target()}
 
 
+FSMT = (
+    _of("FSMTForConditionalGeneration", langs=["en", "de"], src_vocab_size=VOCAB,
+        tgt_vocab_size=VOCAB, **_BART, **_POSITIONS),
+    text,
+)  # fmt: skip
 # name → (model of a seed, batch): encoder-decoders that say how they shift, and that do not.
 ENCODER_DECODERS = {
     "bart": (_of("BartForConditionalGeneration", **_BART, **_POSITIONS), text),

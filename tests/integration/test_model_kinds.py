@@ -20,6 +20,7 @@ from otkd.integrations.transformers import DistillationTrainer
 from tests.integration.kind_models import (
     BERT,
     ENCODER_DECODERS,
+    FSMT,
     MIXTURES,
     OTHERS,
     REFUSED,
@@ -155,6 +156,23 @@ def test_decoder_inputs_of_the_collator_are_kept(arguments, kind):
     )
     trainer = one_step(student, arguments, batch, otkd.KLLoss(), teacher=teacher)
     assert logged(trainer)[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_labels_that_a_model_changes_in_place_are_kept(arguments):
+    """FSMT replaces −100 by padding in the labels from which it derives its decoder's input."""
+    build, batch = FSMT
+    student, teacher, batch = build(0), build(1), batch()
+    labels = batch["labels"]
+    # Its own loss would read the source text instead of the labels.
+    derived = student.prepare_decoder_input_ids_from_labels(labels.clone())
+    given = batch | {"decoder_input_ids": derived}
+    own, theirs = forward(student, given).logits, forward(teacher, given).logits
+    terms = {"kl": (1.0, otkd.KLLoss()), "ce": (1.0, "ce")}
+    trainer = one_step(student, arguments, batch, otkd.WeightedLoss(terms), teacher=teacher)
+    assert (labels == -100).any()
+    assert logged(trainer, "loss/kl")[0] == pytest.approx(kl(own, theirs, labels != -100), rel=1e-3)
+    hard = cross_entropy(own.flatten(0, 1), labels.flatten())
+    assert logged(trainer, "loss/ce")[0] == pytest.approx(hard.item(), rel=1e-4)
 
 
 # Mixtures of experts
