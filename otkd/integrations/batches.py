@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from otkd.checks import as_class_labels
+from otkd.integrations.packing import PACKED_KEY
 from otkd.integrations.stored import TEACHER_KEY
 from otkd.reductions import IGNORE_INDEX
 
@@ -26,8 +27,8 @@ def label_names_of(names: Iterable[str], given: Iterable[str] | None) -> tuple[s
 
 
 def without_labels(inputs: Mapping[str, Any], label_names: Iterable[str] = ()) -> dict[str, Any]:
-    """The entries of a batch that models read: without labels and the teacher's entry."""
-    taken = {"labels", "shift_labels", TEACHER_KEY, *label_names}
+    """The entries of a batch that models read: without labels and the entries of the trainer."""
+    taken = {"labels", "shift_labels", TEACHER_KEY, PACKED_KEY, *label_names}
     return {name: value for name, value in inputs.items() if name not in taken}
 
 
@@ -53,8 +54,8 @@ def find_targets(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The labels of a batch, or without them its mask, aligned with the logits of the loss.
 
-    The first token of a packed document does not count where the preceding document would predict
-    it.
+    The first token of a text does not count where another packed document, or padding on the left,
+    would predict it.
 
     Args:
         inputs: the batch.
@@ -72,7 +73,7 @@ def find_targets(
     """
     if inputs.get("shift_labels") is not None:
         labels = as_class_labels(inputs["shift_labels"])
-        starts = document_starts(inputs, labels.shape[-1])
+        starts = text_starts(inputs, labels.shape[-1], mask_name)
         if starts is not None:
             labels = labels.masked_fill(pad(starts, (0, 1)), IGNORE_INDEX)
         return labels, None
@@ -80,7 +81,7 @@ def find_targets(
     if key is not None:
         labels = as_class_labels(inputs[key])
         if shift:
-            starts = document_starts(inputs, labels.shape[-1])
+            starts = text_starts(inputs, labels.shape[-1], mask_name)
             labels = labels[..., 1:]
             if starts is not None:
                 labels = labels.masked_fill(starts, IGNORE_INDEX)
@@ -94,21 +95,20 @@ def find_targets(
     if not shift:
         return None, mask
     if mask is not None:
-        # Both ends: after padding on the left, no token precedes the first one.
-        mask = (mask[..., 1:] != 0) & (mask[..., :-1] != 0)
+        mask = mask[..., 1:] != 0
     shape = _tokens_shape(inputs)
-    starts = None if shape is None else document_starts(inputs, shape[1])
+    starts = None if shape is None else text_starts(inputs, shape[1], mask_name)
     if shape is not None and starts is not None:
         continues = ~starts.expand(shape[0], -1)
         mask = continues if mask is None else mask & continues
     return None, mask
 
 
-def document_starts(inputs: Mapping[str, Any], length: int) -> Tensor | None:
-    """Whether tokens 1, 2, … belong to another document than the preceding token.
+def text_starts(inputs: Mapping[str, Any], length: int, mask_name: str) -> Tensor | None:
+    """Whether tokens 1, 2, … follow padding, or belong to another document than the token before.
 
-    Read from ``position_ids`` that start again, or from ``seq_idx``, ``cu_seq_lens_q`` or an
-    ``attention_mask`` with document numbers.
+    Documents are read from ``position_ids`` that start again, or from ``seq_idx``,
+    ``cu_seq_lens_q`` or an ``attention_mask`` with document numbers.
 
     Returns:
         Boolean ``(*batch, length − 1)``, or with a batch size of 1 for all rows; None if the batch
@@ -126,10 +126,10 @@ def document_starts(inputs: Mapping[str, Any], length: int) -> Tensor | None:
         index = torch.arange(length, device=ends.device, dtype=ends.dtype)
         document = torch.bucketize(index, ends, right=True)
         found.append((document[1:] != document[:-1]).unsqueeze(0))
-    mask = _of_tokens(inputs.get("attention_mask"), length)
-    if mask is not None and not mask.is_floating_point() and mask.dtype != torch.bool:
+    mask = _of_tokens(inputs.get(mask_name), length)
+    if mask is not None:
         following, before = mask[..., 1:], mask[..., :-1]
-        found.append((following != before) & (following != 0) & (before != 0))
+        found.append((following != before) & (following != 0))
     starts = None
     for each in found:
         starts = each if starts is None else starts | each

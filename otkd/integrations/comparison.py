@@ -33,13 +33,21 @@ class Comparison:
     predictions: Tensor
     auxiliary: Tensor | None
 
-    def first(self, rows: int) -> Comparison:
-        """The comparison of the first ``rows`` examples; the predictions stay whole."""
-        labels, mask = (None if x is None else x[:rows] for x in (self.labels, self.mask))
+    def first(self, examples: int, packed: Tensor | None = None) -> Comparison:
+        """The comparison of the first ``examples``; the predictions stay whole.
+
+        Args:
+            examples: how many.
+            packed: the lengths of all examples if they are one row.
+        """
+        index: Any = slice(examples)
+        if packed is not None:
+            index = (slice(min(examples, 1)), slice(int(packed[:examples].sum())))
+        labels, mask = (None if x is None else x[index] for x in (self.labels, self.mask))
         return replace(
             self,
-            student={name: values[:rows] for name, values in self.student.items()},
-            teacher=self.teacher and {name: x[:rows] for name, x in self.teacher.items()},
+            student={name: values[index] for name, values in self.student.items()},
+            teacher=self.teacher and {name: x[index] for name, x in self.teacher.items()},
             labels=labels,
             mask=mask,
         )

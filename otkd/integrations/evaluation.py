@@ -34,17 +34,17 @@ class Evaluation:
         self._weight: Tensor | None = None
         self._has_labels: bool | None = None
 
-    def own_rows(self, rows: int) -> int:
-        """How many rows at the start of this batch, which has ``rows``, are not repetitions.
+    def own_examples(self, examples: int) -> int:
+        """How many at the start of this batch, which has ``examples``, are not repetitions.
 
-        If the last batch cannot be divided evenly, Accelerate fills it with the first rows of the
-        set. These come after the rows of the last process that still has some of its own.
+        If the last batch cannot be divided evenly, Accelerate fills it with the first examples of
+        the set. These come after those of the last process that still has some of its own.
         """
         state = self._accelerator.gradient_state
         one = self._accelerator.num_processes == 1
         if one or not state.end_of_dataloader or state.remainder <= 0:
-            return rows
-        return min(max(state.remainder - self._accelerator.process_index * rows, 0), rows)
+            return examples
+        return min(max(state.remainder - self._accelerator.process_index * examples, 0), examples)
 
     def see(
         self, logits: Tensor, labels: Tensor | None, mask: Tensor | None, *, has_objective: bool

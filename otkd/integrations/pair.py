@@ -16,6 +16,7 @@ from otkd.integrations.model_refusals import (
     check_has_positions,
     check_labels_of,
     check_positions_of,
+    check_reads_documents,
     check_stored_rows,
     check_tokens,
     fewer_tokens,
@@ -24,6 +25,7 @@ from otkd.integrations.model_refusals import (
 )
 from otkd.integrations.models import ModelDescription, describe, own_inputs
 from otkd.integrations.outputs import auxiliary_loss, read_outputs
+from otkd.integrations.packing import PACKED_KEY
 from otkd.integrations.stored import TEACHER_KEY, fit_length
 from otkd.losses.protocol import as_loss
 from otkd.teachers import TopKTeacher, teacher_logits_of
@@ -64,6 +66,7 @@ class Pair:
             refuse_pair(self.student, self.teacher, loss, shift=shift)
             self._vocabularies_differ = fewer_tokens(self.student, self.teacher) is not None
         self.needs_features = as_loss(loss).needs_features
+        self._by_sequence = "sequence_mean" in as_loss(loss).reductions
         self.label_names = label_names
         self.shift = self.student.shifts if shift is None else shift
         self._labels_seen = False
@@ -100,6 +103,11 @@ class Pair:
         Raises:
             ValueError: if outputs, stored logits, labels and mask do not belong together.
         """
+        if PACKED_KEY in inputs and self._by_sequence:
+            raise ValueError(
+                'the collator packs the examples into one row, and reduction="sequence_mean" would '
+                'take it for one sequence: use "mean", or pad the examples'
+            )
         labels, _ = self.targets(inputs)  # a wrong batch is refused before the models run
         if model.training and self.student.decodes:
             # Before the decoder's input is made from them.
@@ -190,6 +198,8 @@ class Pair:
             other=other,
             labels=None if key is None else as_class_labels(inputs[key]),
         )
+        if PACKED_KEY in inputs:
+            check_reads_documents(own, share)
         if self.needs_features:
             share["output_hidden_states"] = True
         return share

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from otkd.integrations.packing import (
+    PACKED_KEY,
+    packed_lengths,
+    packed_teacher,
+    with_length,
+)
 from otkd.teachers import DenseTeacher, StoredTeacher, TopKTeacher
 
 TEACHER_KEY = "teacher_logits"
@@ -62,7 +68,8 @@ class TeacherCollator:
 
     Rows of a stored teacher become the stored teacher of the batch. Tensors, arrays and lists of
     logits become one tensor, padded along the sequence with NaN, which a loss refuses at counted
-    positions.
+    positions. If ``inner`` packs the examples into one row, the stored teacher is packed in the
+    same way, and the batch has the lengths of the examples as ``packed_lengths``.
 
     Args:
         inner: collates the other entries.
@@ -78,19 +85,28 @@ class TeacherCollator:
 
     def __call__(self, features: list) -> Any:
         """The batch of ``inner``, with its part of the teacher as ``teacher_logits``."""
-        if not isinstance(features[0], Mapping) or TEACHER_KEY not in features[0]:
+        if not isinstance(features[0], Mapping):
             return self.inner(features)
+        ids = [feature.get("input_ids") for feature in features]
         features = [dict(feature) for feature in features]
-        rows = [feature.pop(TEACHER_KEY) for feature in features]
+        stored = TEACHER_KEY in features[0]
+        rows = [feature.pop(TEACHER_KEY) for feature in features] if stored else []
         batch = self.inner(features)
-        if isinstance(rows[0], TeacherRow):
-            index = torch.tensor([row.index for row in rows])
-            batch[TEACHER_KEY] = rows[0].teacher[index]
-        else:
-            rows = [torch.as_tensor(row) for row in rows]
-            batch[TEACHER_KEY] = pad_sequence(rows, batch_first=True, padding_value=float("nan"))
-        _refuse_left_padding(batch.get("attention_mask"), rows)
+        lengths = packed_lengths(ids, batch)
+        if lengths is not None:
+            batch[PACKED_KEY] = lengths
+        if stored:
+            teacher = _stacked(rows)
+            batch[TEACHER_KEY] = teacher if lengths is None else packed_teacher(teacher, lengths)
+            _refuse_left_padding(batch.get("attention_mask"), rows)
         return batch
+
+
+def _stacked(rows: Sequence[Any]) -> Any:
+    if isinstance(rows[0], TeacherRow):
+        return rows[0].teacher[torch.tensor([row.index for row in rows])]
+    tensors = [torch.as_tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=float("nan"))
 
 
 def _refuse_left_padding(attention_mask: Any, rows: Sequence[Any]) -> None:
@@ -103,7 +119,7 @@ def _refuse_left_padding(attention_mask: Any, rows: Sequence[Any]) -> None:
         row = rows[0].teacher[rows[0].index]
         rows = [row.without_logits() if isinstance(row, TopKTeacher) else row.logits()]
     length = attention_mask.shape[1]
-    for logits in rows:
+    for logits in map(torch.as_tensor, rows):
         if logits.ndim == 2 and logits.shape[0] != length:
             raise ValueError(
                 f"the batch is padded on the left to {length} tokens, but the stored teacher has "
@@ -122,13 +138,7 @@ def fit_length(
     """
     if len(teacher_logits.shape) != 3 or student_logits.ndim != 3:
         return teacher_logits
-    length = student_logits.shape[1]
-    if isinstance(teacher_logits, TopKTeacher):
-        return teacher_logits.with_length(length)
-    missing = length - teacher_logits.shape[1]
-    if missing > 0:
-        return torch.nn.functional.pad(teacher_logits, (0, 0, 0, missing), value=float("nan"))
-    return teacher_logits[:, :length]
+    return with_length(teacher_logits, student_logits.shape[1])
 
 
 def may_carry_teacher(dataset: Any) -> bool:

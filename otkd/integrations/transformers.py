@@ -14,6 +14,7 @@ from otkd.integrations.counting import StepItems, counted_items, step_items
 from otkd.integrations.evaluation import Evaluation, cross_entropy
 from otkd.integrations.loss_parameters import LossParameters
 from otkd.integrations.objective import compute_loss_func
+from otkd.integrations.packing import PACKED_KEY
 from otkd.integrations.pair import Pair
 from otkd.integrations.records import LossRecord
 from otkd.integrations.refusals import check_loss, refuse_training
@@ -179,7 +180,9 @@ class DistillationTrainer(Trainer):
         )
         predictions = compared.predictions
         if self._evaluation is not None:
-            compared = compared.first(self._evaluation.own_rows(len(predictions)))
+            packed = inputs.get(PACKED_KEY)
+            examples = len(predictions) if packed is None else len(packed)
+            compared = compared.first(self._evaluation.own_examples(examples), packed)
         logits, labels, mask = compared.student["logits"], compared.labels, compared.mask
         objective = len(logits) > 0 and compared.suffices(self.loss, training=model.training)
         if self._evaluation is not None:

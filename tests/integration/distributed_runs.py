@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithFlattening, TrainerCallback, TrainingArguments
 
 import otkd
 from otkd.integrations.transformers import DistillationTrainer
 from otkd.supports import TopK
 from tests.integration.test_trainer import pad, sentences, weights
-from tests.models import VOCAB, tiny_bert, tiny_gpt2, tiny_masked_lm
+from tests.models import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_masked_lm
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 STEP, STEPS = 6, 2  # rows of a step, of all processes; and steps
@@ -44,6 +44,8 @@ CAUSAL = texts(LENGTHS, empty=(3, 4, 5, 8, 9))
 # Ten rows in batches of two: of two or three processes some evaluate repeated rows, one nothing.
 EVAL = texts(LENGTHS[:10], empty=(2, 3, 7))
 UNLABELLED = [{k: v for k, v in row.items() if k != "labels"} for row in CAUSAL]
+UNMASKED = [{k: v for k, v in row.items() if k != "attention_mask"} for row in CAUSAL]
+FLATTEN = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 SENTENCES = sentences(lengths=LENGTHS)
 for index in (3, 4, 5, 8, 9):
     SENTENCES[index]["labels"] = -100
@@ -216,6 +218,9 @@ def runs(folder):
     causal = (folder, tiny_gpt2, CAUSAL)
     found["kl"] = run(*causal, otkd.KLLoss(), evaluate=EVAL)
     found["evaluated first"] = run(*causal, otkd.KLLoss(), evaluate=EVAL, evaluate_first=True)
+    found["packed"] = run(
+        folder, tiny_llama, UNMASKED, otkd.KLLoss(), evaluate=UNMASKED[:10], collate=FLATTEN
+    )
     found["sinkhorn"] = run(*causal, sinkhorn(), evaluate=EVAL)
     # One process with the whole batch at once, several with microbatches of one row.
     options = microbatches(STEP) if WORLD > 1 else {}

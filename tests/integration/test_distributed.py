@@ -89,6 +89,7 @@ def test_a_loss_of_one_process_alone_and_samples_that_do_not_fit(losses):
 SAME = (
     "kl",
     "evaluated first",
+    "packed",
     "sinkhorn",
     "sum",
     "sequence_mean",

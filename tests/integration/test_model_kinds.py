@@ -619,19 +619,6 @@ def test_a_mask_over_pairs_of_tokens_needs_labels(arguments):
     one_step(tiny_llama(0), arguments, batch, otkd.KLLoss(), teacher=tiny_llama(1))
 
 
-def test_packing_by_the_collator_and_a_stored_teacher_are_refused(arguments):
-    texts = [{"input_ids": [3, 4, 5]}, {"input_ids": [6, 7]}]
-    options = {
-        "args": arguments(per_device_train_batch_size=2),
-        "train_dataset": texts,
-        "data_collator": transformers.DataCollatorWithFlattening(),
-        "loss": otkd.KLLoss(),
-    }
-    with pytest.raises(ValueError, match="packs several examples into one row"):
-        DistillationTrainer(tiny_llama(0), teacher=torch.zeros(2, 3, VOCAB), **options).train()
-    DistillationTrainer(tiny_llama(0), teacher=tiny_llama(1), **options).train()
-
-
 def test_shift_of_a_classifier_is_refused(arguments):
     with pytest.raises(ValueError, match="have no positions"):
         one_step(
