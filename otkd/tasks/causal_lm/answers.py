@@ -50,7 +50,7 @@ def sampled_answers(
     generates = cast("Any", model)
     ends: Any = generates.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    ends = {*ends, tokenizer.eos_token_id}
+    ends = {*ends, cast("int", tokenizer.eos_token_id)}
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,
