@@ -26,6 +26,7 @@ class ModelDescription:
         task: what it is for; None for modules that transformers does not know.
         arguments: the arguments that its forward pass names.
         required: those without a default.
+        caches: whether it takes ``use_cache``, by name or for the model inside it.
         fields: the names of its outputs, if its signature tells; otherwise None.
         shifts: whether its logits are for the label of the next position.
         decodes: whether it has a decoder whose input is derived from the labels.
@@ -44,6 +45,7 @@ class ModelDescription:
     task: Task | None
     arguments: frozenset[str]
     required: frozenset[str]
+    caches: bool
     fields: frozenset[str] | None
     shifts: bool
     decodes: bool
@@ -65,7 +67,8 @@ def describe(model: nn.Module) -> ModelDescription:
     task = task_of(base)
     named = _parameters(base)
     arguments = frozenset(p.name for p in named)
-    encodes = bool(getattr(config, "is_encoder_decoder", False))
+    inner = getattr(config, "text_config", None)  # of InstructBLIP, which has it there only
+    encodes = any(getattr(c, "is_encoder_decoder", False) for c in (config, inner))
     generates = task is not None and task.generates
     parents = {parent.__name__ for parent in type(base).__mro__}
     classifies = task is not None and task.classifies
@@ -75,6 +78,7 @@ def describe(model: nn.Module) -> ModelDescription:
         task=task,
         arguments=arguments,
         required=frozenset(p.name for p in named if p.default is p.empty),
+        caches="use_cache" in arguments or (generates and _takes_any(base) and inner is not None),
         fields=_output_fields(base),
         shifts=generates and not encodes and not parents & _SEE_BOTH_SIDES,
         decodes=decodes,
@@ -152,6 +156,11 @@ def own_inputs(
 def _parameters(base: Any) -> list[inspect.Parameter]:
     parameters = inspect.signature(base.forward).parameters.values()
     return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _takes_any(base: Any) -> bool:
+    parameters = inspect.signature(base.forward).parameters.values()
+    return any(p.kind == p.VAR_KEYWORD for p in parameters)
 
 
 def _output_fields(base: Any) -> frozenset[str] | None:

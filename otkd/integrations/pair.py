@@ -172,8 +172,6 @@ class Pair:
             check_tokens(self.student, own, inputs["input_ids"])
         model.eval()
         share = self._inputs(model, own, inputs, self.student.arguments)
-        if "use_cache" in own.arguments:
-            share["use_cache"] = False
         with torch.no_grad():
             outputs = model(**share)
             return read_outputs(outputs, own, "teacher", features=self.needs_features)
@@ -198,6 +196,10 @@ class Pair:
             other=other,
             labels=None if key is None else as_class_labels(inputs[key]),
         )
+        if own.caches:
+            # With a cache, models attend across packed documents. Trainer turns it off in the
+            # configuration of the student, but not in those of the models inside it.
+            share["use_cache"] = False
         if PACKED_KEY in inputs:
             check_reads_documents(own, share)
         if self.needs_features:

@@ -109,6 +109,14 @@ _TASKS: tuple[tuple[str, Task], ...] = (
     ("PRETRAINING", _refused("pretraining", "its head serves pretraining objectives")),
 )
 
+# Its class is in a mapping of models that predict the next token.
+_BY_NAME = {
+    "DiffusionGemmaForBlockDiffusion": _refused(
+        "block diffusion",
+        "its logits are for a block of tokens with random noise, instead of the next token",
+    )
+}
+
 # By the name of the loss in transformers, for classes that are in no mapping.
 _BY_LOSS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -152,7 +160,7 @@ def _by_mapping() -> Mapping[str, Task]:
 def _by_class() -> Mapping[str, Task]:
     from transformers.models.auto import modeling_auto
 
-    found: dict[str, Task] = {}
+    found = dict(_BY_NAME)
     for mapping, task in _by_mapping().items():
         named = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
         for names in named.values():

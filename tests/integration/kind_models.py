@@ -139,6 +139,12 @@ def speech_encoder_decoder(seed: int = 0):
     return _composed("SpeechEncoderDecoderModel", config, seed)
 
 
+def t5gemma(seed: int = 0):
+    module = LLAMA | {"num_hidden_layers": 2, "head_dim": 8, "bos_token_id": START}
+    return built("T5GemmaForConditionalGeneration", seed, encoder=module, decoder=module,
+                 vocab_size=VOCAB, dropout_rate=0.0)  # fmt: skip
+
+
 def _of(name: str, **config):
     return lambda seed=0: built(name, seed, **config)
 
@@ -268,6 +274,21 @@ ENCODER_DECODERS = {
         _of("UdopForConditionalGeneration", scale=1.0, image_size=8, patch_size=4, **_T5),
         lambda: text() | {"bbox": torch.zeros(3, 7, 4), "pixel_values": _noise(3, 8, 8)},
     ),
+    "t5gemma": (t5gemma, text),
+    # Only the configuration of its language model says that it is an encoder-decoder.
+    "instructblip": (
+        _of(
+            "InstructBlipForConditionalGeneration",
+            scale=1.0,
+            vision_config=VISION,
+            qformer_config={**{k: v for k, v in BERT.items() if k != "num_hidden_layers"},
+                            "num_hidden_layers": 2, "encoder_hidden_size": 16},
+            text_config={**_T5, "model_type": "t5"},
+            num_query_tokens=4,
+            image_token_index=VOCAB - 1,
+        ),
+        lambda: instructed_picture(),
+    ),
     "pix2struct": (
         _of(
             "Pix2StructForConditionalGeneration",
@@ -284,6 +305,13 @@ ENCODER_DECODERS = {
         lambda: {"flattened_patches": _noise(4, 770).abs().clamp(max=1), "labels": target()},
     ),
 }  # fmt: skip
+
+
+def instructed_picture() -> dict[str, torch.Tensor]:
+    """Four placeholders of an image before the instruction, and the instruction alone."""
+    ids = torch.cat([torch.full((3, 4), IMAGE), tokens().clamp(max=IMAGE - 1)], 1)
+    return {"input_ids": ids, "qformer_input_ids": tokens(), "labels": target(),
+            "pixel_values": _noise(3, 8, 8)}  # fmt: skip
 
 
 def causal_text() -> dict[str, torch.Tensor]:
@@ -447,6 +475,12 @@ REFUSED = {
     "headless vision": (_of("ViTModel", **VISION), "no head"),
     "two heads": (_of("GPT2DoubleHeadsModel", num_labels=1, **_GPT2), "mc_logits"),
     "pretraining": (_of("BertForPreTraining", **BERT), "pretraining"),
+    "block diffusion": (
+        _of("DiffusionGemmaForBlockDiffusion", vision_config=None, text_config={
+            **LLAMA, "num_hidden_layers": 2, "head_dim": 8, "global_head_dim": 8,
+            "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16}),
+        "block diffusion",
+    ),
     "discriminator": (_of("ElectraForPreTraining", **BERT), "pretraining"),
     "speaker": (
         _of("Wav2Vec2ForXVector", **WAVE, tdnn_dim=(8, 8), tdnn_kernel=(5, 1),

@@ -94,9 +94,12 @@ def kl(student_logits, teacher_logits, counted):
 
 
 def forward(model, batch):
-    """As the model itself does it, with its labels."""
+    """As the model itself does it, with its labels.
+
+    T5Gemma masks padding in its decoder only if it has no cache, as in training.
+    """
     with torch.no_grad():
-        return copy.deepcopy(model).eval()(**batch)
+        return copy.deepcopy(model).train()(**batch)
 
 
 # What is trained
@@ -608,6 +611,34 @@ def test_documents_are_told_by_any_of_their_marks(name):
     labels, mask = find_targets(batch | {"labels": ids}, shift=True, mask_name="attention_mask")
     assert mask is None
     assert torch.equal(labels, ids[:, 1:].masked_fill(~counted, -100))
+
+
+def test_a_model_inside_a_model_sees_packed_documents(arguments):
+    """Its cache is set in a configuration of its own, and with it documents see each other."""
+    student = OTHERS["vision-language"][0](0)
+    inner = student.model.language_model
+    teacher = transformers.LlamaForCausalLM(inner.config)
+    teacher.model, teacher.lm_head = copy.deepcopy(inner), copy.deepcopy(student.lm_head)
+    batch, _ = packed("position_ids")
+    for models in ((student, teacher), (teacher, student)):
+        student, teacher = map(copy.deepcopy, models)
+        trainer = one_step(student, arguments, batch, otkd.KLLoss(), teacher=teacher)
+        assert logged(trainer)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_student_reads_an_evaluation_set_as_its_teacher_does(arguments):
+    """The cache of T5Gemma, which it uses in evaluation, changes its masks."""
+    build, batch = ENCODER_DECODERS["t5gemma"]
+    trainer = DistillationTrainer(
+        build(0),
+        arguments(per_device_eval_batch_size=3),
+        train_dataset=[{}],
+        eval_dataset=examples(batch()),
+        data_collator=stack,
+        teacher=build(0),
+        loss=otkd.KLLoss(),
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_mask_over_pairs_of_tokens_needs_labels(arguments):

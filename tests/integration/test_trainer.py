@@ -362,7 +362,7 @@ def test_encoder_decoder_gets_its_decoder_input_but_no_labels(arguments):
     )
     expected = (rows[counted].sum() / counted.sum()).item()
     assert logged(trainer, "loss")[0] == pytest.approx(expected, rel=1e-4)
-    assert seen[0] == {"input_ids", "attention_mask", "decoder_input_ids"}
+    assert seen[0] == {"input_ids", "attention_mask", "decoder_input_ids", "use_cache"}
 
 
 def test_the_teacher_gets_inputs_that_the_student_does_not_read(arguments):
