@@ -9,6 +9,24 @@ from torch import Tensor
 from otkd.checks import check_cost_shape
 from otkd.costs.base import Cost, CostMatrices
 from otkd.costs.checks import check_self_cost, check_symmetric
+from otkd.costs.simple import MatrixCost
+
+
+def as_cost(cost: Cost | Tensor, *, learnable: bool = False) -> Cost:
+    """The cost between the tokens of a vocabulary, from an object or a matrix.
+
+    Raises:
+        TypeError: if ``cost`` has another form.
+        ValueError: if it is a tensor but not a matrix.
+    """
+    if isinstance(cost, Cost):
+        return cost
+    if isinstance(cost, Tensor):
+        return MatrixCost(cost, learnable=learnable)
+    raise TypeError(
+        "cost must be a (vocab, vocab) tensor or a cost object of otkd.costs, got "
+        f"{type(cost).__name__}"
+    )
 
 
 def as_cost_matrices(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from otkd.checks import check_logits, check_mask, check_temperatures
 from otkd.compilation import outside_graphs
-from otkd.costs import Cost, MatrixCost
+from otkd.costs import Cost
+from otkd.costs.forms import as_cost
 from otkd.functional.report import Report
 from otkd.ot.options import Objective, SolverSettings, as_penalties, relaxation_of
 from otkd.supports import Positions, Support, as_support, choose_support
@@ -68,7 +69,7 @@ def sinkhorn_divergence(
     values, _ = sinkhorn_with_report(
         student_logits,
         teacher_logits,
-        cost=MatrixCost(cost, learnable=True) if isinstance(cost, Tensor) else cost,
+        cost=as_cost(cost, learnable=True),
         support=as_support(support),
         objective=Objective(
             epsilon=epsilon,

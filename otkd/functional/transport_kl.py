@@ -10,7 +10,8 @@ from torch import Tensor
 
 from otkd.checks import check_choice
 from otkd.compilation import outside_graphs
-from otkd.costs import Cost, DiscreteCost, EmbeddingCost, MatrixCost
+from otkd.costs import Cost, DiscreteCost, EmbeddingCost
+from otkd.costs.forms import as_cost
 from otkd.functional.report import Report
 from otkd.functional.smoothing import smoothed_kl
 from otkd.functional.transport import counted_positions_of, solve_positions
@@ -141,7 +142,7 @@ def transport_kl_divergence(
         TypeError, ValueError: for wrong shapes, parameters out of range, or NaN in a counted
             position.
     """
-    cost = MatrixCost(cost) if isinstance(cost, Tensor) else cost
+    cost = as_cost(cost)
     settings = Price(price=price, smoothing=smoothing, direction=direction)
     values, _ = transport_kl_with_report(
         student_logits,

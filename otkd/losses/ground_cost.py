@@ -17,7 +17,7 @@ class MissingCost(ValueError):
         advice: a sentence that says what to pass.
     """
 
-    def __init__(self, call: str = "SinkhornLoss(") -> None:
+    def __init__(self, call: str) -> None:
         super().__init__(call)
         self.advice = (
             f"Write {call}embedding=teacher.get_input_embeddings().weight), or {call}cost=...) "
@@ -31,8 +31,10 @@ class MissingCost(ValueError):
         )
 
 
-def make_cost(cost: str | Tensor | Cost, embedding: Tensor | None = None) -> Cost:
-    """A cost object from any form in which a loss accepts its cost.
+def make_cost(
+    cost: str | Tensor | Cost, embedding: Tensor | None = None, *, loss: str = "SinkhornLoss"
+) -> Cost:
+    """A cost object from any form in which the class ``loss`` accepts its cost.
 
     Raises:
         TypeError: if ``cost`` is not a string, a tensor or a cost object.
@@ -42,7 +44,7 @@ def make_cost(cost: str | Tensor | Cost, embedding: Tensor | None = None) -> Cos
         check_choice("cost", cost, COSTS)
         if cost == "embedding":
             if embedding is None:
-                raise MissingCost
+                raise MissingCost(f"{loss}(")
             return EmbeddingCost(embedding)
     if embedding is not None:
         raise ValueError('embedding= is used by cost="embedding" only')

@@ -125,7 +125,7 @@ class TransportKLLoss(TokenTransportLoss):
     ) -> None:
         super().__init__(**common)
         self.settings = Price(price=price, smoothing=smoothing, direction=direction)
-        ground = make_cost(cost, embedding)
+        ground = make_cost(cost, embedding, loss="TransportKLLoss")
         self._set_up(
             cost=ground,
             support=support,

@@ -407,3 +407,15 @@ def test_casts_and_copies_of_a_loss_agree_for_every_support():
         expected = otkd.SinkhornLoss(embedding=x.bfloat16(), support=support)
         expected.cost.scale = loss.cost.scale
         close(cast(student, teacher), expected(student, teacher), msg=f"{support}")
+
+
+@pytest.mark.parametrize(
+    "cost", ["discrete", None, 1.0, [[0.0, 1.0], [1.0, 0.0]], points(1, 6, 3).numpy()]
+)
+@pytest.mark.parametrize(
+    "function", ["sinkhorn_divergence", "transport_kl_divergence", "wasserstein_distance"]
+)
+def test_functions_refuse_other_forms_of_a_cost(function, cost):
+    pair = logits(1, 3, 6), logits(2, 3, 6)
+    with pytest.raises(TypeError, match=f"cost must be .* got {type(cost).__name__}"):
+        getattr(otkd.functional, function)(*pair, cost=cost)

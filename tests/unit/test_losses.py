@@ -558,6 +558,7 @@ def test_common_settings_are_checked(name, options, message):
         (sinkhorn, {"backend": "cuda"}, ValueError, "backend must be one of 'auto'"),
         (sinkhorn, {"support": "dense"}, TypeError, "support must be 'auto' or an object"),
         (otkd.SinkhornLoss, {}, ValueError, "needs embedding=, the vectors of the tokens"),
+        (otkd.TransportKLLoss, {}, ValueError, r"Write TransportKLLoss\(embedding="),
         (sinkhorn, {"cost": "l1"}, ValueError, "cost must be one of 'embedding'.* got 'l1'"),
         (sinkhorn, {"cost": "discrete"}, ValueError, 'is used by cost="embedding" only'),
         (otkd.SinkhornLoss, {"cost": 3}, TypeError, "cost must be one of .* got int"),
