@@ -27,7 +27,7 @@ from otkd.integrations.models import describe
 from otkd.integrations.outputs import read_outputs
 from otkd.losses.sinkd import UnrolledBatchSinkhornLoss
 from otkd.study import provenance
-from otkd.study.experiment import Experiment
+from otkd.study.kinds import make_experiment
 from otkd.study.messages import quiet_libraries
 from otkd.study.protocols import load_protocol
 from otkd.study.settings import Settings
@@ -93,7 +93,7 @@ def diagnose(task: str, data_dir: Path | None, results: Path) -> dict:
     settings = protocol.resolve(Settings(task, data_dir=data_dir, precision="bf16"), {"precision"})
     objectives = protocol.objectives(settings, {"precision"})
     folder = results / "fair" / task
-    experiment = Experiment(settings, objectives, folder, protocol.tuning)
+    experiment = make_experiment(settings, objectives, folder, protocol.tuning)
     teacher = find_teacher(experiment, folder / "teacher", overwrite=False)
     if teacher is None:
         raise SystemExit(f"{folder} has no teacher: run `otkd compare {task} --protocol fair`")
@@ -126,7 +126,7 @@ def diagnose(task: str, data_dir: Path | None, results: Path) -> dict:
         fit(
             student,
             rows.train,
-            experiment.student_tokenizer,
+            experiment.collator(experiment.student_tokenizer),
             dataclasses.replace(schedule, evaluate_every=each),
             work,
             loss=otkd.WeightedLoss(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="otkd",
-    help="Distil classifiers with optimal-transport losses and standard divergences.",
+    help="Distil language models and classifiers with optimal-transport losses and divergences.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,7 +39,7 @@ def root(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Distil classifiers with optimal-transport losses and standard divergences."""
+    """Distil language models and classifiers with optimal-transport losses and divergences."""
 
 
 @app.command()

@@ -14,9 +14,16 @@ from pydantic import ValidationError
 from otkd.study.messages import StudyError
 from otkd.study.settings import Settings, option
 from otkd.study.validation import first_mistake
+from otkd.tasks.tasks import LANGUAGE_DEFAULTS
 
 _FLAGS = {"author": ["--author/--sound"]}
-_TASK = Annotated[str, typer.Argument(help="A GLUE task (cola, sst2, …) or rotten-tomatoes.")]
+_TASK = Annotated[
+    str,
+    typer.Argument(
+        help="A GLUE task (cola, sst2, …), rotten-tomatoes, or for language models reviews, text "
+        "or instructions."
+    ),
+]
 _FIELDS = Settings.__pydantic_fields__  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -77,7 +84,10 @@ def _parameter(name: str) -> inspect.Parameter:
     # Choices are checked by the settings, like ranges, so that all errors read the same.
     kind = str if get_origin(field.annotation) is Literal else field.annotation
     panel = field.json_schema_extra["panel"]
-    described = typer.Option(*_FLAGS.get(name, ()), help=field.description, rich_help_panel=panel)
+    text = field.description
+    if name in LANGUAGE_DEFAULTS:
+        text += f" Language models: {LANGUAGE_DEFAULTS[name]}."
+    described = typer.Option(*_FLAGS.get(name, ()), help=text, rich_help_panel=panel)
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -5,73 +5,44 @@ from __future__ import annotations
 import multiprocessing
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from otkd.files import write_json
 from otkd.study import models
+from otkd.study.interface import Rows, TaskKind
 from otkd.study.messages import StudyError, notice
-from otkd.study.objectives import check_objectives, objective_options
+from otkd.study.objectives import objective_options
 from otkd.study.prediction import (
     PRECISION_FILE,
     Precision,
-    Predictor,
     measure_precision,
     read_precision,
     supports_bf16,
 )
 from otkd.study.training import Schedule, device
-from otkd.tasks import SAMPLE_SEED, encode, get_task, load_task
+from otkd.tasks import SAMPLE_SEED, get_task
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from otkd.study.protocols import Objective, Tuning
     from otkd.study.settings import Settings
 
-_PROBE_ROWS = 16
-# The settings, beside data and models, that decide the logits of a teacher, and a student.
+_MOST_PROBE_ROWS = 16
+# The settings, beside data and models, that decide the outputs of a teacher, and a student.
 _OF_TEACHER = ("teacher_epochs", "teacher_batch_size", "teacher_learning_rate", "teacher_seed")
 _OF_TEACHER += ("group_by_length", "freeze_embeddings")
 _OF_STUDENT = ("epochs", "learning_rate", "batch_size", "freeze_embeddings", "group_by_length")
 _OF_STUDENT += ("evaluate_every", "score")
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a training and those that score it, encoded for a model.
-
-    Attributes:
-        train: training rows.
-        dev: development rows by split.
-        labels: their labels.
-        index: places of the training rows among the task's, if they are only a part.
-        held_out: likewise the places of training rows used instead of each development split.
-    """
-
-    train: Dataset
-    dev: dict[str, Predictor]
-    labels: dict[str, Tensor]
-    index: list[int] | None = None
-    held_out: list[int] | None = None
-
-    def counts(self) -> dict[str, int]:
-        """Number of rows, for result files."""
-        return {"train": len(self.train), "dev": sum(map(len, self.labels.values()))}
-
-    def predict(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Logits of ``model`` on each development split."""
-        return {name: rows.logits(model) for name, rows in self.dev.items()}
-
-
-class Experiment:
+class Experiment(TaskKind):
     """The parts of a study of one task that do not depend on loss and seed, checked when made.
+
+    A subclass knows one kind of task. :func:`otkd.study.kinds.make_experiment` chooses it.
 
     Args:
         settings: shared by all losses.
@@ -90,28 +61,21 @@ class Experiment:
         objectives: Sequence[Objective],
         folder: Path,
         tuning: Tuning | None = None,
-    ):
+    ) -> None:
         settings.check()
         self.settings, self.objectives = settings, objectives
         self.folder, self.tuning = folder, tuning
-        self.task = get_task(settings.task)
-        check_objectives(objectives, self.task.num_labels)
+        self.task: Any = get_task(settings.task)
+        self._check_objectives()
         if settings.precision == "bf16" and not supports_bf16():
             raise StudyError("--precision bf16: the accelerator does not support it.")
-        self.data = load_task(
-            self.task,
-            settings.data_dir,
-            max_train_rows=settings.max_train_rows,
-            max_dev_rows=settings.max_dev_rows,
-        )
-        self.teacher_source = models.model_source(settings.teacher)
+        self.data = self._load_data()
+        self.teacher_source = self._teacher_source()
         self.teacher_tokenizer = self._tokenizer(self.teacher_source)
         self.student_tokenizer = (
             self._tokenizer(settings.student) if settings.student else self.teacher_tokenizer
         )
-        if not settings.finetune_teacher:
-            config = models.load("AutoConfig", self.teacher_source)
-            models.check_is_classifier(self.teacher_source, config, self.task)
+        self._check_teacher()
         # Their errors should come before the training of a teacher, which may take an hour.
         self.build_student(0)
         if any(objective.candidates for objective in objectives):
@@ -123,12 +87,11 @@ class Experiment:
         if tokenizer.pad_token is None:
             raise StudyError(f"The tokenizer of {source!r} has no padding token.")
         length = self.settings.max_length
-        special = tokenizer.num_special_tokens_to_add(pair=len(self.task.sentences) > 1)
-        least = special + len(self.task.sentences)
+        least, reason = self._least_length(tokenizer)
         if length < least:
             raise StudyError(
-                f"--max-length {length}: an input of {source!r} has at least {least} tokens, of "
-                f"which {special} are special tokens."
+                f"--max-length {length}: an input of {source!r} has at least {least} tokens"
+                f"{reason}."
             )
         limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
         longest = min(limit for limit in limits if limit is not None)
@@ -136,19 +99,9 @@ class Experiment:
             raise StudyError(f"--max-length {length}: {source!r} reads at most {longest} tokens.")
         return tokenizer
 
-    def build_student(self, seed: int) -> PreTrainedModel:
-        """A student before its training; its head depends on the seed only."""
-        chosen = self.settings
-        model = models.build_student(
-            self.teacher_source, chosen.student, chosen.student_layers, self.task, seed
-        )
-        if chosen.freeze_embeddings:
-            models.freeze_embeddings(model)
-        return model
-
     @cached_property
     def teacher_settings(self) -> dict[str, Any]:
-        """Everything that the teacher's logits depend on, by name."""
+        """Everything that the teacher's outputs depend on, by name."""
         chosen = self.settings
         return {
             "task": self.task.name,
@@ -157,7 +110,7 @@ class Experiment:
             "dev_rows": self.data.dev_rows,
             "max_length": chosen.max_length,
             "precision": chosen.precision,
-            "teacher": chosen.teacher or models.DEFAULT_ENCODER,
+            "teacher": chosen.teacher or self.default_teacher,
             "teacher_weights": models.source_digest(self.teacher_source),
             "finetune_teacher": chosen.finetune_teacher,
             **_values(chosen, _OF_TEACHER if chosen.finetune_teacher else ()),
@@ -174,6 +127,8 @@ class Experiment:
         chosen = objective.settings
         values = {**self.teacher_settings, "loss": objective.loss, "seed": seed}
         values |= _values(chosen, _OF_STUDENT)
+        if chosen.warmup:  # results that were made before this setting existed have none
+            values["warmup"] = chosen.warmup
         if chosen.student is None:
             values["student_layers"] = chosen.student_layers
         else:
@@ -195,10 +150,10 @@ class Experiment:
         path = self.folder / PRECISION_FILE
         precision = read_precision(path)
         if precision is None:
-            rows = self.data.train.select(range(min(_PROBE_ROWS, len(self.data.train))))
-            rows = encode(rows, self.student_tokenizer, self.settings.max_length)
-            columns = [name for name in rows.column_names if name != "length"]
-            batch = self.student_tokenizer.pad(rows.select_columns(columns)[:], return_tensors="pt")
+            tokenizer = self.student_tokenizer
+            probe = self.data.head(min(_MOST_PROBE_ROWS, self.settings.batch_size))
+            rows = self.encoded(probe, tokenizer).remove_columns("length")
+            batch = self.collator(tokenizer)([*rows])
             precision = measure_precision(self.build_student(0), dict(batch), device())
             write_json(path, asdict(precision))
         if multiprocessing.parent_process() is None:  # workers would repeat it
@@ -215,7 +170,9 @@ class Experiment:
         """The schedule of a student's training."""
         chosen, bf16 = objective.settings, self.precision.bf16
         pace = chosen.epochs, chosen.batch_size, chosen.learning_rate
-        return Schedule(*pace, seed, bf16, chosen.group_by_length, chosen.evaluate_every)
+        return Schedule(
+            *pace, seed, bf16, chosen.group_by_length, chosen.evaluate_every, chosen.warmup
+        )
 
     def train_rows(self, *, tuning: bool = False) -> int:
         """Number of training rows of a student."""
@@ -234,12 +191,10 @@ class Experiment:
         return self._rows(self.student_tokenizer)
 
     def _rows(self, tokenizer: PreTrainedTokenizerBase) -> Rows:
-        length, bf16 = self.settings.max_length, self.precision.bf16
-        dev = {name: encode(rows, tokenizer, length) for name, rows in self.data.dev.items()}
+        dev = {name: self.encoded(rows, tokenizer) for name, rows in self.data.dev.items()}
         return Rows(
-            encode(self.data.train, tokenizer, length),
-            {name: Predictor(rows, tokenizer, bf16=bf16) for name, rows in dev.items()},
-            {name: torch.tensor(rows["labels"][:]) for name, rows in dev.items()},
+            self.encoded(self.data.train, tokenizer),
+            {name: self.prepared(rows, tokenizer) for name, rows in dev.items()},
         )
 
     @cached_property
@@ -247,17 +202,9 @@ class Experiment:
         """Some training rows to train on and others to score, encoded for a student."""
         index, held_out = self._tuning_split
         train = self.student_rows.train
-        scored = train.select(held_out)
-        predictor = Predictor(scored, self.student_tokenizer, bf16=self.precision.bf16)
+        scored = self.prepared(train.select(held_out), self.student_tokenizer)
         # The same rows are used instead of each of the task's development splits.
-        splits = self.task.dev_splits
-        return Rows(
-            train.select(index),
-            dict.fromkeys(splits, predictor),
-            dict.fromkeys(splits, torch.tensor(scored["labels"][:])),
-            index,
-            held_out,
-        )
+        return Rows(train.select(index), dict.fromkeys(self.data.dev, scored), index, held_out)
 
     @cached_property
     def _tuning_split(self) -> tuple[list[int], list[int]]:

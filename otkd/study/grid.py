@@ -12,6 +12,7 @@ from tempfile import TemporaryFile
 
 from otkd.files import sentence, write_json
 from otkd.study.experiment import Experiment
+from otkd.study.kinds import make_experiment
 from otkd.study.messages import StudyError, notice
 from otkd.study.objectives import check_effect, needs_features
 from otkd.study.ownership import held, remove
@@ -85,13 +86,13 @@ def compare(
     tuning = protocol.tuning.without(given) if protocol and protocol.tuning else None
     experiments = []
     for task in dict.fromkeys(get_task(name).name for name in settings.task.split(",")):
-        own = dataclasses.replace(settings, task=task)
+        own = _of_task(settings, task, given)
         if protocol is None:
             objectives = [Objective(name, name, own) for name in dict.fromkeys(losses)]
         else:
             own = protocol.resolve(own, given)
             objectives = protocol.objectives(own, given, dict.fromkeys(losses))
-        experiments.append(Experiment(own, objectives, root / task, tuning))
+        experiments.append(make_experiment(own, objectives, root / task, tuning))
         check_effect(given, objectives)
     with ExitStack() as stack:
         for each in experiments:
@@ -140,8 +141,9 @@ def train(
     """
     checked(Seed, seed, "--seed")
     check_writable(output_dir)
+    settings = _of_task(settings, settings.task, given)
     objective = Objective(loss, loss, settings)
-    experiment = Experiment(settings, [objective], output_dir)
+    experiment = make_experiment(settings, [objective], output_dir)
     check_effect(given, [objective])
     result, model = output_dir / "results.json", output_dir / "student"
     run = Run(objective, seed, result, output_dir / "student.work", model)
@@ -155,6 +157,13 @@ def train(
             "settings, such as a lower --learning-rate, or repeat it with --overwrite."
         )
     return Comparison(output_dir, teacher.result, [done[run]])
+
+
+def _of_task(settings: Settings, task: str, given: Collection[str]) -> Settings:
+    """The settings of a task, whose defaults replace those that the user did not give."""
+    defaults = get_task(task).defaults
+    own = {name: value for name, value in defaults.items() if name not in given}
+    return dataclasses.replace(settings, **{**own, "task": task})
 
 
 def check_writable(folder: Path) -> None:

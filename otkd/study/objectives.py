@@ -1,4 +1,4 @@
-"""The training objective of a loss in a classification run, and the options it depends on."""
+"""The training objective that a name means in a run, and the options that it depends on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from otkd.study.protocols import Objective
     from otkd.study.settings import Settings
 
-# The rows of the teacher's classification head give these losses the distances between classes.
-NEED_CLASS_ROWS = ("sinkhorn", "transport_kl", "wasserstein")
+# The teacher's embeddings of classes or tokens give these losses the distances between them.
+NEED_EMBEDDING = ("sinkhorn", "transport_kl", "wasserstein")
+_PERMUTATION_SEED = 0
 # The options of batch transport.
 _TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "sample_cost", "debias", "iterations")
 _PRICE = ("price", "smoothing", "direction")
@@ -35,17 +36,30 @@ def objective_options(name: str, settings: Settings) -> dict[str, Any]:
     if options.get("sinkhorn_weight", 0.0) is None:
         default = otkd.SinKDLoss.author() if settings.author else otkd.SinKDLoss()
         options["sinkhorn_weight"] = default.weights["sinkhorn"]
+    # Results that were made before these options existed are results with their defaults.
     if not options.get("sample_cost"):
-        # Results that were made before this option existed are results without the cost.
         options.pop("sample_cost", None)
+    if options.get("token_cost") == "embedding":
+        options.pop("token_cost")
     return options
 
 
 def _option_names(name: str, author: bool) -> list[str]:
-    takes = inspect.signature(otkd.loss_class(name)).parameters
     if name == "ce":
         return []
-    names = ["alpha"]
+    parts = name.split("+")
+    if len(parts) > 1 and not {"ce", "sinkd"}.isdisjoint(parts):
+        raise ValueError(
+            f"{name}: a sum cannot contain ce or sinkd, which have their own weight of the hard "
+            "labels: use --alpha"
+        )
+    names = [option for part in parts for option in _options_of_one(part, author)]
+    return ["alpha", *dict.fromkeys(names)]
+
+
+def _options_of_one(name: str, author: bool) -> list[str]:
+    takes = inspect.signature(otkd.loss_class(name)).parameters
+    names: list[str] = []
     if name == "sinkd":
         names += ["sinkhorn_weight", "author", *_TRANSPORT]
     if name == "batch_sinkhorn":
@@ -56,6 +70,8 @@ def _option_names(name: str, author: bool) -> list[str]:
         names.append("epsilon")
     if name == "transport_kl":
         names += _PRICE
+    if name in NEED_EMBEDDING:
+        names.append("token_cost")
     # The public code has a single cost and no debiasing.
     unknown = ("batch_cost", "sample_cost", "debias") if author and name == "sinkd" else ()
     return [option for option in names if option not in unknown]
@@ -75,8 +91,12 @@ def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> Non
         raise StudyError(f"{option(name)} has no effect on {losses}: leave it out.")
 
 
-def check_objectives(objectives: Sequence[Objective], num_labels: int) -> None:
+def check_objectives(objectives: Sequence[Objective], embedding: Tensor) -> None:
     """Build every objective once, with each of its candidates, so that mistakes are found early.
+
+    Args:
+        objectives: of an experiment.
+        embedding: stands for the teacher's embeddings, which are not known yet.
 
     Raises:
         StudyError: for an unknown loss or an option that it refuses.
@@ -85,7 +105,7 @@ def check_objectives(objectives: Sequence[Objective], num_labels: int) -> None:
         each.settings.check()
         try:
             options = objective_options(each.loss, each.settings)
-            build_objective(each.loss, options, torch.eye(num_labels))
+            build_objective(each.loss, options, embedding)
         except (ValueError, TypeError, KeyError) as error:
             raise StudyError(str(error.args[0] if error.args else error)) from error
 
@@ -98,18 +118,18 @@ def needs_features(options: Mapping[str, Any]) -> bool:
 def build_objective(
     name: str,
     options: Mapping[str, Any],
-    class_rows: Tensor | None = None,
+    embedding: Tensor | None = None,
     widths: tuple[int, int] | None = None,
 ) -> nn.Module:
     """The loss that trains a student.
 
     ``ce`` is hard labels only and ``sinkd`` has a hard-label term of its own; for any other loss it
-    is ``alpha · loss + (1 − alpha) · ce``.
+    is ``alpha · loss + (1 − alpha) · ce``. Names joined by ``+`` are a sum of losses.
 
     Args:
-        name: a registry name.
+        name: one or several registry names.
         options: from :func:`objective_options`.
-        class_rows: ``(num_labels, features)``, needed by the losses of ``NEED_CLASS_ROWS``.
+        embedding: of classes or tokens, one row each, needed by the losses of ``NEED_EMBEDDING``.
         widths: of the states of student and teacher, needed by the cost between states.
 
     Raises:
@@ -117,28 +137,53 @@ def build_objective(
     """
     if name == "ce":
         return otkd.get_loss("ce")
-    common = {key: options[key] for key in ("temperature", "rescale_t2") if key in options}
     if name == "sinkd":
-        return _sinkd(options, common, widths)
-    if name == "batch_sinkhorn":
-        loss = _batch_transport(options, widths)
-    else:
-        common |= {key: options[key] for key in ("epsilon", *_PRICE) if key in options}
-        if name in NEED_CLASS_ROWS:
-            if class_rows is None:
-                raise ValueError(f"the objective {name!r} needs the teacher's class rows")
-            if name == "wasserstein":
-                common["cost"] = otkd.costs.EmbeddingCost(class_rows, metric="euclidean")
-            else:
-                common |= {"cost": "embedding", "embedding": class_rows}
-        loss = otkd.get_loss(name, **common)
+        return _sinkd(options, _common(options), widths)
     alpha = options["alpha"]
-    return otkd.WeightedLoss({name: (alpha, loss), "ce": (1 - alpha, "ce")})
+    terms: dict[str, Any] = {
+        part: (alpha, _term(part, options, embedding, widths)) for part in name.split("+")
+    }
+    if alpha < 1:
+        terms["ce"] = (1 - alpha, "ce")
+    return otkd.WeightedLoss(terms)
 
 
-def annealed_term(name: str, objective: nn.Module) -> nn.Module:
-    """The term of an objective whose temperature is annealed: that of the soft labels."""
-    return objective.terms["kl" if name == "sinkd" else name]  # pyright: ignore
+def annealed_terms(name: str, objective: nn.Module) -> list[nn.Module]:
+    """The terms of an objective whose temperature is annealed: those of the soft labels."""
+    terms: Any = objective.terms
+    named = [terms[part] for part in ("kl" if name == "sinkd" else name).split("+")]
+    return [term for term in named if not isinstance(term, otkd.BatchSinkhornLoss)]
+
+
+def _common(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in ("temperature", "rescale_t2") if key in options}
+
+
+def _term(
+    name: str,
+    options: Mapping[str, Any],
+    embedding: Tensor | None,
+    widths: tuple[int, int] | None,
+) -> nn.Module:
+    if name == "batch_sinkhorn":
+        return _batch_transport(options, widths)
+    takes = inspect.signature(otkd.loss_class(name)).parameters
+    own = {key: options[key] for key in ("epsilon", *_PRICE) if key in options and key in takes}
+    if name in NEED_EMBEDDING:
+        if embedding is None:
+            raise ValueError(f"the objective {name!r} needs the teacher's embeddings")
+        own["cost"] = _token_cost(name, options.get("token_cost", "embedding"), embedding)
+    return otkd.get_loss(name, **_common(options), **own)
+
+
+def _token_cost(name: str, kind: str, embedding: Tensor) -> otkd.costs.Cost:
+    if kind == "discrete":
+        return otkd.costs.DiscreteCost()
+    if kind == "permuted":
+        generator = torch.Generator().manual_seed(_PERMUTATION_SEED)
+        embedding = embedding[torch.randperm(len(embedding), generator=generator)]
+    metric = "euclidean" if name == "wasserstein" else "sqeuclidean"
+    return otkd.costs.EmbeddingCost(embedding, metric=metric)
 
 
 def _sinkd(

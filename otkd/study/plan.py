@@ -27,7 +27,7 @@ def claim_of(experiment: Experiment, runs: Iterable[Run], *names: str) -> Claim:
         folder,
         files=[
             *(folder / name for name in (PRECISION_FILE, *names)),
-            *teacher_files(folder / "teacher"),
+            *teacher_files(folder / "teacher", experiment),
             *(run.result for run in runs),
         ],
         folders=[
@@ -78,7 +78,9 @@ def best_candidate(objective: Objective, done: dict[Run, Result]) -> Objective:
         for run, result in done.items()
         if run.tuning and run.objective.name == objective.name
     }
-    best = max(sorted(tried), key=lambda n: -math.inf if tried[n].diverged else tried[n].score)
+    best = max(
+        sorted(tried), key=lambda n: -math.inf if tried[n].diverged else tried[n].improvement
+    )
     if tried[best].diverged:
         notice(
             f"All {len(tried)} candidates of {objective.name} diverged; its students are trained "

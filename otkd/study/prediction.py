@@ -41,12 +41,16 @@ class Predictor:
         self.bf16 = bf16
         order = torch.argsort(torch.tensor(rows["length"][:]), descending=True, stable=True)
         self._back = torch.argsort(order)
+        self.labels = torch.tensor(rows["labels"][:])
         inputs = [name for name in rows.column_names if name not in ("length", "labels")]
         rows = rows.select_columns(inputs)
         self._batches = [
             dict(tokenizer.pad(rows[part.tolist()], return_tensors="pt"))
             for part in order.split(_ROWS)
         ]
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def logits(self, model: PreTrainedModel) -> Tensor:
         """Float32 logits ``(rows, num_labels)``; ``FloatingPointError`` if one is not finite."""
@@ -64,7 +68,7 @@ class Predictor:
         description, features = describe(model), name == "features"
         options = {"output_hidden_states": True} if features else {}
         parts = []
-        with _autocast(device, self.bf16):
+        with autocast(device, self.bf16):
             for batch in self._batches:
                 inputs = {k: x.to(device) for k, x in batch.items() if k in description.arguments}
                 outputs = model(**inputs, **options)
@@ -82,7 +86,8 @@ class Predictor:
         return values
 
 
-def _autocast(device: torch.device, bf16: bool) -> Any:
+def autocast(device: torch.device, bf16: bool) -> Any:
+    """Autocast to bfloat16, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
@@ -125,7 +130,7 @@ def measure_precision(
     ):
         for name in times:
             begun = time.perf_counter()
-            with _autocast(device, name == "bf16"):
+            with autocast(device, name == "bf16"):
                 loss = model(**batch).loss
             loss.backward()
             if device.type == "cuda":

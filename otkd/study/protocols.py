@@ -35,7 +35,7 @@ _MOST_BYTES = 1_000_000
 _OF_A_LOSS = (
     *("epochs", "batch_size", "learning_rate", "temperature", "anneal", "rescale_t2", "alpha"),
     *("sinkhorn_weight", "epsilon", "author", "batch_cost", "batch_temperature", "debias"),
-    *("iterations", "sample_cost", "price", "smoothing", "direction"),
+    *("iterations", "sample_cost", "price", "smoothing", "direction", "token_cost"),
 )
 
 

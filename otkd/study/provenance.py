@@ -12,7 +12,8 @@ import torch
 from otkd.version import __version__
 
 if TYPE_CHECKING:
-    from otkd.study.experiment import Experiment, Rows
+    from otkd.study.experiment import Experiment
+    from otkd.study.interface import Rows
     from otkd.study.training import Fit
 
 

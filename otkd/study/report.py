@@ -10,41 +10,48 @@ from rich.table import Table
 from otkd.files import written_whole
 from otkd.study.results import Result
 from otkd.study.summary import Estimate, LossSummary, summarise
-from otkd.tasks import get_task
+from otkd.tasks import LanguageTask, get_metric, get_task
 
-_METRIC_TITLES = {"accuracy": "accuracy", "f1": "F1", "mcc": "MCC"}
 _NONE = "–"
+_AGREEMENT = "accuracy"  # it is shown like this metric
 
 
 def metric_title(key: str) -> str:
     """A metric's name for readers: ``matched_accuracy`` is ``accuracy (matched)``."""
-    split, _, metric = key.rpartition("_")
-    title = _METRIC_TITLES[metric]
-    return f"{title} ({split})" if split else title
+    return get_metric(key).title
+
+
+def _scale(key: str) -> float:
+    return 100.0 if get_metric(key).fraction else 1.0
+
+
+def _shown(key: str, value: float) -> str:
+    return f"{value * 100:.1f}" if get_metric(key).fraction else f"{value:.3f}"
 
 
 def comparison_table(teacher: Result, results: Sequence[Result]) -> Table:
-    """The teacher, then each loss: mean ± 95 % interval over seeds, in percent."""
-    table = Table(
-        title=f"{get_task(teacher.task).title}: development scores × 100",
-        title_justify="left",
-    )
+    """The teacher, then each loss: mean ± 95 % interval over seeds; fractions are in percent."""
+    task = get_task(teacher.task)
+    unit = "nats; shares × 100" if isinstance(task, LanguageTask) else "scores × 100"
+    table = Table(title=f"{task.title}: development {unit}", title_justify="left")
     table.add_column("loss", no_wrap=True)
     for heading in (*map(metric_title, teacher.metrics), "agreement", "s/step", "s/run"):
         table.add_column(heading, justify="right", no_wrap=True)
     trained = (teacher.seconds_per_step, teacher.seconds) if teacher.steps else (None, None)
     table.add_row(
         "teacher",
-        *(f"{value * 100:.1f}" for value in teacher.metrics.values()),
+        *(_shown(name, value) for name, value in teacher.metrics.items()),
         _NONE,
         *_times(*trained),
         end_section=True,
     )
     for summary in summarise(results):
-        scores = [_percent(value) for value in summary.metrics.values()]
+        scores = [_estimate(name, value) for name, value in summary.metrics.items()]
         if summary.diverged:
             scores = [_diverged(summary), *[_NONE] * (len(teacher.metrics) - 1)]
-        agreement = _NONE if summary.agreement is None else _percent(summary.agreement)
+        agreement = _NONE
+        if summary.agreement is not None:
+            agreement = _estimate(_AGREEMENT, summary.agreement)
         times = _times(summary.seconds_per_step, summary.seconds)
         table.add_row(summary.loss, *scores, agreement, *times)
     return table
@@ -63,8 +70,7 @@ def explanation(teacher: Result, results: Sequence[Result]) -> str:
         + (" (– for one seed)." if counts[0] == 1 else "."),
         *_divergence(summaries),
         *_objective(results),
-        "Agreement: share of development rows for which student and teacher predict the same "
-        "class.",
+        _agreement(teacher),
     ]
     if settings["freeze_embeddings"]:
         sentences.append("The embeddings were not trained (--no-freeze-embeddings trains them).")
@@ -97,7 +103,9 @@ def _objective(results: Sequence[Result]) -> list[str]:
     weights = {run.settings["loss.alpha"] for run in results if run.settings["loss"] not in own}
     if not weights:
         return []
-    shares = " or ".join(f"{w:g} · loss + {1 - w:g} · ce" for w in sorted(weights))
+    shares = " or ".join(
+        "the loss alone" if w == 1 else f"{w:g} · loss + {1 - w:g} · ce" for w in sorted(weights)
+    )
     sentences = [f"Objective: {shares}, where ce is the cross-entropy with the labels."]
     if exceptions := [text for name, text in own.items() if name in used]:
         sentences.append(f"{'; '.join(exceptions)}.")
@@ -113,15 +121,16 @@ def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
     figure = Figure(figsize=(1.8 + 0.9 * len(summaries), 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.axhline(teacher.score * 100, color="0.4", linestyle="--", linewidth=1, label="teacher")
+    scale = _scale(teacher.headline)
+    axes.axhline(teacher.score * scale, color="0.4", linestyle="--", linewidth=1, label="teacher")
     for place, summary in enumerate(summaries):
-        points = [score * 100 for score in summary.scores]
+        points = [score * scale for score in summary.scores]
         axes.plot([place] * len(points), points, "o", color="C0", alpha=0.45, markersize=5)
         mean = summary.metrics.get(teacher.headline)
         if mean is not None:
-            half = None if mean.interval is None else mean.interval * 100
+            half = None if mean.interval is None else mean.interval * scale
             style = {"fmt": "D", "color": "C1", "capsize": 4, "markersize": 5}
-            axes.errorbar(place + 0.18, mean.mean * 100, yerr=half, **style)
+            axes.errorbar(place + 0.18, mean.mean * scale, yerr=half, **style)
     # Empty series for the legend: one entry each, however many losses there are.
     axes.plot([], [], "o", color="C0", alpha=0.45, label="seed")
     axes.plot([], [], "D", color="C1", label="mean, 95 % t-interval")
@@ -130,16 +139,28 @@ def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
     ]
     axes.set_xticks(range(len(summaries)), names)
     axes.set_xlim(-0.5, len(summaries) - 0.3)
-    axes.set_ylabel(f"{metric_title(teacher.headline)} × 100")
+    unit = " × 100" if scale == 100 else ""
+    axes.set_ylabel(metric_title(teacher.headline) + unit)
     axes.set_title(get_task(teacher.task).title)
     axes.legend(fontsize="small")
     with written_whole(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
 
-def _percent(value: Estimate) -> str:
-    interval = _NONE if value.interval is None else f"{value.interval * 100:.1f}"
-    return f"{value.mean * 100:.1f} ± {interval}"
+def _agreement(teacher: Result) -> str:
+    if isinstance(get_task(teacher.task), LanguageTask):
+        return (
+            "Means over all tokens that are predicted. Agreement: share of them for which student "
+            "and teacher have the same most probable token."
+        )
+    return (
+        "Agreement: share of development rows for which student and teacher predict the same class."
+    )
+
+
+def _estimate(key: str, value: Estimate) -> str:
+    interval = _NONE if value.interval is None else _shown(key, value.interval)
+    return f"{_shown(key, value.mean)} ± {interval}"
 
 
 def _times(per_step: float | None, total: float | None) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from otkd.files import write_json
 from otkd.study.settings import STRICT, Seed
 from otkd.study.validation import first_mistake
+from otkd.tasks import get_metric
 
 # Schema 1 had no hash of the whole content, and no diverged runs.
 SCHEMA = 2
@@ -25,10 +26,22 @@ FINISHED, DIVERGED = "finished", "diverged"
 
 
 def _evaluation(values: dict[str, int | float]) -> dict[str, int | float]:
-    metrics = [value for name, value in values.items() if name != "step"]
     step = values.get("step")
-    if type(step) is not int or step < 0 or not all(abs(m) <= _ONE for m in metrics):
-        raise ValueError("must have a step and metrics between −1 and 1")
+    if type(step) is not int or step < 0:
+        raise ValueError("must have a step")
+    _metrics({name: value for name, value in values.items() if name != "step"})
+    return values
+
+
+def _metrics(values: dict[str, float]) -> dict[str, float]:
+    for name, value in values.items():
+        try:
+            fraction = get_metric(name).fraction
+        except KeyError:
+            fraction = True
+        # Matthews' coefficient can be −1.
+        if fraction and not abs(value) <= _ONE:
+            raise ValueError(f"must have {name} between −1 and 1")
     return values
 
 
@@ -41,8 +54,7 @@ def _time(value: str) -> str:
 _ONE = 1 + 1e-6
 _Name = Annotated[str, Field(min_length=1)]
 _Count = Annotated[int, Field(ge=0, le=2**63)]
-# Matthews' coefficient can be −1.
-_Metrics = dict[str, Annotated[float, Field(ge=-_ONE, le=_ONE)]]
+_Metrics = Annotated[dict[str, float], AfterValidator(_metrics)]
 _Evaluation = Annotated[dict[str, int | float], AfterValidator(_evaluation)]
 
 
@@ -56,11 +68,12 @@ class Result:
         seed: of classification head, dropout and data order.
         settings: everything that decides the outcome, by option name.
         headline: key of the main metric in ``metrics``.
-        metrics: on the development rows, as fractions of one; empty for a diverged run.
+        metrics: on the development rows, as fractions of one, or in the unit of the metric; empty
+            for a diverged run.
         teacher_metrics: the teacher's metrics on the same rows.
-        agreement: share of development rows for which student and teacher predict the same class;
-            None for a diverged run.
-        teacher_logits: SHA-256 of the file with the teacher's logits of the training rows.
+        agreement: share of development rows, or positions of texts, for which student and teacher
+            predict the same class; None for a diverged run.
+        teacher_logits: SHA-256 of the file with the teacher's outputs on the training rows.
         rows: number of rows, by ``train`` and ``dev``.
         steps: optimiser steps; for a diverged run those before it failed.
         seconds: duration of the training steps, without loading, checkpoints and evaluation.
@@ -121,8 +134,13 @@ class Result:
 
     @property
     def score(self) -> float:
-        """The main metric, as a fraction of one; a diverged run has none (``KeyError``)."""
+        """The main metric; a diverged run has none (``KeyError``)."""
         return self.metrics[self.headline]
+
+    @property
+    def improvement(self) -> float:
+        """A number that is larger for a better score."""
+        return get_metric(self.headline).improvement(self.score)
 
     @property
     def seconds_per_step(self) -> float:

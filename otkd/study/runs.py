@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from otkd.files import changed_file, file_digests, files_below
 from otkd.integrations.annealing import TemperatureAnnealing
 from otkd.study.messages import notice
 from otkd.study.objectives import (
-    annealed_term,
+    annealed_terms,
     build_objective,
     needs_features,
     objective_options,
@@ -24,12 +22,13 @@ from otkd.study.results import DIVERGED, Result, write_result
 from otkd.study.reuse import TEACHER, find_result
 from otkd.study.training import DivergedError, Fit, fit
 from otkd.study.work import check_work, claim, save_model
-from otkd.tasks import agreement, score
+from otkd.tasks import get_metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from otkd.study.experiment import Experiment, Rows
+    from otkd.study.experiment import Experiment
+    from otkd.study.interface import Rows
     from otkd.study.protocols import Objective
     from otkd.study.teachers import Teacher
 
@@ -116,12 +115,13 @@ def run_student(
     outcome: dict[str, Any]
     try:
         took = _distil(experiment, teacher, run, rows, student, on_steps)
-        best = max(took.evaluations, key=lambda each: each[1][experiment.task.headline])
+        headline = experiment.task.headline
+        improvement = get_metric(headline).improvement
+        best = max(took.evaluations, key=lambda each: improvement(each[1][headline]))
         counted = best if run.objective.settings.score == "best" else took.evaluations[-1]
-        predicted = torch.cat(list(rows.predict(student).values()))
         outcome = {
             "metrics": counted[1],
-            "agreement": agreement(predicted, teacher.on_dev(rows)),
+            "agreement": experiment.agreement(student, rows, teacher),
         }
     except DivergedError as error:
         took = error.took
@@ -158,17 +158,17 @@ def _distil(
 ) -> Fit:
     name, options = run.objective.loss, run.options
     stored = teacher.on(rows, features=needs_features(options))
-    widths = None
-    if stored.features is not None:
-        widths = (student.config.hidden_size, stored.features.shape[-1])
+    widths, states = None, getattr(stored, "features", None)
+    if states is not None:
+        widths = (student.config.hidden_size, states.shape[-1])
     try:
-        loss = build_objective(name, options, teacher.class_rows, widths)
+        loss = build_objective(name, options, teacher.embedding, widths)
     except ValueError as error:
         # The options were checked before; only this teacher's numbers are new.
         raise DivergedError(Fit(0, 0.0), f"the teacher does not suit the loss: {error}") from error
     callbacks = []
     if options.get("anneal"):
-        callbacks.append(TemperatureAnnealing(annealed_term(name, loss)))
+        callbacks += map(TemperatureAnnealing, annealed_terms(name, loss))
     settings = {
         **experiment.as_run(run.settings(experiment)),
         TEACHER: teacher.result.teacher_logits,
@@ -176,12 +176,12 @@ def _distil(
     return fit(
         student,
         rows.train,
-        experiment.student_tokenizer,
+        experiment.collator(experiment.student_tokenizer),
         experiment.student_schedule(run.objective, run.seed),
         claim(run.work, settings),
         loss=loss,
         teacher=stored,
         callbacks=callbacks,
-        evaluate=lambda model: score(experiment.task, rows.predict(model), rows.labels),
+        evaluate=lambda model: experiment.score(model, rows, teacher),
         on_steps=on_steps,
     )

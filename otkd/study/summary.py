@@ -24,7 +24,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class LossSummary:
-    """One loss over its seeds; metrics and agreement are fractions of one.
+    """One loss over its seeds; metrics are in the units of the result files.
 
     Attributes:
         loss: its name.

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from otkd.teachers import StoredTeacher
 
@@ -46,6 +45,7 @@ class Schedule:
     bf16: bool
     group_by_length: bool = True
     evaluate_every: int | None = None
+    warmup: float = 0.0
 
     def steps(self, rows: int) -> int:
         """Optimiser steps over ``rows`` training rows."""
@@ -165,7 +165,7 @@ class _WatchedDistillationTrainer(_Watched, DistillationTrainer):
 def fit(
     model: PreTrainedModel,
     train: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
+    collate: Callable[[list], Any],
     schedule: Schedule,
     folder: Path,
     *,
@@ -178,13 +178,13 @@ def fit(
     """Train ``model`` in place, resuming from the last valid checkpoint in ``folder``.
 
     Args:
-        model: a classifier.
-        train: encoded rows (see :func:`otkd.tasks.encode`).
-        tokenizer: pads the batches.
+        model: a classifier or a causal language model.
+        train: encoded rows.
+        collate: pads a batch of them.
         schedule: duration and learning rate.
         folder: for a checkpoint after every epoch; the caller removes it.
         loss: an otkd loss against ``teacher``; without it, the model's own cross-entropy.
-        teacher: stored logits, one entry per row of ``train``.
+        teacher: stored outputs, one entry per row of ``train``.
         callbacks: of the trainer.
         evaluate: computes the metrics of a model, every ``schedule.evaluate_every`` steps and at
             the end.
@@ -195,9 +195,9 @@ def fit(
     """
     options: dict[str, Any] = {
         "model": model,
-        "args": _arguments(folder, schedule),
+        "args": _arguments(folder, schedule, schedule.steps(len(train))),
         "train_dataset": train,
-        "data_collator": DataCollatorWithPadding(tokenizer),
+        "data_collator": collate,
         "callbacks": list(callbacks),
     }
     if loss is None:
@@ -222,14 +222,14 @@ def fit(
     return progress.took(trainer.state.global_step)
 
 
-def _arguments(folder: Path, schedule: Schedule) -> TrainingArguments:
+def _arguments(folder: Path, schedule: Schedule, steps: int) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=schedule.epochs,
         per_device_train_batch_size=schedule.batch_size,
         learning_rate=schedule.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=0,
+        warmup_steps=round(schedule.warmup * steps),
         weight_decay=0.0,
         optim="adamw_torch_fused",
         train_sampling_strategy="group_by_length" if schedule.group_by_length else "random",

@@ -23,6 +23,7 @@ import torch
 from typing_extensions import Self
 
 from otkd.study.experiment import Experiment
+from otkd.study.kinds import make_experiment
 from otkd.study.messages import StudyError, quiet_libraries
 from otkd.study.objectives import needs_features
 from otkd.study.results import Result
@@ -253,7 +254,7 @@ def _prepared(
     logger.addHandler(logging.handlers.QueueHandler(notices))
     logger.setLevel(logging.INFO)
     quiet_libraries()
-    experiment = Experiment(*shared)
+    experiment = make_experiment(*shared)
     return experiment, _find_teacher(experiment), steps
 
 

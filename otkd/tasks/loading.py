@@ -1,4 +1,4 @@
-"""Loads the data of any task."""
+"""Loads the data of a classification task."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ class TaskData:
     def dev_rows(self) -> int:
         """Number of development rows over all splits."""
         return sum(len(split) for split in self.dev.values())
+
+    def head(self, number: int) -> Dataset:
+        """The first training rows."""
+        return self.train.select(range(min(number, len(self.train))))
 
     def digest(self) -> str:
         """A hash of every row, which shows whether two runs read the same data."""

@@ -1,13 +1,59 @@
-"""Metrics of the tasks, computed from logits."""
+"""The metrics of all tasks, and those of classification, computed from logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from otkd.tasks.tasks import Task
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is named and compared.
+
+    Attributes:
+        title: its name for readers.
+        fraction: whether it is a fraction of one, which tables multiply by 100. Others are in nats,
+            or in units of a ground cost.
+        higher_is_better: otherwise lower is.
+    """
+
+    title: str
+    fraction: bool = True
+    higher_is_better: bool = True
+
+    def improvement(self, value: float) -> float:
+        """A number that is larger for a better value."""
+        return value if self.higher_is_better else -value
+
+
+_METRICS_BY_NAME = {
+    "accuracy": Metric("accuracy"),
+    "f1": Metric("F1"),
+    "mcc": Metric("MCC"),
+    "cross_entropy": Metric("cross-entropy", fraction=False, higher_is_better=False),
+    "kl": Metric("KL(p‖q)", fraction=False, higher_is_better=False),
+    "reverse_kl": Metric("KL(q‖p)", fraction=False, higher_is_better=False),
+    "tvd": Metric("TVD", higher_is_better=False),
+    "sinkhorn": Metric("Sinkhorn", fraction=False, higher_is_better=False),
+}
+
+
+def get_metric(key: str) -> Metric:
+    """The metric that a key of a result stands for: ``f1``, or ``matched_accuracy``.
+
+    Raises:
+        KeyError: if there is none.
+    """
+    if key in _METRICS_BY_NAME:
+        return _METRICS_BY_NAME[key]
+    split, _, name = key.rpartition("_")
+    metric = _METRICS_BY_NAME[name]
+    return Metric(f"{metric.title} ({split})", metric.fraction, metric.higher_is_better)
 
 
 def _accuracy(predictions: Tensor, labels: Tensor, num_labels: int) -> Tensor:

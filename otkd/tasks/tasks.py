@@ -1,8 +1,11 @@
-"""The catalogue of classification tasks."""
+"""The catalogue of tasks: classification, and causal language models."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from otkd.checks import did_you_mean
 
@@ -46,6 +49,59 @@ class Task:
         """The key of ``metric`` on ``split``."""
         return metric if len(self.dev_splits) == 1 else f"{split}_{metric}"
 
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Settings of a study that differ from the usual ones: none."""
+        return {}
+
+
+# A causal language model is trained longer per row than a classifier, and has no new head.
+LANGUAGE_DEFAULTS = MappingProxyType(
+    {
+        "finetune_teacher": False,
+        "student_layers": 6,
+        "epochs": 1,
+        "batch_size": 4,
+        "teacher_batch_size": 4,
+        "learning_rate": 1e-3,
+        "warmup": 0.05,
+        "teacher_learning_rate": 1e-5,
+        "freeze_embeddings": False,
+        "group_by_length": False,
+        "temperature": 1.0,
+        "alpha": 1.0,
+    }
+)
+
+
+@dataclass(frozen=True)
+class LanguageTask:
+    """Next-token prediction on texts, or on the answers to instructions.
+
+    Attributes:
+        name: the name on the command line.
+        title: the name in tables.
+        max_length: the default length of a row in tokens.
+        instructions: whether only the tokens of answers count, and not those of instructions.
+        rows: the default numbers of training and development rows, by setting; all if empty.
+    """
+
+    name: str
+    title: str
+    max_length: int
+    instructions: bool = False
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> str:
+        """The key of the main metric in a result, which is better if it is lower."""
+        return "cross_entropy"
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Settings of a study that differ from the usual ones."""
+        return {**LANGUAGE_DEFAULTS, **self.rows, "max_length": self.max_length}
+
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -77,6 +133,11 @@ _TASKS = {
         Task(
             "rotten-tomatoes", "Rotten Tomatoes", ("text",), ("negative", "positive"), ("accuracy",)
         ),
+        LanguageTask(
+            "reviews", "IMDB reviews", 64, rows={"max_train_rows": 1200, "max_dev_rows": 128}
+        ),
+        LanguageTask("text", "Texts", 256),
+        LanguageTask("instructions", "Instructions", 256, instructions=True),
     )
 }
 
@@ -86,7 +147,7 @@ def task_names() -> tuple[str, ...]:
     return tuple(_TASKS)
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str) -> Task | LanguageTask:
     """The task called ``name``; case, hyphens and underscores are ignored (``SST-2``, ``sst2``).
 
     Raises:

@@ -564,7 +564,7 @@ def test_training_resumes_from_the_last_complete_epoch(training_parts, tmp_path)
 
         try:
             took = training.fit(
-                student, rows, tokenizer, schedule, folder,
+                student, rows, transformers.DataCollatorWithPadding(tokenizer), schedule, folder,
                 loss=order, teacher=stored, on_steps=on_steps,
             )  # fmt: skip
         except Stop:

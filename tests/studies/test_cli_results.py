@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from otkd.cli.options import make_settings
 from otkd.files import file_digest
@@ -363,7 +364,7 @@ def fitted(parts, folder, *, loss=None, stop_after=None, features=None, **option
     took = None
     with contextlib.suppress(Stop):
         took = training.fit(
-            student, rows, tokenizer, schedule, folder,
+            student, rows, transformers.DataCollatorWithPadding(tokenizer), schedule, folder,
             loss=loss, teacher=stored if loss is not None else None, on_steps=on_steps,
             evaluate=lambda model: {"norm": model.classifier.weight.norm().item()},
         )  # fmt: skip

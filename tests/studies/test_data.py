@@ -10,6 +10,7 @@ import torch
 
 from otkd.tasks import (
     DataError,
+    Task,
     agreement,
     get_task,
     load_task,
@@ -88,7 +89,9 @@ def test_reads_the_official_layout(tmp_path, name):
 
 
 def test_catalogue_is_complete():
-    assert set(task_names()) == {*FILES, "rotten-tomatoes"}
+    assert {*FILES, "rotten-tomatoes"} == {
+        name for name in task_names() if isinstance(get_task(name), Task)
+    }
     assert get_task("cola").headline == "mcc"
     assert get_task("mnli").headline == "matched_accuracy"
     assert get_task("mrpc").headline == "f1"

