@@ -23,8 +23,8 @@ from otkd.tasks.causal_lm import next_token_metrics, review_blocks, student_of
 
 # Sequences of a training step, and of a forward pass that measures.
 BATCH = 4
-# Most probable tokens of the teacher that are stored at every position.
-STORED_TOKENS = 128
+# Of the page that explains a position: at the price of training too little mass moves to be seen.
+EXPLAINED_PRICE = 5.0
 LEARNING_RATE, WARMUP_STEPS, SEED = 1e-3, 5, 0
 NEW_TOKENS = 24
 TEACHER, UNTRAINED, EXPLAINED = "teacher", "student, untrained", "student, transport KL"
@@ -58,7 +58,6 @@ class Demo:
     Attributes:
         sizes: those of the demo.
         prompt: of the continuations.
-        coverage: mean mass of the stored tokens of the teacher.
         models: the measurements of each model, by its name.
         explanation: of the token after the prompt.
         seconds: duration, with the time to load the teacher.
@@ -66,7 +65,6 @@ class Demo:
 
     sizes: Sizes
     prompt: str
-    coverage: float
     models: dict[str, dict[str, Any]]
     explanation: str
     seconds: float
@@ -84,15 +82,16 @@ def distil(sizes: Sizes, prompt: str, teacher_folder: Path | None, bar: StepBar)
     teacher, tokenizer = load_language_model(teacher_folder)
     untrained = _student(teacher, sizes.layers)
     prompt_tokens = _tokens(tokenizer, prompt)
-    objectives = losses(teacher.get_input_embeddings().weight.detach())
+    embedding = teacher.get_input_embeddings().weight.detach()
+    objectives = losses(embedding)
     texts, held_out = review_blocks(
         tokenizer, sizes.length, train=sizes.steps * BATCH, held_out=sizes.held_out
     )
 
     bar.plan(sizes.steps * (1 + len(objectives)) + -(-sizes.held_out // BATCH))
     advance = bar.start(TEACHER)
-    # The teacher reads every text once, for all students. For training its most probable tokens
-    # are stored; the metrics need all logits.
+    # The teacher reads every text once, for all students. Its last hidden states are stored, from
+    # which its head computes the same logits in every step.
     stored = stored_teacher(teacher, texts, advance)
     held_out_logits = torch.cat([*logits_of(teacher, held_out, advance)])
 
@@ -113,29 +112,33 @@ def distil(sizes: Sizes, prompt: str, teacher_folder: Path | None, bar: StepBar)
         if name == EXPLAINED:
             with torch.no_grad():
                 ours, theirs = (each(prompt_tokens).logits[0, -1:] for each in (student, teacher))
-            explanation = str(loss.explain(ours, theirs, tokenizer, top=12))
+            page = otkd.TransportKLLoss(embedding=embedding, price=EXPLAINED_PRICE)
+            explanation = str(page.explain(ours, theirs, tokenizer, top=12))
     return Demo(
         sizes=sizes,
         prompt=prompt,
-        coverage=stored.masses()[..., :-1].sum(-1).mean().item(),
         models=models,
         explanation=explanation,
         seconds=time.perf_counter() - start,
     )
 
 
-def stored_teacher(teacher: nn.Module, tokens: Tensor, advance: Advance) -> otkd.TopKTeacher:
-    """The most probable tokens of the teacher at every position of ``(sequences, length)``."""
-    batches = logits_of(teacher, tokens, advance)
-    return otkd.TopKTeacher.cat(
-        [otkd.TopKTeacher.from_logits(logits, k=STORED_TOKENS) for logits in batches]
+def stored_teacher(teacher: Any, tokens: Tensor, advance: Advance) -> otkd.HiddenStateTeacher:
+    """The teacher's last hidden states at every position of ``(sequences, length)``."""
+    states = []
+    for rows in tokens.split(BATCH):
+        with torch.no_grad():
+            states.append(teacher.base_model(rows).last_hidden_state)
+        advance(1)
+    return otkd.HiddenStateTeacher(
+        torch.cat(states), teacher.get_output_embeddings().weight.detach()
     )
 
 
 def train(
     student: Any,
     loss: nn.Module,
-    teacher: otkd.TopKTeacher,
+    teacher: otkd.StoredTeacher,
     tokens: Tensor,
     steps: int,
     advance: Advance,

@@ -6,7 +6,7 @@ import io
 from dataclasses import asdict
 from pathlib import Path
 
-from demo_distillation import BATCH, EXPLAINED, SEED, STORED_TOKENS, Demo
+from demo_distillation import BATCH, EXPLAINED, EXPLAINED_PRICE, SEED, Demo
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -44,12 +44,16 @@ def _report(demo: Demo) -> Group:
         Text(f"“{demo.prompt} …” is continued, with the most probable token each time, by", "bold"),
         Text("\n".join(continuations) + "\n"),
         Text(
-            f"TransportKLLoss for the token after this prompt ({EXPLAINED}): which mass of the "
-            "student (from) stands for which token of the teacher (to)",
+            f"TransportKLLoss for the token after this prompt ({EXPLAINED}), at a price of "
+            f"{EXPLAINED_PRICE:g}: which mass of the student (from) stands for which token of the "
+            "teacher (to)",
             "bold",
         ),
         Text(demo.explanation),
-        Text("Moved mass stands for another token. Where it is near 0, the loss is nearly KL."),
+        Text(
+            "Moved mass stands for another token. Training used the default price of 30, at which "
+            "almost none moves and the loss is nearly KL."
+        ),
     )
 
 
@@ -79,10 +83,9 @@ def _note(demo: Demo) -> str:
         f"A demonstration, not a comparison of losses: one seed ({SEED}) and {sizes.steps} steps "
         f"of {BATCH} × {sizes.length} tokens for each student, measured on {sizes.held_out} "
         "reviews. Small differences between students may be chance, and all of them would need far "
-        "more text to write well. The students learned from the teacher's "
-        f"{STORED_TOKENS} most probable tokens, which hold {demo.coverage:.0%} of its probability; "
-        "KL to teacher is over all tokens, in nats. Agreement is the share of positions where both "
-        "have the same most probable token. Peak memory is that of the whole process during "
-        "training: it includes the teacher and memory that earlier parts left behind, so small "
+        "more text to write well. KL to teacher is over all tokens, in nats. Agreement is the "
+        "share of positions where both have the same most probable token. Peak memory is that of "
+        "the whole process during training: it includes the teacher and memory that earlier parts "
+        "left behind, so small "
         f"differences mean little. The demo took {demo.seconds / 60:.1f} minutes."
     )

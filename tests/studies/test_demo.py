@@ -70,7 +70,6 @@ def test_the_demo_measures_shows_and_writes_everything(run):
     for name in STUDENTS:
         assert models[name]["seconds_per_step"] > 0
         assert models[name]["continuation"]
-    assert found["coverage"] == pytest.approx(1)  # all 29 tokens are stored
     assert "versions" in found
     assert "machine" in found
 
