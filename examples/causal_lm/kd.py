@@ -27,12 +27,12 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from recipe import Materials, Setup, messages, parse, prepare, refused_settings
+from recipe import Materials, Setup, messages, option, parse, prepare, refused_settings
 from recipe_run import encoded, off_policy_trainer, settle, train
 from torch import nn
 from tqdm.auto import tqdm
@@ -49,16 +49,12 @@ _BATCH = 8
 
 @dataclass
 class Options:
-    loss: str = field(default="kl", metadata={"help": "A name of `otkd losses`."})
-    loss_args: str = field(default="{}", metadata={"help": "Options of the loss, as JSON."})
-    ce_weight: float = field(
-        default=0.0, metadata={"help": "Weight of cross-entropy; the loss has the rest of 1."}
-    )
-    stored_tokens: int = field(
-        default=0, metadata={"help": "Store this many tokens of the teacher; 0 runs it online."}
-    )
-    teacher_folder: str | None = field(
-        default=None, metadata={"help": "Of the stored teacher; by default in the output folder."}
+    loss: str = option("kl", "A name of `otkd losses`.")
+    loss_args: str = option("{}", "Options of the loss, as JSON.")
+    ce_weight: float = option(0.0, "Weight of cross-entropy; the loss has the rest of 1.")
+    stored_tokens: int = option(0, "Store this many tokens of the teacher; 0 runs it online.")
+    teacher_folder: str | None = option(
+        None, "Of the stored teacher; by default in the output folder."
     )
 
 
@@ -134,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with refused_settings():
                 loss = otkd.WeightedLoss(terms)
         trainer = off_policy_trainer(materials, setup, args, loss, *teachers)
-        train(trainer, materials)
+        train(trainer, materials, settings)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from otkd.tasks.causal_lm import (
     student_of,
 )
 
+DATA = str(Path(__file__).with_name("instructions.jsonl"))
 # The experiment of MiniLLM and DistiLLM with GPT-2, apart from the learning rate of the method.
 DEFAULTS = {
     "learning_rate": 5e-4,
@@ -39,36 +40,23 @@ DEFAULTS = {
 }
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of a dataclass of options, with its help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class Setup:
     """Models and data."""
 
-    teacher: str | None = field(
-        default=None,
-        metadata={"help": "Hub name or folder; by default the packaged SmolLM2-135M-Instruct."},
-    )
-    student: str | None = field(
-        default=None, metadata={"help": "Hub name or folder; by default layers of the teacher."}
-    )
-    student_layers: int = field(
-        default=6, metadata={"help": "Layers of the teacher in a student made from it."}
-    )
-    train_file: str = field(
-        default=str(Path(__file__).with_name("instructions.jsonl")),
-        metadata={
-            "help": "JSONL file or hub data set with instruction, input, output or messages."
-        },
-    )
-    eval_rows: int = field(
-        default=0, metadata={"help": "Hold out this many rows at the start for evaluation."}
-    )
-    max_length: int = field(default=512, metadata={"help": "Most tokens of prompt and answer."})
-    skip_long_prompts: bool = field(
-        default=False, metadata={"help": "Leave rows out whose prompt is too long, and warn."}
-    )
-    lora_r: int = field(
-        default=0, metadata={"help": "Train LoRA adapters of this rank on all linear layers."}
-    )
+    teacher: str | None = option(None, "Hub name or folder; by default SmolLM2-135M-Instruct.")
+    student: str | None = option(None, "Hub name or folder; by default layers of the teacher.")
+    student_layers: int = option(6, "Layers of the teacher in a student made from it.")
+    train_file: str = option(DATA, "JSONL or hub data set, with instructions or messages.")
+    eval_rows: int = option(0, "Hold out this many rows at the start for evaluation.")
+    max_length: int = option(512, "Most tokens of prompt and answer.")
+    skip_long_prompts: bool = option(False, "Leave rows out whose prompt is too long, and warn.")
+    lora_r: int = option(0, "Train LoRA adapters of this rank on all linear layers.")
 
 
 @dataclass
@@ -89,19 +77,27 @@ class Materials:
 
 def parse(name: str, argv: Sequence[str] | None, *kinds: type, **defaults: Any) -> tuple[Any, ...]:
     """The options of a recipe as instances of dataclasses; ``defaults`` replace theirs."""
-    parser = HfArgumentParser(kinds, description=f"See the head of {name}.py.")  # pyright: ignore
-    parser.set_defaults(**{"output_dir": f"results/{name}", **DEFAULTS, **defaults})
-    return parser.parse_args_into_dataclasses(None if argv is None else list(argv))
+    parser = HfArgumentParser(kinds, description=f"See the head of {name}.py.")
+    known = {option.name for kind in kinds for option in fields(kind)}
+    every = {"output_dir": f"results/{name}", **DEFAULTS, **defaults}
+    parser.set_defaults(**{key: value for key, value in every.items() if key in known})
+    with warnings.catch_warnings():
+        _ignore_renamed()
+        return parser.parse_args_into_dataclasses(None if argv is None else list(argv))
+
+
+def _ignore_renamed() -> None:
+    """Peft and TRL use names that this version of transformers has replaced."""
+    warnings.filterwarnings("ignore", ".*will be removed in v6", FutureWarning)
 
 
 @contextmanager
-def messages(output_dir: str) -> Iterator[None]:
+def messages(output_dir: str, *, resumes: bool = True) -> Iterator[None]:
     """Errors that a user can correct become a sentence and a status, and so does Ctrl-C."""
     try:
-        with reporting(Path(output_dir)):
+        with reporting(Path(output_dir), resumes=resumes):
             quiet_libraries()
-            # peft and TRL use names that this version of transformers has replaced.
-            warnings.filterwarnings("ignore", ".*will be removed in v6", FutureWarning)
+            _ignore_renamed()
             check_writable(Path(output_dir))
             yield
     except typer.Exit as end:
@@ -122,13 +118,11 @@ def prepare(setup: Setup, args: TrainingArguments, *, needs_teacher: bool = True
         )
     teacher = tokenizer = None
     if needs_teacher or setup.student is None:
-        teacher, tokenizer = _teacher(setup.teacher)
+        teacher, tokenizer = load_teacher(setup.teacher)
     student, tokenizer = _student(setup, teacher, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     models = {"student": student, "teacher": teacher} if needs_teacher else {"student": student}
     for role, model in models.items():
-        _check_sizes(role, model, tokenizer, setup.max_length)
+        refuse_sizes(role, model, tokenizer, setup.max_length)
     sizes = {model.config.vocab_size for model in models.values()}
     return Materials(
         teacher=teacher.to(args.device) if needs_teacher else None,
@@ -140,12 +134,15 @@ def prepare(setup: Setup, args: TrainingArguments, *, needs_teacher: bool = True
     )
 
 
-def _teacher(source: str | None) -> tuple[Any, Any]:
+def load_teacher(source: str | None) -> tuple[Any, Any]:
+    """A teacher in evaluation mode, and its tokenizer; by default the packaged model."""
     if source is None:
         notice("The teacher is loaded. The first time it is converted, which takes up to a minute.")
-        return packaged_teacher()
-    model = load("AutoModelForCausalLM", source, dtype=torch.float32)
-    return model.eval(), load("AutoTokenizer", source)
+        model, tokenizer = packaged_teacher()
+    else:
+        model = load_model(source)
+        tokenizer = load("AutoTokenizer", source)
+    return model.eval(), _with_padding(tokenizer)
 
 
 def _student(setup: Setup, teacher: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -155,13 +152,25 @@ def _student(setup: Setup, teacher: Any, tokenizer: Any) -> tuple[Any, Any]:
         except ValueError as error:
             raise StudyError(f"--student-layers {setup.student_layers}: {error}.") from error
     own = load("AutoTokenizer", setup.student)
-    if tokenizer is not None:
-        _check_same_tokens(own, tokenizer)
-    student = load("AutoModelForCausalLM", setup.student, dtype=torch.float32)
-    return student.train(), tokenizer or own
+    if tokenizer is None:
+        tokenizer = _with_padding(own)
+    check_same_tokens(own, tokenizer)
+    return load_model(setup.student).train(), tokenizer
 
 
-def _check_same_tokens(student: Any, teacher: Any) -> None:
+def load_model(source: str) -> Any:
+    """A causal language model in float32; ``StudyError`` if it cannot be loaded."""
+    return load("AutoModelForCausalLM", source, dtype=torch.float32)
+
+
+def _with_padding(tokenizer: Any) -> Any:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_same_tokens(student: Any, teacher: Any) -> None:
+    """Raise ``StudyError`` for tokenizers that differ."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours == theirs:
         return
@@ -174,17 +183,18 @@ def _check_same_tokens(student: Any, teacher: Any) -> None:
     )
 
 
-def _check_sizes(role: str, model: Any, tokenizer: Any, max_length: int) -> None:
+def refuse_sizes(role: str, model: Any, tokenizer: Any, max_length: int) -> None:
+    """Raise ``StudyError`` for a model with too few tokens or too short a context."""
     tokens, context = model.config.vocab_size, model.config.max_position_embeddings
     if len(tokenizer) > tokens:
         raise StudyError(
-            f"The tokenizer has {len(tokenizer):,} tokens, but the {role} only {tokens:,}: they do "
-            "not belong together."
+            f"The tokenizer has {len(tokenizer):,} tokens, but the model {role} only {tokens:,}: "
+            "they do not belong together."
         )
     if max_length > context:
         raise StudyError(
-            f"--max-length {max_length}: the {role} reads at most {context:,} tokens, so choose a "
-            "smaller length."
+            f"--max-length {max_length}: the model {role} reads at most {context:,} tokens, so "
+            "choose a smaller length."
         )
 
 
@@ -208,5 +218,5 @@ def refused_settings() -> Iterator[None]:
     """Settings that a trainer or a loss refuses become a message for the user."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise StudyError(f"{error}.") from error

@@ -28,6 +28,7 @@ _NO_SETTINGS = re.compile(
     r"output_dir|log|report_to|run_name|hub_|push_|save_|disable_tqdm|dataloader_|resume_|do_|debug"
     r"|project|trackio|local_rank|eval_on_start|train_file|teacher$|student$"
 )
+_SETTINGS = "settings.json"  # whose hash is in every checkpoint
 _ELSEWHERE = "Choose another --output-dir, or remove this folder."
 
 
@@ -43,7 +44,7 @@ def digest_of_model(model: nn.Module) -> str:
 def settle(
     name: str, args: TrainingArguments, materials: Materials, *options: Any
 ) -> dict[str, Any]:
-    """Everything that the trained weights depend on, written to the folder of the run.
+    """Everything that the trained weights depend on; :func:`train` writes it to the folder.
 
     Raises:
         StudyError: if the folder holds a run with other settings.
@@ -60,13 +61,11 @@ def settle(
         **{key: value for key, value in every.items() if not _NO_SETTINGS.match(key)},
     }
     folder = Path(args.output_dir)
-    path = folder / "settings.json"
+    path = folder / _SETTINGS
     if path.exists():
         _check_same(folder, json.loads(path.read_text(encoding="utf-8")), settings)
     elif any(folder.glob("checkpoint-*")) or (folder / "student").exists():
         raise StudyError(f"{folder} holds models that no recipe wrote. {_ELSEWHERE}")
-    elif args.process_index == 0:
-        write_json(path, settings)
     return settings
 
 
@@ -123,13 +122,20 @@ def encoded(materials: Materials, setup: Setup) -> tuple[Any, Any]:
     return train, encode_instructions(materials.held_out, materials.tokenizer, **options)
 
 
-def train(trainer: Any, materials: Materials) -> None:
+def last_checkpoint(args: TrainingArguments) -> Path | None:
+    """The last checkpoint of an interrupted run whose files are all unchanged, or None."""
+    return last_whole_checkpoint(Path(args.output_dir))
+
+
+def train(trainer: Any, materials: Materials, settings: dict[str, Any]) -> None:
     """Train, from the last checkpoint if there is one, and save the student in ``student``."""
     folder = Path(trainer.args.output_dir)
-    checkpoint = last_whole_checkpoint(folder)
+    checkpoint = last_checkpoint(trainer.args)
     if (folder / "student").is_dir():
         notice(f"The student in {folder / 'student'} is finished; there is nothing to do.")
         return
+    if trainer.is_world_process_zero():
+        write_json(folder / _SETTINGS, settings)
     if checkpoint is not None:
         notice(f"The training is resumed from {checkpoint}.")
     trainer.add_callback(_Sealed())

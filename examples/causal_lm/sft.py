@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup, args = parse("sft", argv, Setup, TrainingArguments)
     with messages(args.output_dir):
         materials = prepare(setup, args, needs_teacher=False)
-        settle("sft", args, materials, setup)
+        settings = settle("sft", args, materials, setup)
         trainer = off_policy_trainer(materials, setup, args, otkd.CrossEntropyLoss(), teacher=None)
-        train(trainer, materials)
+        train(trainer, materials, settings)
 
 
 if __name__ == "__main__":

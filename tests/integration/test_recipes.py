@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,9 +18,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("datasets")
 
+import akl
+import evaluate
 import kd
+import seqkd
 import sft
 import transformers
+import wasd
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
@@ -102,14 +108,14 @@ def assert_same(ours, theirs, tolerance=0.0):
 # Losses, against a training loop that only uses torch
 
 
-def batch(folder):
-    """Ids, mask and labels of all rows; the template written out by hand."""
+def batch(folder, longest=None):
+    """Ids, mask and labels of all rows; the template written out by hand, and answers cut."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "teacher")
     ids, labels = [], []
     for line in (folder / "rows.jsonl").read_text().splitlines():
         row = json.loads(line)
         prompt = tokenizer(f"user w3 {row['instruction']} <eos> assistant w3").input_ids
-        answer = tokenizer(f"{row['output']} <eos>").input_ids
+        answer = tokenizer(f"{row['output']} <eos>").input_ids[:longest]
         ids.append(torch.tensor(prompt + answer))
         labels.append(torch.tensor([-100] * len(prompt) + answer))
     pad = torch.nn.utils.rnn.pad_sequence
@@ -117,11 +123,11 @@ def batch(folder):
     return pad(ids, batch_first=True), mask, pad(labels, batch_first=True, padding_value=-100)
 
 
-def naive_losses(folder, objective, steps=STEPS, rate=0.1):
+def naive_losses(folder, objective, steps=STEPS, rate=0.1, longest=None):
     """Losses and weights of plain gradient descent on all rows."""
     load = transformers.AutoModelForCausalLM.from_pretrained
     student, teacher = load(folder / "student"), load(folder / "teacher")
-    ids, mask, labels = batch(folder)
+    ids, mask, labels = batch(folder, longest)
     counted, losses = labels[:, 1:] != -100, []
     for _ in range(steps):
         logits = student(ids, mask).logits[:, :-1][counted]
@@ -164,8 +170,45 @@ def mixed(student, teacher, labels):
     return 0.75 * kl(student, teacher, labels) + 0.25 * ce(student, teacher, labels)
 
 
+def akl_of(student, teacher, labels):
+    values, pair = [], (teacher.double().softmax(-1), student.double().softmax(-1))
+    for p, q in zip(*pair, strict=True):
+        order = p.argsort(descending=True)
+        before = p[order].cumsum(0) - p[order]
+        head = torch.zeros(len(p), dtype=torch.bool)
+        head[order[before <= 0.5]] = True  # with the token that exceeds half of the mass
+        gaps = [(p - q).abs()[part].sum().detach() for part in (head, ~head)]
+        forward, reverse = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+        values.append((gaps[0] * forward + gaps[1] * reverse) / sum(gaps))
+    return torch.stack(values).mean()
+
+
+def cosine_kernel(embedding, k=8):
+    unit = embedding.double() / embedding.double().norm(dim=-1, keepdim=True)
+    costs = 1 - unit @ unit.T
+    near = costs.argsort(dim=-1)[:, : k + 1]
+    kept = torch.zeros_like(costs, dtype=torch.bool).scatter(1, near, True)
+    kernel = (-costs / 0.001).exp().masked_fill(~(kept | kept.T), 0.0)
+    return kernel.fill_diagonal_(1.0)
+
+
+def naive_wasd(p, q, kernel, *, assistant):
+    """The value for one position, by scalings with a whole matrix."""
+    r = q
+    if assistant:
+        mixture = (0.5 * p**3 + 0.5 * q**3) ** (1 / 3)
+        r = mixture / mixture.sum()
+    u, v, a = r, p, torch.ones_like(r)
+    for _ in range(10):
+        u = r / (kernel @ v)
+        v = p / (kernel.T @ u)
+        a = (a / (kernel @ (r * a))).sqrt()
+    return 100 * (r * (0.001 * (u.log() - a.log())).detach()).sum()
+
+
 PINNED = {
     "sft": (sft, [], ce),
+    "akl": (akl, [], akl_of),
     "kd": (kd, [], kl),
     "kd with a loss": (
         kd,
@@ -185,6 +228,49 @@ def test_losses_are_those_of_a_plain_training_loop(world, run, name):
     assert logged(folder) == pytest.approx(losses, abs=1e-4)
     assert abs(losses[0] - losses[-1]) > 1e-3  # the steps differ by more than the tolerance
     assert_same(weights(folder), {name: trained[name] for name in weights(folder)}, 1e-4)
+
+
+@pytest.mark.parametrize("assistant", [False, True])
+def test_wasd_has_its_own_arithmetic(world, run, tmp_path, assistant):
+    pytest.importorskip("faiss")
+    near = tmp_path / "near"
+    shutil.copytree(world, near)
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(near / "teacher")
+    embedding = teacher.get_input_embeddings().weight.detach()
+    embedding.mul_(0.03).add_(torch.linspace(-0.1, 0.1, embedding.shape[1]))  # near tokens
+    teacher.save_pretrained(near / "teacher")
+    kernel = cosine_kernel(embedding)
+    assert ((kernel > 0.1) & (kernel < 0.9)).float().mean() > 0.1
+
+    def objective(student, teacher, labels):
+        pair = teacher.double().softmax(-1), (student.double() / 2).softmax(-1)
+        values = [naive_wasd(p, q, kernel, assistant=assistant) for p, q in zip(*pair, strict=True)]
+        return torch.stack(values).mean()
+
+    more = ["--learning-rate", "3", *(["--assistant", "0.5"] if assistant else [])]
+    folder = run(wasd, *PLAIN, *more, teacher=near / "teacher")
+    losses, trained = naive_losses(near, objective, rate=3.0)
+    assert logged(folder) == pytest.approx(losses, abs=1e-4)
+    assert abs(losses[0] - losses[-1]) > 1e-3
+    assert_same(weights(folder), {name: trained[name] for name in weights(folder)}, 1e-4)
+
+
+def test_wasd_without_near_tokens_is_nearly_reverse_kl():
+    """Where the kernel is the identity: Σ r·(log(r/p) + 0.05·log r), by hand."""
+    pytest.importorskip("faiss")
+    student, teacher = torch.randn(2, 7, 12).unbind()
+    loss = wasd.Wasd(torch.eye(12), temperature=2.0, teacher_temperature=1.0)
+    r, p = (student / 2).softmax(-1), teacher.softmax(-1)
+    expected = (r * ((r / p).log() + 0.05 * r.log())).sum(-1)
+    torch.testing.assert_close(loss(student, teacher), expected.mean(), rtol=1e-3, atol=1e-4)
+    mask = torch.tensor([True, False] * 3 + [False])
+    masked = student.masked_fill(~mask.unsqueeze(-1), float("nan"))
+    value = loss(masked, teacher, mask=mask)
+    torch.testing.assert_close(value, expected[mask].mean(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="not finite"):
+        loss(masked, teacher)
+    with pytest.raises(ValueError, match="alpha < 1"):
+        wasd.Wasd(torch.eye(12), assistant=1.0)
 
 
 @pytest.mark.parametrize("recipe", [sft, kd])
@@ -247,17 +333,277 @@ def test_an_evaluation_reads_the_rows_that_are_held_out(run, world):
     assert logged(folder, "eval_loss")[-1] == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_teacher_answers_once_and_its_answers_are_trained_on(run, world, tmp_path, capsys):
+    file = tmp_path / "answers.jsonl"
+    options = [*PLAIN, "--max-new-tokens", 8, "--answers-file", file]
+    first = run(seqkd, *options)
+    made, rows = file.stat().st_mtime_ns, file.read_text().splitlines()
+    given = (world / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(row)["instruction"] for row in rows] == [
+        json.loads(row)["instruction"] for row in given
+    ]
+    # Supervised training on the same file is the same training, as it has the format of the data.
+    assert_same(
+        weights(first), weights(run(sft, *PLAIN, train_file=file, output_dir=tmp_path / "sft"))
+    )
+    run(seqkd, *options, output_dir=tmp_path / "again")
+    assert file.stat().st_mtime_ns == made
+    with pytest.raises(SystemExit, match="1"):
+        run(seqkd, *options, "--seed", 11, output_dir=tmp_path / "other")
+    assert "made with other settings (seed)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_interrupted_generation_continues_with_the_same_answers(run, world, tmp_path):
+    rows = (world / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "many.jsonl").write_text("\n".join(rows * 3))
+    options = {"train_file": tmp_path / "many.jsonl"}
+    more = ["--max-steps", 1, "--max-new-tokens", 6, "--save-strategy", "no", "--answers-file"]
+    run(seqkd, *more, tmp_path / "whole.jsonl", **options, output_dir=tmp_path / "whole")
+    whole = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    # Killed in the second of three batches, while it wrote a line.
+    (tmp_path / "cut.partial.jsonl").write_text("".join(whole[:11]) + whole[11][:9])
+    shutil.copy(tmp_path / "whole.made-of.json", tmp_path / "cut.made-of.json")
+    run(seqkd, *more, tmp_path / "cut.jsonl", **options, output_dir=tmp_path / "cut")
+    assert (tmp_path / "cut.jsonl").read_text().splitlines(keepends=True) == whole
+    assert not (tmp_path / "cut.partial.jsonl").exists()
+
+
+# Answers of the student
+
+
+@pytest.fixture
+def on_policy():
+    """The recipes that need TRL, by their names."""
+    pytest.importorskip("otkd.integrations.trl", exc_type=ImportError)
+    names = ("gkd", "minillm", "distillm", "distillm2")
+    return {name: importlib.import_module(name) for name in names}
+
+
+SHORT = ["--max-completion-length", "6"]
+# Near 0, so that the most probable token is always sampled.
+GREEDY = [*SHORT, "--temperature", "1e-6"]
+
+
+def greedy_rows(world, longest=6):
+    """The prompts with the most probable answers of the student, and the lengths of the prompts."""
+    student = transformers.AutoModelForCausalLM.from_pretrained(world / "student")
+    ids, mask, labels = batch(world)
+    for row, counted, known in zip(ids, labels != -100, mask, strict=True):
+        row = row[(known != 0) & ~counted]
+        start = len(row)
+        while len(row) < start + longest and (len(row) == start or row[-1] != 2):  # <eos>
+            with torch.no_grad():
+                row = torch.cat([row, student(row[None]).logits[0, -1:].argmax(-1)])
+        yield row, start
+
+
+def first_loss_on_greedy_answers(world, objective):
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    student, teacher = load(world / "student"), load(world / "teacher")
+    pairs = []
+    for row, start in greedy_rows(world):
+        with torch.no_grad():
+            pairs.append([m(row[None]).logits[0, start - 1 : -1] for m in (student, teacher)])
+    return objective(*map(torch.cat, zip(*pairs, strict=True)), None).item()
+
+
+def rkl(student, teacher, labels):
+    return kl(teacher, student, labels)
+
+
+def jsd(student, teacher, labels, beta=0.25):
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    m = beta * p + (1 - beta) * q
+    forward, reverse = (p * (p / m).log()).sum(-1), (q * (q / m).log()).sum(-1)
+    return (beta * forward + (1 - beta) * reverse).mean()
+
+
+def skl(student, teacher, labels, alpha=0.1):
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    return (p * (p / (alpha * p + (1 - alpha) * q)).log()).sum(-1).mean()
+
+
+def srkl(student, teacher, labels):
+    return skl(teacher, student, labels)
+
+
+GIVEN = {
+    "gkd": (["--student-share", "0", "--jsd-beta", "0.25"], jsd),
+    "gkd, kl": (["--student-share", "0", "--jsd-beta", "0"], kl),
+    "gkd, reverse": (["--student-share", "0", "--jsd-beta", "1"], rkl),
+    "distillm": (["--eval-rows", "1"], skl),
+    "distillm, reverse": (["--eval-rows", "1", "--direction", "reverse"], srkl),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_on_the_answers_of_the_data_losses_are_those_of_a_plain_loop(
+    world, run, on_policy, tmp_path, name
+):
+    more, objective = GIVEN[name]
+    rows = (world / "rows.jsonl").read_text().splitlines()
+    held_out = rows[-1:] if "--eval-rows" in more else []
+    (tmp_path / "rows.jsonl").write_text("\n".join([*held_out, *rows]))
+    recipe = on_policy[name.partition(",")[0]]
+    folder = run(recipe, *PLAIN, *SHORT, *more, train_file=tmp_path / "rows.jsonl")
+    losses, trained = naive_losses(world, objective)
+    assert logged(folder) == pytest.approx(losses, abs=1e-4)
+    assert logged(folder, "share") == [0] * STEPS
+    assert_same(weights(folder), {name: trained[name] for name in weights(folder)}, 1e-4)
+
+
+SAMPLED = {
+    "gkd": (["--student-share", "1", "--jsd-beta", "0.25"], jsd),
+    "minillm": ([], rkl),
+    "distillm2": (["--student-share", "1"], srkl),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_on_answers_of_the_student_the_first_loss_is_that_of_its_own_tokens(
+    world, run, on_policy, name
+):
+    more, objective = SAMPLED[name]
+    folder = run(on_policy[name], *PLAIN, *GREEDY, *more)
+    expected = first_loss_on_greedy_answers(world, objective)
+    assert logged(folder)[0] == pytest.approx(expected, abs=1e-4)
+    given, _ = naive_losses(world, objective, steps=1)
+    assert abs(given[0] - expected) > 1e-3  # on the answers of the data it is another
+
+
+def test_distillm2_has_a_loss_of_its_own_on_answers_of_the_teacher(world, run, on_policy, tmp_path):
+    shutil.copytree(world, tmp_path / "world")
+    file = tmp_path / "answers.jsonl"
+    more = ["--student-share", 0, "--answers-file", file]
+    folder = run(on_policy["distillm2"], *PLAIN, *SHORT, *more)
+    shutil.copy(file, tmp_path / "world" / "rows.jsonl")
+    losses, trained = naive_losses(tmp_path / "world", skl, longest=6)
+    assert logged(folder) == pytest.approx(losses, abs=1e-4)
+    assert_same(weights(folder), {name: trained[name] for name in weights(folder)}, 1e-4)
+
+
+def test_the_share_grows_with_the_validation_loss(run, on_policy, tmp_path):
+    share = on_policy["distillm"].adaptive_share
+    assert share([], 0.1) == share([1.0], 0.1) == share([1.0, 1.05, 0.5, 1.05], 0.1) == 0
+    assert share([1.0, 1.1, 1.1], 0.1) == pytest.approx(0.1)
+    assert share([1.0, 1.1, 1.3, 0.2], 0.1) == pytest.approx(0.2)
+    assert share([float(i) for i in range(20)], 0.1) == 1
+    # Below any loss, so that every evaluation raises the share.
+    more = ["--eval-rows", 2, "--loss-epsilon", -100, "--per-device-train-batch-size", 3]
+    folder = run(on_policy["distillm"], *PLAIN, *SHORT, *more)
+    assert logged(folder, "share") == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2])
+    assert len(logged(folder, "eval_loss")) == 1 + STEPS
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_on_policy_accumulation_equals_the_full_batch(run, on_policy, tmp_path, share):
+    runs = [
+        run(
+            on_policy["gkd"],
+            *(*PLAIN, *SHORT, "--student-share", share),
+            output_dir=tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+        for size, steps in ((8, 1), (2, 4))
+    ]
+    assert logged(runs[0]) == pytest.approx(logged(runs[1]), abs=1e-5)
+    assert_same(weights(runs[0]), weights(runs[1]), 1e-5)
+
+
+def test_on_policy_refusals(refused, on_policy):
+    gkd, distillm = on_policy["gkd"], on_policy["distillm"]
+    assert "there are only 8" in refused(gkd, *SHORT, "--per-device-train-batch-size", 9)
+    assert "no room for a prompt" in refused(gkd, "--max-completion-length", 32)
+    assert "line 1: the prompt has" in refused(gkd, "--max-completion-length", 28)
+    assert "share of the student's answers is 2" in refused(gkd, *SHORT, "--student-share", 2)
+    assert "beta" in refused(gkd, *SHORT, "--jsd-beta", 2)
+    assert "needs validation" in refused(distillm, *SHORT, "--eval-rows", 0)
+    assert "the same value" in refused(distillm, *SHORT, "--save-strategy", "steps")
+    assert "'forward', 'reverse'" in refused(distillm, *SHORT, "--direction", "both")
+
+
+# Evaluation
+
+
+def measure(world, tmp_path, *more):
+    file = tmp_path / "measured.json"
+    argv = ["--teacher", world / "teacher", "--data", world / "rows.jsonl", "--max-length", 32]
+    argv += ["--max-new-tokens", 6, "--batch-size", 3, "--output", file, *more]
+    evaluate.main([str(part) for part in argv])
+    return json.loads(file.read_text())
+
+
+def test_an_evaluation_has_the_metrics_of_a_plain_computation(world, tmp_path, capsys):
+    pytest.importorskip("rouge_score")
+    found = measure(world, tmp_path, "--students", world / "student", "--seeds", 1, 2, 3)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    ids, mask, labels = batch(world)
+    counted = labels[:, 1:] != -100
+    with torch.no_grad():
+        ours, theirs = (
+            load(world / name)(ids, mask).logits[:, :-1][counted] for name in ("student", "teacher")
+        )
+    student, teacher = found["models"][str(world / "student")], found["models"]["teacher"]
+    assert found["rows"] == ROWS
+    assert student["cross_entropy"] == pytest.approx(ce(ours, None, labels[:, 1:][counted]).item())
+    assert student["kl"] == pytest.approx(kl(ours, theirs, None).item(), rel=1e-4)
+    assert student["reverse_kl"] == pytest.approx(kl(theirs, ours, None).item(), rel=1e-4)
+    agree = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+    assert student["agreement"] == pytest.approx(agree)
+    assert teacher["kl"] == pytest.approx(0, abs=1e-6)
+    assert teacher["agreement"] == 1
+    assert len(set(student["rouge_l"])) == 3  # every seed has answers of its own
+    assert all(0 <= score <= 100 for score in student["rouge_l"])
+    shown = capsys.readouterr().out
+    spread = statistics.stdev(student["rouge_l"])
+    assert f"{statistics.mean(student['rouge_l']):.2f} ± {spread:.2f}" in shown
+    again = measure(world, tmp_path, "--students", world / "student", "--seeds", 2)
+    assert again["models"][str(world / "student")]["rouge_l"] == student["rouge_l"][1:2]
+
+
+def test_an_evaluation_refuses_before_it_starts_and_ends_cleanly(
+    world, tmp_path, monkeypatch, capsys
+):
+    for student, said in ((tmp_path / "absent", "absent"), (tmp_path / "other", "tokenizers")):
+        if student.name == "other":
+            shutil.copytree(world / "student", student)
+            save_tokenizer(student, VOCAB - 1)
+        with pytest.raises(SystemExit, match="1"):
+            measure(world, tmp_path, "--students", world / "student", student)
+        assert said in capsys.readouterr().err
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate.causal_lm, "sampled_answers", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        measure(world, tmp_path, "--students", world / "student")
+    assert "the same command starts again" in " ".join(capsys.readouterr().err.split())
+    assert not [*tmp_path.glob("*.json")]
+
+
 # Interruptions
 
 
 SHUFFLED = ["--per-device-train-batch-size", "2", "--num-train-epochs", "3"]
-SHUFFLED += ["--save-strategy", "steps", "--save-steps", "3", "--lora-r", "2"]
-RESUMED = {"sft": (sft, []), "kd stored": (kd, ["--stored-tokens", "5"])}
+SHUFFLED += ["--save-strategy", "steps", "--save-steps", "3"]
+RESUMED = {
+    "sft": ["--lora-r", "2"],
+    "kd": ["--stored-tokens", "5"],
+    "gkd": SHORT,
+    "distillm": [*SHORT, "--eval-rows", "2", "--eval-strategy", "steps", "--eval-steps", "2"],
+}
+RESUMED["distillm"] += ["--loss-epsilon", "-100"]  # every evaluation raises the share
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_an_interrupted_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, capsys, name):
-    recipe, more = RESUMED[name]
+def test_an_interrupted_run_ends_with_the_same_weights(
+    run, tmp_path, monkeypatch, capsys, request, name
+):
+    recipe, more = {"sft": sft, "kd": kd}.get(name), RESUMED[name]
+    if recipe is None:
+        recipe = request.getfixturevalue("on_policy")[name]
     whole = run(recipe, *SHUFFLED, *more, output_dir=tmp_path / "whole")
     steps, step = 0, transformers.Trainer.training_step
 
@@ -283,7 +629,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(run, tmp_path, monkeypatc
 
 def test_a_killed_run_ends_with_the_same_weights(run, options, tmp_path):
     """Also if the last checkpoint is incomplete."""
-    more = ["--num-train-epochs", "60", "--per-device-train-batch-size", "4"]
+    more = ["--num-train-epochs", "15", "--per-device-train-batch-size", "4"]
     argv = [str(part) for name, value in options.items() for part in (name, value)]
     command = [sys.executable, str(EXAMPLES / "sft.py"), *argv, *more]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
@@ -323,7 +669,7 @@ def refused(run, capsys, tmp_path):
     def refused(recipe=kd, *more, **changed):
         with pytest.raises(SystemExit, match="1"):
             run(recipe, *more, **changed)
-        assert not [*tmp_path.glob("run/checkpoint-*")]
+        assert not [*tmp_path.glob("run/*")]
         return " ".join(capsys.readouterr().err.split())
 
     return refused
@@ -349,7 +695,7 @@ def test_models_that_are_smaller_than_their_tokenizer_are_refused(refused, world
     tiny_llama(vocab=VOCAB - 3).save_pretrained(tmp_path / "small")
     save_tokenizer(tmp_path / "small", VOCAB)
     said = refused(student=tmp_path / "small")
-    assert f"has {VOCAB} tokens, but the student only {VOCAB - 3}" in said
+    assert f"has {VOCAB} tokens, but the model student only {VOCAB - 3}" in said
 
 
 def test_padded_vocabularies_are_compared_without_their_padding(run, world, tmp_path):
@@ -371,7 +717,7 @@ BAD_OPTIONS = {
     "argument": (["--loss-args", '{"alpha": 1}'], "alpha"),
     "reduction": (["--loss-args", '{"reduction": "none"}'], "does not return a scalar"),
     "eval-rows": (["--eval-rows", "8"], "has 8 rows, of which at least one"),
-    "max-length": (["--max-length", "64"], "the student reads at most 32 tokens"),
+    "max-length": (["--max-length", "64"], "the model student reads at most 32 tokens"),
     "long prompt": (["--max-length", "6"], "rows.jsonl, line 1: the prompt has"),
     "layers": (["--student-layers", "9"], "the teacher has 2 layers"),
 }
@@ -391,7 +737,7 @@ def test_bad_rows_are_named(refused, tmp_path):
     assert f"{path.name}, line 2: the answer" in refused(train_file=path)
 
 
-NAMES = ["sft", "kd"]
+NAMES = ["sft", "seqkd", "kd", "gkd", "minillm", "distillm", "distillm2", "akl", "wasd", "evaluate"]
 
 
 @pytest.mark.parametrize("name", NAMES)

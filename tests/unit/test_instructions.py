@@ -91,6 +91,14 @@ def test_the_three_forms_of_a_row(read):
     assert "\nw5\n" in messages.text
 
 
+def test_another_answer_makes_a_row_of_the_same_prompt(read):
+    rows = read(row(), row(input="w9"), talk("w5", "w6"), talk("w5", "w6", "w7", "w8"))
+    again = read(*(each.answered("w12") for each in rows))
+    assert [each.messages for each in again] == [each.messages for each in rows]
+    assert [each.text for each in again] == [each.text for each in rows]
+    assert all(each.answers == ("w12",) for each in again)
+
+
 def test_several_answers_are_kept(read):
     assert read(row(output=["w7", "w8"]))[0].answers == ("w7", "w8")
 

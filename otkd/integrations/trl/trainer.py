@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer as StableTrainer
@@ -129,6 +130,10 @@ class DistillationTrainer(StableTrainer):
         else:
             self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        return _EpochSampler(sampler) if self.shuffle_dataset else sampler
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._examples = inputs
         batch = super()._generate_and_score_completions(inputs)
@@ -198,6 +203,31 @@ class DistillationTrainer(StableTrainer):
         if "loss" in logs and "learning_rate" in logs:  # a training log, which all processes write
             logs.update(self._records.take())
         super().log(logs, start_time)
+
+
+class _EpochSampler(Sampler):
+    """TRL's sampler with an order for each epoch that depends on the seed and its number alone.
+
+    TRL draws the orders of all epochs from one random state, which a resumed run does not have.
+
+    Args:
+        sampler: TRL's ``RepeatSampler``, which shuffles.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Select the order of an epoch, counted from 0."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Any:
+        self._sampler.generator.manual_seed(self._sampler.seed + self._epoch)
+        return iter(self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
 
 
 def _counted(inputs: dict[str, Any]) -> Tensor:

@@ -39,15 +39,27 @@ class Instruction:
     Attributes:
         where: the file and line, or the data set and row, for messages.
         messages: the prompt as chat messages.
-        text: the same in the Alpaca template; None if the prompt is a conversation of several
-            messages, for which there is no such form.
+        instruction: the same as an instruction and its input, which may be empty; None if the
+            prompt is a conversation of several messages.
         answers: at least one. Models are trained on the first.
     """
 
     where: str
     messages: tuple[Message, ...]
-    text: str | None
+    instruction: tuple[str, str] | None
     answers: tuple[str, ...]
+
+    @property
+    def text(self) -> str | None:
+        """The prompt in the Alpaca template, in which a conversation cannot be written."""
+        return None if self.instruction is None else _alpaca(*self.instruction)
+
+    def answered(self, answer: str) -> dict[str, Any]:
+        """The row of a file with this prompt and another answer."""
+        if self.instruction is not None:
+            names = ("instruction", "input", "output")
+            return dict(zip(names, (*self.instruction, answer), strict=True))
+        return {"messages": [*self.messages, {"role": "assistant", "content": answer}]}
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The messages if the tokenizer has a chat template, otherwise the text.
@@ -57,12 +69,13 @@ class Instruction:
         """
         if tokenizer.chat_template is not None:
             return [*self.messages]
-        if self.text is None:
+        text = self.text
+        if text is None:
             raise DataError(
                 f"{self.where}: a conversation of {len(self.messages)} messages needs a tokenizer "
                 "with a chat template; without one, give a single message of the user."
             )
-        return self.text
+        return text
 
     def prompt_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """The tokens of the prompt, up to where the answer starts."""
@@ -143,7 +156,7 @@ def _instruction(where: str, row: dict[str, Any]) -> Instruction:
     return Instruction(
         where,
         ({"role": "user", "content": content},),
-        _alpaca(instruction, context),
+        (instruction, context),
         _answers(where, "output", outputs),
     )
 
@@ -167,7 +180,7 @@ def _conversation(where: str, messages: Any) -> Instruction:
     return Instruction(
         where,
         tuple(prompt),
-        _alpaca(prompt[0]["content"], "") if single else None,
+        (prompt[0]["content"], "") if single else None,
         _answers(where, "last message", [answer["content"]]),
     )
 

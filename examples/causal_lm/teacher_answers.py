@@ -1,0 +1,115 @@
+"""Answers that the teacher samples once and keeps in a file, for `seqkd.py` and `distillm2.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from recipe import Materials
+from tqdm.auto import tqdm
+
+from otkd.cli.console import notice
+from otkd.files import write_json
+from otkd.study.messages import StudyError
+from otkd.tasks.causal_lm import Instruction, fitting_prompts, sampled_answers
+
+BATCH = 8
+_COMPARED = ("rows", "teacher_weights", "seed", "max_length", "skip_long_prompts", "eval_rows")
+
+
+def answered_by_teacher(
+    materials: Materials, settings: dict[str, Any], args: Any, file: Path, max_new_tokens: int
+) -> list[Instruction]:
+    """The training rows with the answers of the teacher, sampled at temperature 1.
+
+    The file has a row for each prompt, in the format of `--train-file`. An interrupted generation
+    continues after its last whole batch, and has the answers of an uninterrupted one.
+
+    Args:
+        materials: teacher, tokenizer and rows.
+        settings: of the run; what the answers depend on is written beside the file.
+        args: of the training.
+        file: of the answers.
+        max_new_tokens: largest number of tokens of an answer.
+
+    Raises:
+        StudyError: if the file was made with other settings, or all answers are empty.
+        DataError: if a prompt leaves no room for an answer.
+    """
+    longest = settings["max_length"] - max_new_tokens
+    if longest < 1:
+        raise StudyError(
+            f"Answers of {max_new_tokens} tokens leave no room for a prompt in --max-length "
+            f"{settings['max_length']}."
+        )
+    prompts = fitting_prompts(
+        materials.train, materials.tokenizer, longest, skip_long=settings["skip_long_prompts"]
+    )
+    made_of = {name: settings[name] for name in _COMPARED} | {"max_new_tokens": max_new_tokens}
+    with args.main_process_first(local=False):
+        _check(file, made_of)
+        if not file.exists():
+            _generate(materials, prompts, file, made_of)
+    answers = [_answer_of(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    pairs = zip(prompts, answers, strict=True)
+    found = [replace(row, answers=(text,)) for (row, _), text in pairs if text.strip()]
+    if not found:
+        raise StudyError(f"All answers of the teacher in {file} are empty.")
+    if len(found) < len(answers):
+        notice(f"{len(answers) - len(found)} answers of the teacher are empty and left out.")
+    return found
+
+
+def _answer_of(line: str) -> str:
+    row = json.loads(line)
+    return row["messages"][-1]["content"] if "messages" in row else row["output"]
+
+
+def _check(file: Path, made_of: dict[str, Any]) -> None:
+    record = file.with_suffix(".made-of.json")
+    if not record.exists():
+        if file.exists():
+            raise StudyError(f"{file} is not a file of this recipe: choose another --answers-file.")
+        write_json(record, made_of)
+    found = json.loads(record.read_text(encoding="utf-8"))
+    differing = ", ".join(name for name, value in made_of.items() if found.get(name) != value)
+    if differing:
+        raise StudyError(
+            f"The answers in {file} were made with other settings ({differing}): choose another "
+            f"--answers-file, or remove it and {record.name}."
+        )
+
+
+def _generate(materials: Materials, prompts: list, file: Path, made_of: dict[str, Any]) -> None:
+    partial = file.with_suffix(".partial.jsonl")
+    lines = [*_whole_lines(partial)]
+    done = len(lines) // BATCH if len(lines) < len(prompts) else len(lines)
+    partial.write_text("".join(lines[: done * BATCH]), encoding="utf-8")
+    batches = sampled_answers(
+        materials.teacher,
+        materials.tokenizer,
+        [tokens for _, tokens in prompts[done * BATCH :]],
+        max_new_tokens=made_of["max_new_tokens"],
+        seed=made_of["seed"] + done,
+        batch_size=BATCH,
+    )
+    rows = iter([row for row, _ in prompts[done * BATCH :]])
+    total = -(-len(prompts) // BATCH)
+    with partial.open("a", encoding="utf-8") as output:
+        for answers in tqdm(batches, "The teacher answers", total=total, initial=min(done, total)):
+            for answer in answers:
+                output.write(json.dumps(next(rows).answered(answer)) + "\n")
+            output.flush()
+        os.fsync(output.fileno())
+    os.replace(partial, file)
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    """The lines of an interrupted generation, without one that is cut."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        yield from (line for line in lines if line.endswith("\n"))
