@@ -62,15 +62,17 @@ def refuse_pair(
 ) -> None:
     """Raise ``ValueError`` if the teacher reads or predicts something else than the student.
 
-    Both read the same ``input_ids``, so their tokens must be the same. A loss with ``vocab_size=``
+    Both read the same ``input_ids``, and in their decoders the same labels, so their tokens must be
+    the same. A loss with ``vocab_size=``
     states that they are, and that the rest is padding. Whether two vocabularies of the same size
     are the same cannot be known from the models, nor what the positions mean if ``shift`` is given.
     """
     if shift is None:
         _refuse_other_positions(student, teacher)
     _refuse_order_of_classes(student, teacher)
-    if fewer_tokens(student, teacher) is not None and not _judges_vocabularies(student, loss):
-        _refuse_vocabularies(student, teacher)
+    differing = vocabularies(student, teacher)
+    if differing and not _judges_vocabularies(student, loss):
+        _refuse_vocabularies(student, teacher, *differing.popitem())
 
 
 def _refuse_other_positions(student: ModelDescription, teacher: ModelDescription) -> None:
@@ -92,26 +94,41 @@ def _predicted_at_a_position(model: ModelDescription) -> str:
     return "a label of that position, or of the whole example"
 
 
-def fewer_tokens(student: ModelDescription, teacher: ModelDescription) -> int | None:
-    """The smaller of the two vocabulary sizes that read the same ``input_ids``; None if equal."""
-    reads = "input_ids" in student.arguments and "input_ids" in teacher.arguments
-    if not reads or student.tokens is None or teacher.tokens in (None, student.tokens):
-        return None
-    return min(student.tokens, teacher.tokens)
+def vocabularies(
+    student: ModelDescription, teacher: ModelDescription
+) -> dict[str, tuple[int, int]]:
+    """The sizes of the two vocabularies for each entry that both models read, where they differ.
+
+    The entries are ``input_ids``, and ``labels`` if both derive the input of a decoder from them.
+    """
+    found = {}
+    if student.decodes and teacher.decodes:
+        found["labels"] = (student.targets, teacher.targets)
+    if "input_ids" in student.arguments and "input_ids" in teacher.arguments:
+        found["input_ids"] = (student.tokens, teacher.tokens)
+    return {name: sizes for name, sizes in found.items() if None not in sizes and len({*sizes}) > 1}
 
 
-def check_tokens(student: ModelDescription, teacher: ModelDescription, input_ids: Tensor) -> None:
+def check_tokens(
+    student: ModelDescription,
+    teacher: ModelDescription,
+    input_ids: Tensor | None,
+    labels: Tensor | None,
+) -> None:
     """Raise ``ValueError`` for a token that only the larger of the two vocabularies has."""
-    fewer = fewer_tokens(student, teacher)
-    if fewer is not None and input_ids.numel() and int(input_ids.max()) >= fewer:
-        _refuse_vocabularies(student, teacher)
+    read = {"input_ids": input_ids, "labels": labels}
+    for name, sizes in vocabularies(student, teacher).items():
+        tokens = read[name]
+        if tokens is not None and tokens.numel() and int(tokens.max()) >= min(sizes):
+            _refuse_vocabularies(student, teacher, name, sizes)
 
 
-def _refuse_vocabularies(student: ModelDescription, teacher: ModelDescription) -> NoReturn:
-    sizes = (student.tokens, teacher.tokens)
+def _refuse_vocabularies(
+    student: ModelDescription, teacher: ModelDescription, name: str, sizes: tuple[int, int]
+) -> NoReturn:
     raise ValueError(
         f"the student {student.name} has {sizes[0]} tokens and the teacher {teacher.name} "
-        f"{sizes[1]}, but both read the same input_ids, so the teacher would read different text. "
+        f"{sizes[1]}, but both read the same {name}, so the teacher would read different text. "
         "Store the teacher's logits at the student's positions and pass them as teacher=, or as "
         "teacher_logits in the examples. If the tokenizer is the same and one vocabulary is only "
         "padded, pass vocab_size= to the loss of a language model, or give both the same size "

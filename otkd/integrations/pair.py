@@ -19,9 +19,9 @@ from otkd.integrations.model_refusals import (
     check_reads_documents,
     check_stored_rows,
     check_tokens,
-    fewer_tokens,
     refuse_model,
     refuse_pair,
+    vocabularies,
 )
 from otkd.integrations.models import ModelDescription, describe, own_inputs
 from otkd.integrations.outputs import auxiliary_loss, read_outputs
@@ -64,7 +64,7 @@ class Pair:
             self.teacher = describe(teacher)
             refuse_model(self.teacher, "teacher")
             refuse_pair(self.student, self.teacher, loss, shift=shift)
-            self._vocabularies_differ = fewer_tokens(self.student, self.teacher) is not None
+            self._vocabularies_differ = bool(vocabularies(self.student, self.teacher))
         self.needs_features = as_loss(loss).needs_features
         self._by_sequence = "sequence_mean" in as_loss(loss).reductions
         self.label_names = label_names
@@ -168,8 +168,10 @@ class Pair:
         model, own = self.teacher_model, self.teacher
         if model is None or own is None:
             return None
-        if self._vocabularies_differ and "input_ids" in inputs:
-            check_tokens(self.student, own, inputs["input_ids"])
+        if self._vocabularies_differ:
+            key = label_key(inputs, self.label_names)
+            labels = None if key is None else inputs[key]
+            check_tokens(self.student, own, inputs.get("input_ids"), labels)
         model.eval()
         share = self._inputs(model, own, inputs, self.student.arguments)
         with torch.no_grad():

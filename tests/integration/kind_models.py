@@ -26,6 +26,7 @@ _BART = {
     "decoder_start_token_id": START,
 }
 _POSITIONS = {"max_position_embeddings": 32}
+_WHISPER = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
 _T5 = {
     "vocab_size": VOCAB,
     "d_model": 16,
@@ -125,9 +126,9 @@ def encoder_decoder(seed: int = 0):
     return _composed("EncoderDecoderModel", config, seed)
 
 
-def vision_encoder_decoder(seed: int = 0):
+def vision_encoder_decoder(seed: int = 0, vocab: int = VOCAB):
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
-        transformers.ViTConfig(**VISION), _bert_config()
+        transformers.ViTConfig(**VISION), transformers.BertConfig(**BERT | {"vocab_size": vocab})
     )
     return _composed("VisionEncoderDecoderModel", config, seed)
 
@@ -225,8 +226,7 @@ ENCODER_DECODERS = {
     "blenderbot-small": (_of("BlenderbotSmallForConditionalGeneration", **_BART, **_POSITIONS),
                          text),
     "whisper": (
-        _of("WhisperForConditionalGeneration", num_mel_bins=8, max_source_positions=10,
-            max_target_positions=16, **_BART),
+        _of("WhisperForConditionalGeneration", **_WHISPER, **_BART),
         lambda: {"input_features": _noise(8, 20), "labels": target()},
     ),
     "speech-to-text": (
@@ -312,6 +312,24 @@ def instructed_picture() -> dict[str, torch.Tensor]:
     ids = torch.cat([torch.full((3, 4), IMAGE), tokens().clamp(max=IMAGE - 1)], 1)
     return {"input_ids": ids, "qformer_input_ids": tokens(), "labels": target(),
             "pixel_values": _noise(3, 8, 8)}  # fmt: skip
+
+
+# name → (model whose decoder has a vocabulary of a size, batch)
+DECODERS = {
+    "whisper": (
+        lambda vocab: built(
+            "WhisperForConditionalGeneration", **_WHISPER, **_BART | {"vocab_size": vocab}
+        ),
+        lambda: {"input_features": _noise(8, 20), "labels": target()},
+    ),
+    "marian": (
+        lambda vocab: built(
+            "MarianMTModel", decoder_vocab_size=vocab, share_encoder_decoder_embeddings=False,
+            tie_word_embeddings=False, **_BART, **_POSITIONS),
+        text,
+    ),
+    "vision-encoder-decoder": (lambda vocab: vision_encoder_decoder(0, vocab), image),
+}  # fmt: skip
 
 
 def causal_text() -> dict[str, torch.Tensor]:

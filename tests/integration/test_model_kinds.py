@@ -19,6 +19,7 @@ import otkd
 from otkd.integrations.transformers import DistillationTrainer
 from tests.integration.kind_models import (
     BERT,
+    DECODERS,
     ENCODER_DECODERS,
     FSMT,
     MIXTURES,
@@ -388,6 +389,19 @@ def test_a_teacher_of_another_tokenizer_is_refused(arguments, student, teacher):
     # Padding of one vocabulary, as the loss says.
     DistillationTrainer(student, loss=otkd.KLLoss(vocab_size=VOCAB), **options)
     DistillationTrainer(student, loss=otkd.UniversalLogitLoss(vocab_size=VOCAB), **options)
+
+
+@pytest.mark.parametrize("kind", ["whisper", "marian", "vision-encoder-decoder"])
+def test_a_decoder_of_another_tokenizer_is_refused(arguments, kind):
+    """Student and teacher read the same sound, image or text, but the labels are the student's."""
+    model, batch = DECODERS[kind]
+    batch, padded = batch(), otkd.KLLoss(vocab_size=VOCAB)
+    with pytest.raises(ValueError, match=r"29 tokens and the teacher \w+ 50.*same labels"):
+        one_step(model(VOCAB), arguments, batch, otkd.UniversalLogitLoss(), teacher=model(50))
+    one_step(model(VOCAB), arguments, batch, padded, teacher=model(50))
+    batch["labels"][0, 0] = 40
+    with pytest.raises(ValueError, match=r"50 tokens and the teacher \w+ 29.*same labels"):
+        one_step(model(50), arguments, batch, padded, teacher=model(VOCAB))
 
 
 def test_a_token_that_the_teacher_lacks_is_refused_before_it_reads_it(arguments):
