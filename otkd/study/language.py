@@ -19,12 +19,13 @@ from otkd.study.interface import Outputs, Rows
 from otkd.study.messages import StudyError
 from otkd.study.objectives import check_objectives, needs_features
 from otkd.study.prediction import autocast
+from otkd.study.states import StoredStates
 from otkd.study.training import device
 from otkd.tasks import LanguageTask
 from otkd.tasks.causal_lm import next_token_metrics, padding_collator, student_of
 from otkd.tasks.causal_lm.loading import LanguageData, encode_rows, load_language_task
 from otkd.tasks.causal_lm.packaged import packaged_folder
-from otkd.teachers import HiddenStateTeacher, StoredTeacher
+from otkd.teachers import StoredTeacher
 from otkd.teachers.files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -224,17 +225,18 @@ class LanguageExperiment(Experiment):
         save_tensors(folder / f"{_EMBEDDING}.safetensors", {"token_rows": embedding})
         return {"metrics": self._measured(None, rows, dev, embedding)}
 
-    def _stored(self, model: PreTrainedModel, rows: HeldOut) -> HiddenStateTeacher:
+    def _stored(self, model: PreTrainedModel, rows: HeldOut) -> StoredStates:
         head: Any = model.get_output_embeddings()
         weight = head.weight.detach().cpu()
         bias = None if head.bias is None else head.bias.detach().cpu()
-        length = self.settings.max_length
-        states = torch.zeros(len(rows), length, weight.shape[1])
-        for index, _, found in rows.run(model, states=True):
+        states: list[Tensor] = []
+        for _, batch, found in rows.run(model, states=True):
             if not found.isfinite().all():
                 raise FloatingPointError("the teacher's states are not finite")
-            states[index, : found.shape[1]] = found.float().cpu()
-        stored = HiddenStateTeacher(states, weight, bias)
+            lengths = batch["attention_mask"].sum(-1).tolist()
+            found = found.float().cpu()
+            states += [text[:n].clone() for text, n in zip(found, lengths, strict=True)]
+        stored = StoredStates.of(states, weight, bias)
         first = HeldOut(rows.first, self.collator(self.teacher_tokenizer), bf16=False)
         index, batch, logits = next(first.run(model))
         read, logits = batch["attention_mask"].bool(), logits.cpu()
@@ -250,11 +252,15 @@ class LanguageExperiment(Experiment):
     def load_outputs(self, folder: Path) -> Outputs:
         """The stored states and the embeddings."""
         train_path, dev_path, rows_path = (folder / name for name in self.outputs)
-        train, dev = HiddenStateTeacher.load(train_path), HiddenStateTeacher.load(dev_path)
+        train, dev = StoredStates.load(train_path), StoredStates.load(dev_path)
         rows = load_tensors(rows_path, "token_rows")[0]["token_rows"]
-        length, width = self.settings.max_length, train.states.shape[-1]
-        check_stored(train_path, train.states, (len(self.data.train), length, width))
-        check_stored(dev_path, dev.states, (self.data.dev_rows, length, width))
+        for path, stored, number in (
+            (train_path, train, len(self.data.train)),
+            (dev_path, dev, self.data.dev_rows),
+        ):
+            check_stored(path, stored.states, (*stored.states.shape[:1], stored.weight.shape[1]))
+            if len(stored) != number:
+                raise ValueError(f"{path} holds {len(stored)} texts, not {number}")
         check_stored(rows_path, rows, (len(train.weight), *rows.shape[-1:]))
         return Outputs(train, dev, rows)
 
