@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.distillation_config import DistillationConfig
 
-from otkd.integrations.model_refusals import fewer_tokens
+from otkd.integrations.model_refusals import vocabularies
 from otkd.integrations.models import ModelDescription, describe
 from otkd.integrations.refusals import check_loss, refuse_trained_loss
 from otkd.integrations.trl.completions import check_completion
@@ -51,7 +51,7 @@ def vocabularies_differ(student: Any, teacher: Any, loss: nn.Module) -> bool:
     if not (isinstance(student, nn.Module) and isinstance(teacher, nn.Module)):
         return False
     pair = describe(student), describe(teacher)
-    if fewer_tokens(*pair) is None:
+    if not vocabularies(*pair):
         return False
     if not _is_given_a_vocabulary(loss):
         raise ValueError(
@@ -67,8 +67,7 @@ def vocabularies_differ(student: Any, teacher: Any, loss: nn.Module) -> bool:
 def refuse_tokenizer(student: nn.Module, teacher: nn.Module, tokenizer: Any) -> None:
     """Raise ``ValueError`` if the smaller of two vocabularies lacks tokens of the tokenizer."""
     pair = describe(student), describe(teacher)
-    fewest = fewer_tokens(*pair)
-    if fewest is not None and len(tokenizer) > fewest:
+    if any(len(tokenizer) > min(sizes) for sizes in vocabularies(*pair).values()):
         raise ValueError(
             f"{_sizes(*pair)}, but the tokenizer has {len(tokenizer)}: one of the models was "
             "trained with another tokenizer, so the larger vocabulary is not only padded"
