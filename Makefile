@@ -34,7 +34,7 @@ test-all: $(VENV)/.dev  ## with the tests that take minutes
 	$(BIN)/pytest -n auto --dist loadgroup -m ''
 
 bench: $(VENV)/.dev  ## every benchmark that is not finished, and the pages about them; takes hours
-	for group in vocabulary transport_kl batch divergences steps pareto limits gpu; do $(BIN)/python benchmarks/run.py $$group || exit; done
+	for group in vocabulary transport_kl batch divergences steps pareto kernels limits gpu; do $(BIN)/python benchmarks/run.py $$group || exit; done
 	$(BIN)/python benchmarks/report.py
 
 bench-quick: $(VENV)/.dev  ## a few ratios compared with those on file

@@ -47,6 +47,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "steps/trainers",
         ),
         "Accuracy against time": ("pareto/vocabulary", "pareto/batch"),
+        "Ways to apply the kernel": ("kernels/stabilised", "kernels/lazy"),
         "Time against the limits of the machine": ("limits/headline",),
     },
     "On a GPU": {

@@ -15,6 +15,7 @@ import batch_rows
 import divergence_rows
 import files
 import gpu_rows
+import kernel_rows
 import limit_rows
 import machine
 import pareto_rows
@@ -38,6 +39,7 @@ GROUPS = {
     "divergences": divergence_rows.ROWS,
     "steps": step_rows.ROWS,
     "pareto": pareto_rows.ROWS,
+    "kernels": kernel_rows.ROWS,
     "limits": limit_rows.ROWS,
     "gpu": gpu_rows.ROWS,
 }
