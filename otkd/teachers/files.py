@@ -45,6 +45,8 @@ def load_tensors(path: str | os.PathLike, *names: str) -> tuple[dict[str, Tensor
     _check_safetensors()
     from safetensors import SafetensorError, safe_open
 
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder, not a safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -436,6 +436,8 @@ def test_bad_files(tmp_path):
     path = tmp_path / "teacher.safetensors"
     with pytest.raises(FileNotFoundError):
         TopKTeacher.load(path)
+    with pytest.raises(ValueError, match="is a folder, not a safetensors file"):
+        TopKTeacher.load(tmp_path)
     stored = TopKTeacher.from_logits(logits(1, 2, VOCAB), 3)
     stored.save(path)
     whole = path.read_bytes()
