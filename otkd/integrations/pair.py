@@ -68,7 +68,11 @@ class Pair:
         self.needs_features = as_loss(loss).needs_features
         self._by_sequence = "sequence_mean" in as_loss(loss).reductions
         self.label_names = label_names
-        self.shift = self.student.shifts if shift is None else shift
+        if shift is None:
+            # Logits of a module of one's own are for the same tokens as those of its teacher.
+            known = self.student if self.student.task is not None else self.teacher
+            shift = known is not None and known.shifts
+        self.shift = shift
         self._labels_seen = False
 
     def columns(self) -> set[str]:

@@ -76,7 +76,8 @@ class DistillationTrainer(Trainer):
             sequence classifier, those of the first token).
         eval_teacher: stored logits of ``eval_dataset``, or a dictionary of them if that is one.
         shift: whether logits are paired with the next label. The default is True for causal
-            language models of transformers. Pass it for other modules.
+            language models of transformers, and for other modules whose teacher is one. Pass it for
+            other modules with a stored teacher.
 
     Raises:
         TypeError: if ``loss`` or a teacher has an unsupported type.

@@ -469,6 +469,33 @@ def test_labels_count_where_no_model_names_them(arguments, stored, name):
     assert logged(trainer)[0] == pytest.approx(expected, rel=1e-4)
 
 
+class Around(nn.Module):
+    """A module of one's own around a model, which hides its class."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        return {"logits": self.inner(**inputs).logits}
+
+
+def test_a_module_of_ones_own_is_shifted_as_its_teacher_is(arguments):
+    student, teacher, batch = tiny_gpt2(0), tiny_gpt2(1), causal_text()
+    found = []
+    for model, options in (
+        (student, {}),
+        (Around(student), {}),
+        (Around(student), {"shift": False}),
+    ):
+        model = copy.deepcopy(model)
+        loss = otkd.WeightedLoss({"kl": (1.0, "kl"), "ce": (1.0, "ce")})
+        trainer = one_step(model, arguments, batch, loss, teacher=copy.deepcopy(teacher), **options)
+        found.append(logged(trainer)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] != pytest.approx(found[0], rel=1e-2)
+
+
 def test_a_forward_pass_that_requires_labels_gets_them(arguments):
     class Requires(Own):
         def forward(self, input_ids, labels):
