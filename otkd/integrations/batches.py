@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from otkd.checks import as_class_labels
 from otkd.integrations.packing import PACKED_KEY
-from otkd.integrations.stored import TEACHER_KEY
+from otkd.integrations.stored import TEACHER_INDEX, TEACHER_KEY
 from otkd.reductions import IGNORE_INDEX
 
 
@@ -28,7 +28,7 @@ def label_names_of(names: Iterable[str], given: Iterable[str] | None) -> tuple[s
 
 def without_labels(inputs: Mapping[str, Any], label_names: Iterable[str] = ()) -> dict[str, Any]:
     """The entries of a batch that models read: without labels and the entries of the trainer."""
-    taken = {"labels", "shift_labels", TEACHER_KEY, PACKED_KEY, *label_names}
+    taken = {"labels", "shift_labels", TEACHER_KEY, TEACHER_INDEX, PACKED_KEY, *label_names}
     return {name: value for name, value in inputs.items() if name not in taken}
 
 

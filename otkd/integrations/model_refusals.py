@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from torch import Tensor, nn
@@ -242,15 +242,4 @@ def check_stored_rows(stored: Sequence[int], logits: Sequence[int]) -> None:
             "the collator packs the examples, and not into one row of all their tokens in order, "
             "as DataCollatorWithFlattening does. Use that collator, pack the examples before "
             "storing the teacher, or pass the teacher as a model"
-        )
-
-
-def check_reads_documents(model: ModelDescription, read: Collection[str]) -> None:
-    """Raise ``ValueError`` if a model does not read where the documents of a packed row start."""
-    marks = ("position_ids", "cu_seq_lens_q", "seq_idx")
-    if not any(name in read for name in marks):
-        raise ValueError(
-            f"the collator packs the examples into one row, but {model.name} gets none of "
-            f"{', '.join(marks)}, so each document would see those before it: pad the examples, or "
-            "use DataCollatorWithFlattening and a model that reads position_ids"
         )

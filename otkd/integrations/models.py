@@ -5,16 +5,25 @@ from __future__ import annotations
 import inspect
 import re
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from otkd.checks import as_class_labels
+from otkd.integrations.batches import label_key, without_labels
+from otkd.integrations.packing import PACKED_KEY
 from otkd.integrations.tasks import Task, task_of
 
 # They are in the mapping of causal language models, but see both sides of a position: no shift.
 _SEE_BOTH_SIDES = {"XLNetLMHeadModel", "XLMWithLMHeadModel"}
+
+# The only child of modules that wrap a model.
+_WRAPPERS = (["module"], ["_fsdp_wrapped_module"])
+
+# The entries of a packed batch from which a model reads where documents start.
+_DOCUMENT_MARKS = ("position_ids", "cu_seq_lens_q", "seq_idx")
 
 
 @dataclass(frozen=True)
@@ -97,16 +106,16 @@ def describe(model: nn.Module) -> ModelDescription:
 def unwrapped(model: Any) -> Any:
     """The model inside wrappers that change neither its inputs nor its outputs.
 
-    These are ``torch.compile``, PEFT adapters, and modules whose only child is ``module``: DDP,
-    FSDP, averaged and accelerated models.
+    These are ``torch.compile``, PEFT adapters, FSDP, and modules whose only child is ``module``:
+    DDP, averaged and accelerated models.
     """
     while True:
         if hasattr(model, "get_base_model"):
             inner = model.get_base_model()
         elif hasattr(model, "_orig_mod"):
             inner = model._orig_mod
-        elif isinstance(model, nn.Module) and list(model._modules) == ["module"]:
-            inner = model.module
+        elif isinstance(model, nn.Module) and list(model._modules) in _WRAPPERS:
+            (inner,) = model.children()
         else:
             return model
         if inner is model:
@@ -114,29 +123,60 @@ def unwrapped(model: Any) -> Any:
         model = inner
 
 
+def adapted(model: Any) -> Any:
+    """The model with adapters inside ``torch.compile``, DDP and other wrappers; None without."""
+    while not hasattr(model, "peft_config"):
+        if not isinstance(model, nn.Module):
+            return None
+        model = getattr(model, "_orig_mod", None) or model._modules.get("module")
+    return model
+
+
 def own_inputs(
     model: nn.Module,
     description: ModelDescription,
     inputs: Mapping[str, Any],
     *,
-    other: Collection[str],
-    labels: Tensor | None,
+    others: Collection[str],
+    label_names: Iterable[str],
+    hidden_states: bool,
 ) -> dict[str, Any]:
     """The part of a batch that ``model`` reads to predict the labels.
 
-    It consists of the arguments that its signature names, and of those that neither model names.
+    It consists of the arguments that its signature names, and of those that no model names. The
+    input of a decoder is derived from the labels by the model's own method. A model without such a
+    method, or one that requires labels, gets the labels and computes a loss that is not used.
 
     Args:
         model: the model, which may be wrapped.
         description: of the model.
-        inputs: the batch without its labels.
-        other: the arguments of the other model.
-        labels: of the batch. The input of a decoder is derived from them by the model's own method.
-            A model without such a method, or one that requires labels, gets the labels and computes
-            a loss that is not used.
+        inputs: the batch.
+        others: the arguments of the other models.
+        label_names: see :func:`~otkd.integrations.batches.label_key`.
+        hidden_states: whether the model must return its hidden states.
+
+    Raises:
+        ValueError: if the batch is packed, and the model does not read where its documents start.
     """
-    named = description.arguments
-    share = {k: v for k, v in inputs.items() if k in named or k not in other or not named}
+    named, key = description.arguments, label_key(inputs, label_names)
+    labels = None if key is None else as_class_labels(inputs[key])
+    share = {
+        name: value
+        for name, value in without_labels(inputs, label_names).items()
+        if name in named or name not in others or not named
+    }
+    if PACKED_KEY in inputs and not any(name in share for name in _DOCUMENT_MARKS):
+        raise ValueError(
+            f"the collator packs the examples into one row, but {description.name} gets none of "
+            f"{', '.join(_DOCUMENT_MARKS)}, so each document would see those before it: pad the "
+            "examples, or use DataCollatorWithFlattening and a model that reads position_ids"
+        )
+    if description.caches:
+        # With a cache, models attend across packed documents. Trainer turns it off in the
+        # configuration of the student, but not in those of the models inside it.
+        share["use_cache"] = False
+    if hidden_states:
+        share["output_hidden_states"] = True
     if labels is None:
         return share
     labels = labels.clone()  # FSMT replaces -100 in the labels that it is given
@@ -189,12 +229,7 @@ def _label_names(config: Any) -> tuple[str, ...]:
 
 
 def _virtual_tokens(model: Any) -> int:
-    while not hasattr(model, "peft_config") and isinstance(model, nn.Module):
-        inner = getattr(model, "_orig_mod", None) or model._modules.get("module")
-        if inner is None:
-            return 0
-        model = inner
-    adapter = getattr(model, "active_peft_config", None)
+    adapter = getattr(adapted(model), "active_peft_config", None)
     if adapter is None or not getattr(adapter, "is_prompt_learning", False):
         return 0
     if "PREFIX_TUNING" in str(getattr(adapter, "peft_type", "")):

@@ -110,7 +110,7 @@ class _LastInputs:
 
 class _Objective:
     def __init__(self, loss: nn.Module, teacher: nn.Module, student: nn.Module) -> None:
-        self.loss, self.teacher = loss, teacher
+        self.loss, self.teacher, self._student = loss, teacher, student
         self._pair = Pair(student, teacher, loss, shift=None, label_names=())
         self._inputs = _LastInputs()
         student.register_forward_pre_hook(self._inputs, with_kwargs=True)
@@ -133,7 +133,8 @@ class _Objective:
             self.teacher.to(device)
         batch = {**inputs, "labels": labels}
         batch.pop("num_items_in_batch", None)  # Trainer adds it for models that compute a loss
-        compared = self._pair.align(batch, outputs, self._pair.teacher_outputs(batch, device))
+        teacher = self._pair.teacher_outputs(batch, device, self._student)
+        compared = self._pair.align(batch, outputs, teacher)
         if compared.auxiliary is not None:
             raise ValueError(
                 f"the student {self._pair.student.name} has an auxiliary loss, which would not be "

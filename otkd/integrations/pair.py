@@ -7,26 +7,23 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from otkd.checks import as_class_labels
-from otkd.integrations.batches import find_targets, label_key, without_labels
+from otkd.integrations.batches import find_targets
 from otkd.integrations.comparison import Comparison
 from otkd.integrations.model_refusals import (
     check_has_positions,
     check_labels_of,
     check_positions_of,
-    check_reads_documents,
     check_stored_rows,
-    check_tokens,
     refuse_model,
-    refuse_pair,
-    vocabularies,
 )
-from otkd.integrations.models import ModelDescription, describe, own_inputs
+from otkd.integrations.models import describe, own_inputs
 from otkd.integrations.outputs import auxiliary_loss, read_outputs
 from otkd.integrations.packing import PACKED_KEY
 from otkd.integrations.stored import TEACHER_KEY, fit_length
+from otkd.integrations.teachers import as_teacher
 from otkd.losses.protocol import as_loss
 from otkd.teachers import TopKTeacher, teacher_logits_of
 from otkd.teachers.protocol import teacher_features_of
@@ -37,10 +34,12 @@ class Pair:
 
     Args:
         student: the model that is trained.
-        teacher: a model, or None if teacher logits are part of the batches.
+        teacher: see :func:`~otkd.integrations.teachers.as_teacher`; None if teacher logits are part
+            of the batches.
         loss: decides whether features are read besides logits.
         shift: see :class:`~otkd.integrations.transformers.DistillationTrainer`.
         label_names: the entries of a batch that are labels, which models do not get.
+        teacher_weights: see :class:`~otkd.integrations.transformers.DistillationTrainer`.
 
     Raises:
         ValueError: for models that cannot be trained, or cannot be the teacher of the other.
@@ -49,22 +48,24 @@ class Pair:
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: Any,
         loss: nn.Module,
         *,
         shift: bool | None,
         label_names: Sequence[str],
+        teacher_weights: Sequence[float] | None = None,
     ) -> None:
         self.student = describe(student)
         refuse_model(self.student, "student")
-        self.teacher_model = teacher
-        self.teacher: ModelDescription | None = None
-        self._vocabularies_differ = False
-        if teacher is not None:
-            self.teacher = describe(teacher)
-            refuse_model(self.teacher, "teacher")
-            refuse_pair(self.student, self.teacher, loss, shift=shift)
-            self._vocabularies_differ = bool(vocabularies(self.student, self.teacher))
+        self.teacher = as_teacher(
+            teacher,
+            teacher_weights,
+            student,
+            self.student,
+            loss,
+            shift=shift,
+            label_names=label_names,
+        )
         self.needs_features = as_loss(loss).needs_features
         self._by_sequence = "sequence_mean" in as_loss(loss).reductions
         self.label_names = label_names
@@ -75,8 +76,18 @@ class Pair:
         self.shift = shift
         self._labels_seen = False
 
+    @property
+    def teacher_models(self) -> Sequence[nn.Module] | None:
+        """The models that are only teachers; None if the teacher is no model."""
+        return None if self.teacher is None else self.teacher.models
+
+    def place_teacher(self, accelerator: Accelerator) -> None:
+        """Move the teacher to the devices of the training, and shard it if the student is."""
+        if self.teacher is not None:
+            self.teacher.place(accelerator)
+
     def columns(self) -> set[str]:
-        """The entries of an example that one of the two models reads."""
+        """The entries of an example that one of the models reads."""
         own = self.teacher.arguments if self.teacher is not None else ()
         return {*self.student.arguments, *own}
 
@@ -118,7 +129,7 @@ class Pair:
             self._check_labels(labels, self.student.targets)
         # The teacher runs first, so that its activations are freed before the student's are stored.
         with autocast:
-            teacher = self.teacher_outputs(inputs, device)
+            teacher = self.teacher_outputs(inputs, device, model)
         return self.align(inputs, self._student_outputs(model, inputs), teacher)
 
     def align(
@@ -160,27 +171,25 @@ class Pair:
             check_labels_of(self.student, labels if self._labels_seen else labels.cpu(), classes)
 
     def _student_outputs(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        other = () if self.teacher is None else self.teacher.arguments
-        return model(**self._inputs(model, self.student, inputs, other))
+        share = own_inputs(
+            model,
+            self.student,
+            inputs,
+            others=() if self.teacher is None else self.teacher.arguments,
+            label_names=self.label_names,
+            hidden_states=self.needs_features,
+        )
+        return model(**share)
 
     def teacher_outputs(
-        self, inputs: Mapping[str, Any], device: torch.device
+        self, inputs: Mapping[str, Any], device: torch.device, student: nn.Module
     ) -> dict[str, Any] | None:
         """Logits of the teacher, and features if the loss needs them; None without a teacher."""
         if TEACHER_KEY in inputs:
             return self._stored_outputs(inputs[TEACHER_KEY], device)
-        model, own = self.teacher_model, self.teacher
-        if model is None or own is None:
+        if self.teacher is None:
             return None
-        if self._vocabularies_differ:
-            key = label_key(inputs, self.label_names)
-            labels = None if key is None else inputs[key]
-            check_tokens(self.student, own, inputs.get("input_ids"), labels)
-        model.eval()
-        share = self._inputs(model, own, inputs, self.student.arguments)
-        with torch.no_grad():
-            outputs = model(**share)
-            return read_outputs(outputs, own, "teacher", features=self.needs_features)
+        return self.teacher.outputs(inputs, student, self.student.arguments)
 
     def _stored_outputs(self, stored: Any, device: torch.device) -> dict[str, Any]:
         if isinstance(stored, TopKTeacher):
@@ -190,24 +199,3 @@ class Pair:
         if features is not None and self.needs_features:
             outputs["features"] = features
         return outputs
-
-    def _inputs(
-        self, model: nn.Module, own: ModelDescription, inputs: Mapping[str, Any], other: Any
-    ) -> dict[str, Any]:
-        key = label_key(inputs, self.label_names)
-        share = own_inputs(
-            model,
-            own,
-            without_labels(inputs, self.label_names),
-            other=other,
-            labels=None if key is None else as_class_labels(inputs[key]),
-        )
-        if own.caches:
-            # With a cache, models attend across packed documents. Trainer turns it off in the
-            # configuration of the student, but not in those of the models inside it.
-            share["use_cache"] = False
-        if PACKED_KEY in inputs:
-            check_reads_documents(own, share)
-        if self.needs_features:
-            share["output_hidden_states"] = True
-        return share

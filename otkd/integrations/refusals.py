@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -57,7 +57,7 @@ def refuse_training(
     args: Any,
     *,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teachers: Sequence[nn.Module] | None,
     loss: nn.Module,
     train_dataset: Any,
     eval_dataset: Any,
@@ -68,7 +68,7 @@ def refuse_training(
     Args:
         args: the ``TrainingArguments``.
         student: the model to train.
-        teacher: the teacher, if it is a model.
+        teachers: the models that are only teachers; None if no teacher is a model.
         loss: the objective.
         train_dataset: with the stored teacher, if there is one.
         eval_dataset: likewise, or a dictionary of data sets.
@@ -101,7 +101,7 @@ def refuse_training(
             args, stored=any(isinstance(x, WithTeacher) for x in (train_dataset, *evaluated))
         )
     if protocol.needs_features:
-        if teacher is None and not has_features(train_dataset):
+        if teachers is None and not has_features(train_dataset):
             raise ValueError(
                 f"{name} compares features, which stored logits do not contain: pass the teacher "
                 "as a model, or as DenseTeacher(logits, features)"
@@ -111,8 +111,9 @@ def refuse_training(
                 f"{name} compares features, which the eval_teacher does not contain: pass it as "
                 "DenseTeacher(logits, features)"
             )
-    if teacher is not None:
-        refuse_shared(student, teacher, loss)
+    if teachers is not None:
+        for teacher in teachers:
+            refuse_shared(student, teacher, loss)
     elif protocol.needs_teacher and not may_carry_teacher(train_dataset):
         raise ValueError(
             f"{name} needs a teacher: pass a model or stored logits as teacher=, or a "

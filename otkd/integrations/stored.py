@@ -20,6 +20,7 @@ from otkd.integrations.packing import (
 from otkd.teachers import DenseTeacher, StoredTeacher, TopKTeacher
 
 TEACHER_KEY = "teacher_logits"
+TEACHER_INDEX = "teacher_index"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class WithTeacher(Dataset):
         ValueError: if the data set has no length, or another length than the stored teacher.
     """
 
-    def __init__(self, dataset: Any, teacher: StoredTeacher, name: str = "dataset") -> None:
+    def __init__(self, dataset: Any, teacher: StoredTeacher, name: str = "train_dataset") -> None:
         if not hasattr(dataset, "__len__"):
             raise ValueError(
                 f"a stored teacher needs a {name} with a length and a fixed order, "
@@ -64,7 +65,7 @@ class WithTeacher(Dataset):
 
 
 class TeacherCollator:
-    """Collates with ``inner``, and carries the ``teacher_logits`` of the examples past it.
+    """Collates with ``inner``; ``teacher_logits`` and ``teacher_index`` are carried past it.
 
     Rows of a stored teacher become the stored teacher of the batch. Tensors, arrays and lists of
     logits become one tensor, padded along the sequence with NaN, which a loss refuses at counted
@@ -91,7 +92,11 @@ class TeacherCollator:
         features = [dict(feature) for feature in features]
         stored = TEACHER_KEY in features[0]
         rows = [feature.pop(TEACHER_KEY) for feature in features] if stored else []
+        indexed = TEACHER_INDEX in features[0]
+        index = [feature.pop(TEACHER_INDEX) for feature in features] if indexed else []
         batch = self.inner(features)
+        if indexed:
+            batch[TEACHER_INDEX] = torch.as_tensor(index)
         lengths = packed_lengths(ids, batch)
         if lengths is not None:
             batch[PACKED_KEY] = lengths
@@ -171,17 +176,19 @@ def as_stored_teacher(teacher: Any) -> StoredTeacher:
     if isinstance(teacher, StoredTeacher) and not isinstance(teacher, nn.Module):
         return teacher
     raise TypeError(
-        "teacher must be a model or stored logits (a tensor or a StoredTeacher), and eval_teacher "
-        f"stored logits, got {type(teacher).__name__}"
+        'teacher must be a model, several models, "base_model" or stored logits (a tensor or a '
+        f"StoredTeacher), and eval_teacher stored logits, got {type(teacher).__name__}"
     )
 
 
 def with_eval_teacher(dataset: Any, teacher: Any) -> Any:
-    """A data set, or a dictionary of data sets, with its stored teacher or teachers.
+    """A data set, or a dictionary of data sets, with its stored teacher or teachers, if any.
 
     Raises:
         ValueError: if a stored teacher has no data set, or one of another length.
     """
+    if teacher is None:
+        return dataset
     if not isinstance(teacher, Mapping):
         return WithTeacher(dataset, as_stored_teacher(teacher), "eval_dataset")
     if not isinstance(dataset, Mapping) or not teacher.keys() <= dataset.keys():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,12 +19,14 @@ from otkd.integrations.pair import Pair
 from otkd.integrations.records import LossRecord
 from otkd.integrations.refusals import check_loss, refuse_training
 from otkd.integrations.stored import (
+    TEACHER_INDEX,
     TEACHER_KEY,
     TeacherCollator,
     WithTeacher,
     as_stored_teacher,
     with_eval_teacher,
 )
+from otkd.integrations.teachers import runs
 from otkd.losses.protocol import as_loss
 from otkd.reductions import ItemCounts
 from otkd.teachers import StoredTeacher
@@ -39,27 +41,23 @@ class DistillationTrainer(Trainer):
     cannot be the teacher, are refused: see the table of model kinds in ``docs/training.md``. Models
     do not get the labels, except encoder-decoders that derive the input of their decoder from them.
     For causal language models the logits of position t are paired with label t + 1. Positions with
-    label −100 do not count. Without labels, positions of token-level models count where the
-    attention mask is 1. The first token of a packed document does not count. The auxiliary loss of
-    a mixture of experts (``output_router_logits=True``) is added in training.
+    label −100 do not count, nor does the first token of a packed document. Without labels, tokens
+    count where the attention mask is 1. The auxiliary loss of a mixture of experts
+    (``output_router_logits=True``) is added in training.
 
     The batch of a step consists of all its microbatches in all processes: for losses that are sums
     over positions or sequences, the gradient is that of a single process with the whole batch, also
     if a microbatch or process has no counted position. Losses between the samples of a batch see
-    the samples of all processes, but of one microbatch. If the last batch cannot be divided evenly
-    among the processes, Accelerate repeats its first rows. With
-    ``average_tokens_across_devices=False``, the means of the processes that count something are
-    averaged.
+    the samples of all processes, but of one microbatch.
 
     Evaluation reports ``eval_loss`` if there is a teacher (a model, ``eval_teacher``, or a
     ``teacher_logits`` column), and ``eval_cross_entropy`` of the hard labels if there are labels.
     Without a teacher the latter is also ``eval_loss``. Both are means over everything that counts
-    in the evaluation set. Predictions are the logits. Training logs contain each term of the loss
-    (``loss/<name>``) and the worst solver report since the last log (``solver/iterations``,
-    ``solver/marginal_error``, and for a ``TopK`` support the mean ``solver/coverage``).
+    in the evaluation set. Training logs contain each term of the loss and the worst solver report
+    since the last log.
 
     Parameters of the loss are trained without weight decay and gradient clipping, and are saved in
-    checkpoints as ``loss.pt``. The teacher is not saved.
+    checkpoints as ``loss.pt``. The teacher is sharded if the student is, and is not saved.
 
     Args:
         *args: of ``transformers.Trainer``, like all other keyword arguments.
@@ -67,6 +65,9 @@ class DistillationTrainer(Trainer):
         teacher: one of
 
             - a model that takes the student's inputs and returns ``logits``,
+            - ``"base_model"`` for a PEFT student: the student without its adapters,
+            - several models: with ``teacher_weights`` their mixture, otherwise one per example,
+              chosen by its ``teacher_index``,
             - stored logits, as a tensor or a :class:`~otkd.teachers.StoredTeacher`, with one entry
               per example of ``train_dataset`` in its order; at token level from the first token on,
             - None, if the examples have a ``teacher_logits`` entry or the loss needs no teacher.
@@ -74,6 +75,8 @@ class DistillationTrainer(Trainer):
             Logits in the examples are used in preference to a model. If the loss compares features,
             pass a model, or ``DenseTeacher(logits, features)`` with the last hidden states (for a
             sequence classifier, those of the first token).
+        teacher_weights: of several teachers, positive and adding up to 1. The teacher is the mean
+            of their distributions at the temperature at which the loss reads its teacher.
         eval_teacher: stored logits of ``eval_dataset``, or a dictionary of them if that is one.
         shift: whether logits are paired with the next label. The default is True for causal
             language models of transformers, and for other modules whose teacher is one. Pass it for
@@ -82,19 +85,19 @@ class DistillationTrainer(Trainer):
     Raises:
         TypeError: if ``loss`` or a teacher has an unsupported type.
         ValueError: if the loss needs a teacher, or a teacher's features, and there is none; if the
-            number of stored entries differs from that of the examples; if the teacher shares
-            trainable parameters with the student or the loss; for label smoothing,
-            ``compute_loss_func``, ``reduction="none"`` and several GPUs in one process; for a loss
-            with parameters in several processes; for a model without logits of classes; for a
-            teacher that reads another vocabulary than the student, orders its classes differently,
-            or predicts another token at each position.
+            number of stored entries differs from that of the examples; if training would change
+            the teacher; for label smoothing, ``compute_loss_func``, ``reduction="none"`` and
+            several GPUs in one process; for a loss with parameters in several processes; for a
+            model without logits of classes; for a teacher that reads another vocabulary than the
+            student, orders its classes differently, or predicts another token at each position.
     """
 
     def __init__(
         self,
         *args: Any,
         loss: nn.Module,
-        teacher: nn.Module | StoredTeacher | Tensor | None = None,
+        teacher: nn.Module | Sequence[nn.Module] | StoredTeacher | Tensor | str | None = None,
+        teacher_weights: Sequence[float] | None = None,
         eval_teacher: StoredTeacher | Tensor | Mapping[str, StoredTeacher | Tensor] | None = None,
         shift: bool | None = None,
         **kwargs: Any,
@@ -103,34 +106,31 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.loss = loss.to(self.args.device)
         self._loss = as_loss(self.loss)
-        self.teacher = teacher if isinstance(teacher, nn.Module) else None
+        self.teacher = teacher if runs(teacher) else None
         if teacher is not None and self.teacher is None:
-            stored = as_stored_teacher(teacher)
-            self.train_dataset = WithTeacher(self.train_dataset, stored, "train_dataset")
-        if eval_teacher is not None:
-            self.eval_dataset = with_eval_teacher(self.eval_dataset, eval_teacher)
+            self.train_dataset = WithTeacher(self.train_dataset, as_stored_teacher(teacher))
+        self.eval_dataset = with_eval_teacher(self.eval_dataset, eval_teacher)
         self.data_collator = TeacherCollator(self.data_collator)
-        refuse_training(
-            self.args,
-            student=cast("nn.Module", self.model),
-            teacher=self.teacher,
-            loss=self.loss,
-            train_dataset=self.train_dataset,
-            eval_dataset=self.eval_dataset,
-            has_other_objective=self.compute_loss_func is not None,
-        )
-
         self._pair = Pair(
             cast("nn.Module", self.model),
             self.teacher,
             self.loss,
             shift=shift,
             label_names=label_names_of(self.label_names, self.args.label_names),
+            teacher_weights=teacher_weights,
         )
-        if self.teacher is not None and getattr(self.teacher, "hf_device_map", None) is None:
-            self.teacher.to(self.args.device)
+        refuse_training(
+            self.args,
+            student=cast("nn.Module", self.model),
+            teachers=self._pair.teacher_models,
+            loss=self.loss,
+            train_dataset=self.train_dataset,
+            eval_dataset=self.eval_dataset,
+            has_other_objective=self.compute_loss_func is not None,
+        )
+        self._pair.place_teacher(self.accelerator)
 
-        # Tells Trainer that the loss is already divided by the items of all microbatches.
+        # Tells Trainer that the loss is divided by the items of all microbatches.
         self.model_accepts_loss_kwargs = True
         self._loss_parameters = LossParameters(self.loss)
         if self._loss_parameters.learnable:
@@ -149,7 +149,13 @@ class DistillationTrainer(Trainer):
             # Keep the columns that only the teacher reads, such as segments, and the labels, which
             # decide which positions count even if no model reads them.
             columns = {*cast("list[str]", self._signature_columns), *self._pair.columns()}
-            columns |= {TEACHER_KEY, "labels", "shift_labels", *self._pair.label_names}
+            columns |= {
+                TEACHER_KEY,
+                TEACHER_INDEX,
+                "labels",
+                "shift_labels",
+                *self._pair.label_names,
+            }
             self._signature_columns = sorted(columns)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from torch import nn
 from typing_extensions import TypedDict
 
 from otkd.scalars import as_whole
@@ -65,3 +66,36 @@ def as_pair(vocab_size: int | tuple[int, int]) -> tuple[int, int]:
             f"them, got {vocab_size!r}"
         ) from None
     return student, teacher
+
+
+def teacher_scale(loss: nn.Module) -> tuple[float, int | None]:
+    """The temperature at which a loss reads its teacher, and the size of the teacher's vocabulary.
+
+    A module that is not a loss of otkd is taken to divide by its attribute ``temperature``, if it
+    has one.
+
+    Returns:
+        The temperature, and the number of real tokens if the loss has ``vocab_size``.
+
+    Raises:
+        ValueError: if the terms of the loss differ in one of them.
+    """
+    found = set()
+    for module in loss.modules():
+        temperature = getattr(module, "temperature", None)
+        if isinstance(temperature, int | float) and getattr(module, "needs_teacher", True):
+            size = getattr(module, "vocab_size", None)
+            teacher = getattr(module, "teacher_temperature", None) or temperature
+            found.add((float(teacher), None if size is None else as_pair(size)[1]))
+    if len(found) > 1:
+        raise ValueError(
+            "a mixture of teachers is one of distributions at one temperature, over one "
+            f"vocabulary, but the terms of {type(loss).__name__} read their teacher at "
+            f"{_listed(t for t, _ in found)}, with vocab_size {_listed(v for _, v in found)}: give "
+            "all terms the same teacher_temperature and vocab_size"
+        )
+    return found.pop() if found else (1.0, None)
+
+
+def _listed(values: Iterable[object]) -> str:
+    return " and ".join(sorted({str(value) for value in values}))

@@ -45,6 +45,10 @@ CAUSAL = texts(LENGTHS, empty=(3, 4, 5, 8, 9))
 EVAL = texts(LENGTHS[:10], empty=(2, 3, 7))
 UNLABELLED = [{k: v for k, v in row.items() if k != "labels"} for row in CAUSAL]
 UNMASKED = [{k: v for k, v in row.items() if k != "attention_mask"} for row in CAUSAL]
+# Teachers of the examples. In the first step, the last process has none of the second teacher.
+NUMBERED = [
+    row | {"teacher_index": [0, 1, 1, 0, 0, 0][index % STEP]} for index, row in enumerate(UNMASKED)
+]
 FLATTEN = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 SENTENCES = sentences(lengths=LENGTHS)
 for index in (3, 4, 5, 8, 9):
@@ -71,6 +75,24 @@ def weighted():
             "ot": (1.0, otkd.WeightedLoss(inner)),
         }
     )
+
+
+def mixed():
+    return otkd.WeightedLoss({"kl": (0.5, otkd.KLLoss(temperature=2.0)), "ce": (0.5, "ce")})
+
+
+def adapted(seed):
+    """A student with adapters that have already moved away from the base model."""
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(tiny_llama(0), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def batch_weighted():
@@ -136,9 +158,11 @@ def run(
     student = build(0)
     collate = options.pop("collate", pad)
     teacher = options.pop("teacher", None) or build(1)
+    shares = options.pop("teacher_weights", None)
     trainer = DistillationTrainer(
         student, arguments(folder, **options), train_dataset=rows, data_collator=collate,
-        teacher=teacher, loss=loss, compute_metrics=metrics, callbacks=list(callbacks),
+        teacher=teacher, teacher_weights=shares, loss=loss, compute_metrics=metrics,
+        callbacks=list(callbacks),
     )  # fmt: skip
     for callback in callbacks:
         callback.trainer = trainer
@@ -220,6 +244,16 @@ def runs(folder):
     found["evaluated first"] = run(*causal, otkd.KLLoss(), evaluate=EVAL, evaluate_first=True)
     found["packed"] = run(
         folder, tiny_llama, UNMASKED, otkd.KLLoss(), evaluate=UNMASKED[:10], collate=FLATTEN
+    )
+    found["mixture"] = run(
+        *causal, mixed(), teacher=[tiny_gpt2(1), tiny_gpt2(2)], teacher_weights=[0.3, 0.7]
+    )
+    found["per example, packed"] = run(
+        folder, tiny_llama, NUMBERED, otkd.KLLoss(), evaluate=NUMBERED[:10], collate=FLATTEN,
+        teacher=[tiny_llama(1), tiny_llama(2)],
+    )  # fmt: skip
+    found["base model"] = run(
+        folder, adapted, CAUSAL, mixed(), evaluate=EVAL, teacher="base_model", learning_rate=1.0
     )
     found["sinkhorn"] = run(*causal, sinkhorn(), evaluate=EVAL)
     # One process with the whole batch at once, several with microbatches of one row.
@@ -304,7 +338,9 @@ def main():
     folder = Path(sys.argv[1])
     if len(sys.argv) > 2:
         fail(folder, sys.argv[2])
-    torch.save(runs(folder), folder / f"{WORLD}-{RANK}.pt")
+    from tests.integration import sharded_runs  # which imports this module
+
+    torch.save(runs(folder) | sharded_runs.runs(folder), folder / f"{WORLD}-{RANK}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -47,6 +47,7 @@ def losses(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     pytest.importorskip("transformers")
+    pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("runs")
     (whole,) = launch(folder, RUNS, 1)
     return whole, {processes: launch(folder, RUNS, processes) for processes in (2, 3)}
@@ -90,6 +91,9 @@ SAME = (
     "kl",
     "evaluated first",
     "packed",
+    "mixture",
+    "per example, packed",
+    "base model",
     "sinkhorn",
     "sum",
     "sequence_mean",
@@ -119,6 +123,22 @@ def test_a_training_is_that_of_one_process(runs, name, processes):
             assert log == pytest.approx(expected, rel=1e-3, abs=2e-6)
         # Also where the last batch was filled with rows of the first.
         assert part["metrics"] == pytest.approx(whole["metrics"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["one", "mixture", "per example", "base model", "FSDP1"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_sharded_teacher_teaches_as_a_whole_one(runs, name, processes):
+    whole = runs[0][f"sharded, {name}"]
+    assert len(whole["losses"]) == 2
+    for part in (part[f"sharded, {name}"] for part in runs[1][processes]):
+        assert part["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+        assert part["evaluation"] == pytest.approx(whole["evaluation"], rel=1e-4)
+        if name != "FSDP1":
+            torch.testing.assert_close(part["weights"], whole["weights"], rtol=1e-4, atol=1e-6)
+        assert part["sharded"]
+        assert part["frozen"]
+        # Accelerate knows of the student alone, whose gradients it clips and which it saves.
+        assert part["students"] == 1
 
 
 def test_what_is_logged(runs):

@@ -103,7 +103,7 @@ class DistillationTrainer(StableTrainer):
         refuse_training(
             self.args,
             student=cast("nn.Module", self.model),
-            teacher=self.accelerator.unwrap_model(self.teacher_model),
+            teachers=[self.accelerator.unwrap_model(self.teacher_model)],
             loss=self.loss,
             train_dataset=self.train_dataset,
             eval_dataset=self.eval_dataset,
