@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -66,80 +68,105 @@ def sinkhorn_divergence(
         TypeError, ValueError: for wrong shapes, parameters out of range, or NaN in a counted
             position.
     """
-    values, _ = sinkhorn_with_report(
-        student_logits,
-        teacher_logits,
+    transport = TokenTransport(
         cost=as_cost(cost, learnable=True),
         support=as_support(support),
-        objective=Objective(
-            epsilon=epsilon,
-            debias=debias,
-            value=value,
-            penalties=as_penalties(relaxation_of(marginal_relaxation, unbalanced)),
-        ),
         solver=SolverSettings(tolerance=tolerance, max_iterations=max_iterations),
         temperature=temperature,
         teacher_temperature=teacher_temperature,
         mask=mask,
     )
-    return values
-
-
-def sinkhorn_with_report(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    cost: Cost,
-    support: Support | None,
-    objective: Objective,
-    solver: SolverSettings,
-    temperature: float,
-    teacher_temperature: float | None,
-    mask: Tensor | None,
-    backend: str = "auto",
-    stored: TopKTeacher | None = None,
-) -> tuple[Tensor, Report | None]:
-    """:func:`sinkhorn_divergence` with the solver's report (None without a counted position).
-
-    This function shows the whole path: logits → counted positions → atoms that the support selects,
-    with their masses and costs → solver → one value per position.
-
-    For the arguments see :func:`counted_positions_of`.
-    """
-    positions, support = counted_positions_of(
-        student_logits,
-        teacher_logits,
-        cost=cost,
-        support=support,
-        objective=objective,
-        backend=backend,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        mask=mask,
-        stored=stored,
+    objective = Objective(
+        epsilon=epsilon,
+        debias=debias,
+        value=value,
+        penalties=as_penalties(relaxation_of(marginal_relaxation, unbalanced)),
     )
-    values, report = solve_positions(positions, support, cost, objective, solver, backend)
-    return values.reshape(student_logits.shape[:-1]), report
+    return transport.divergence(student_logits, teacher_logits, objective)[0]
 
 
-def solve_positions(
-    positions: Positions,
-    support: Support,
-    cost: Cost,
-    objective: Objective,
-    solver: SolverSettings,
-    backend: str,
-) -> tuple[Tensor, Report | None]:
-    """The value of every position, 0 where it does not count, and the solver's report."""
-    values, report = positions.student[:0].sum(-1).to(positions.dtype), None
-    if len(positions):
-        values, report = solve_selection(
-            support.select(positions, cost, objective, backend), objective, solver
+@dataclass(frozen=True, kw_only=True)
+class TokenTransport:
+    """What decides a transport between token distributions, besides the logits and the objective.
+
+    :meth:`divergence` shows the whole path: logits → counted positions → atoms that the support
+    selects, with their masses and costs → solver → one value per position.
+
+    Attributes:
+        cost: between tokens.
+        support: which tokens take part; None chooses one by the size of the vocabularies.
+        solver: tolerance and limit of its iterations.
+        temperature: divides the logits of both sides.
+        teacher_temperature: if given, divides the teacher's logits instead.
+        mask: ``(*batch,)``, or None if every position counts.
+        backend: what computes the transport.
+        stored: a validated top-k teacher. The teacher's logits then only provide its shape. For
+            supports that do not read it, it is expanded to dense logits; the tokens that are not
+            stored share the tail's mass as in the student.
+    """
+
+    cost: Cost
+    support: Support | None
+    solver: SolverSettings
+    temperature: float
+    teacher_temperature: float | None = None
+    mask: Tensor | None = None
+    backend: str = "auto"
+    stored: TopKTeacher | None = None
+
+    def divergence(
+        self, student_logits: Tensor, teacher_logits: Tensor, objective: Objective
+    ) -> tuple[Tensor, Report | None]:
+        """:func:`sinkhorn_divergence` and the solver's report (None without a counted position)."""
+        positions, support = self.positions(student_logits, teacher_logits, objective)
+        values, report = self.solve(positions, support, objective)
+        return values.reshape(student_logits.shape[:-1]), report
+
+    def positions(
+        self, student_logits: Tensor, teacher_logits: Tensor, objective: Objective
+    ) -> tuple[Positions, Support]:
+        """The checked positions, and the support to use."""
+        cost, stored = self.cost, self.stored
+        check_logits(student_logits, teacher_logits, same_vocabulary=False)
+        teacher_temperature = check_temperatures(self.temperature, self.teacher_temperature)
+        check_mask(self.mask, student_logits.shape[:-1])
+        n, m = student_logits.shape[-1], teacher_logits.shape[-1]
+        support = self.support
+        if support is None:
+            support = choose_support(n, m, self.backend, cost if stored is None else None)
+        support.check(cost, n, m, objective, self.backend)
+        counted = None if self.mask is None else self.mask.reshape(-1).nonzero().squeeze(-1)
+        if stored is not None and support.reads_stored:
+            stored = stored.flatten()
+        elif stored is not None:
+            teacher_logits = (
+                logits_shaped_by(stored, student_logits, self.temperature)
+                if cost.one_vocabulary
+                else evenly_spread_logits(stored)
+            )
+            stored = None
+        positions = Positions(
+            student_logits.reshape(-1, n),
+            teacher_logits.detach().reshape(-1, m),
+            counted,
+            self.temperature,
+            teacher_temperature,
+            stored,
         )
-    if positions.counted is not None:
-        every = values.new_zeros(len(positions.student))
-        values = every.index_copy(0, positions.counted, values)
-    return values, report
+        return positions, support
+
+    def solve(
+        self, positions: Positions, support: Support, objective: Objective
+    ) -> tuple[Tensor, Report | None]:
+        """The value of every position, 0 where it does not count, and the solver's report."""
+        values, report = positions.student[:0].sum(-1).to(positions.dtype), None
+        if len(positions):
+            selection = support.select(positions, self.cost, objective, self.backend)
+            values, report = solve_selection(selection, objective, self.solver)
+        if positions.counted is not None:
+            every = values.new_zeros(len(positions.student))
+            values = every.index_copy(0, positions.counted, values)
+        return values, report
 
 
 def solve_selection(
@@ -164,51 +191,3 @@ def solve_selection(
         worst_coverage=None if coverage is None else coverage.min(),
     )
     return value, report
-
-
-def counted_positions_of(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    cost: Cost,
-    support: Support | None,
-    objective: Objective,
-    backend: str,
-    temperature: float,
-    teacher_temperature: float | None,
-    mask: Tensor | None,
-    stored: TopKTeacher | None = None,
-) -> tuple[Positions, Support]:
-    """The checked positions of :func:`sinkhorn_divergence`, and the support to use.
-
-    If ``stored`` is given, it is already validated, and ``teacher_logits`` only provide its shape.
-    For supports that do not read a stored teacher it is expanded to dense logits; the tokens that
-    are not stored share the tail's mass as in the student.
-    """
-    check_logits(student_logits, teacher_logits, same_vocabulary=False)
-    teacher_temperature = check_temperatures(temperature, teacher_temperature)
-    batch_shape = student_logits.shape[:-1]
-    check_mask(mask, batch_shape)
-    n, m = student_logits.shape[-1], teacher_logits.shape[-1]
-    if support is None:
-        support = choose_support(n, m, backend, cost if stored is None else None)
-    support.check(cost, n, m, objective, backend)
-    counted = None if mask is None else mask.reshape(-1).nonzero().squeeze(-1)
-    if stored is not None and support.reads_stored:
-        stored = stored.flatten()
-    elif stored is not None:
-        teacher_logits = (
-            logits_shaped_by(stored, student_logits, temperature)
-            if cost.one_vocabulary
-            else evenly_spread_logits(stored)
-        )
-        stored = None
-    positions = Positions(
-        student_logits.reshape(-1, n),
-        teacher_logits.detach().reshape(-1, m),
-        counted,
-        temperature,
-        teacher_temperature,
-        stored,
-    )
-    return positions, support

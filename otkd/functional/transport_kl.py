@@ -14,12 +14,11 @@ from otkd.costs import Cost, DiscreteCost, EmbeddingCost
 from otkd.costs.forms import as_cost
 from otkd.functional.report import Report
 from otkd.functional.smoothing import smoothed_kl
-from otkd.functional.transport import counted_positions_of, solve_positions
+from otkd.functional.transport import TokenTransport
 from otkd.ot.divergence import SolverReport
 from otkd.ot.options import Objective, SolverSettings
 from otkd.scalars import as_positive, settle
 from otkd.supports import Support, TopK, as_support
-from otkd.teachers import TopKTeacher
 
 DIRECTIONS = ("forward", "reverse")
 DEBIASINGS = ("auto", "teacher")
@@ -143,12 +142,7 @@ def transport_kl_divergence(
             position.
     """
     cost = as_cost(cost)
-    settings = Price(price=price, smoothing=smoothing, direction=direction)
-    values, _ = transport_kl_with_report(
-        student_logits,
-        teacher_logits,
-        settings=settings,
-        objective=settings.objective(debiasing_for(cost, debias)),
+    transport = TokenTransport(
         cost=cost,
         support=as_support(support),
         solver=SolverSettings(tolerance=tolerance, max_iterations=max_iterations),
@@ -156,50 +150,34 @@ def transport_kl_divergence(
         teacher_temperature=teacher_temperature,
         mask=mask,
     )
-    return values
+    settings = Price(price=price, smoothing=smoothing, direction=direction)
+    objective = settings.objective(debiasing_for(cost, debias))
+    return transport_kl_of(transport, student_logits, teacher_logits, settings, objective)[0]
 
 
-def transport_kl_with_report(
+def transport_kl_of(
+    transport: TokenTransport,
     student_logits: Tensor,
     teacher_logits: Tensor,
-    *,
     settings: Price,
     objective: Objective,
-    cost: Cost,
-    support: Support | None,
-    solver: SolverSettings,
-    temperature: float,
-    teacher_temperature: float | None,
-    mask: Tensor | None,
-    backend: str = "auto",
-    stored: TopKTeacher | None = None,
 ) -> tuple[Tensor, Report | None]:
-    """:func:`transport_kl_divergence` with the solver's report (None without a counted position).
+    """:func:`transport_kl_divergence` and the solver's report (None without a counted position).
 
     With ``smoothing=1``, one vocabulary and :class:`~otkd.supports.TopK`, the closed form of
     :mod:`otkd.functional.smoothing` makes every token of the tail an atom of its own.
     """
-    positions, chosen = counted_positions_of(
-        student_logits,
-        teacher_logits,
-        cost=cost,
-        support=support,
-        objective=objective,
-        backend=backend,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        mask=mask,
-        stored=stored,
-    )
+    cost = transport.cost
+    positions, chosen = transport.positions(student_logits, teacher_logits, objective)
     batch_shape = student_logits.shape[:-1]
     closed = settings.smoothing == 1 and positions.stored is None and _is_smoothing(cost, objective)
     if not (closed and isinstance(chosen, TopK) and chosen.tail):
-        values, report = solve_positions(positions, chosen, cost, objective, solver, backend)
+        values, report = transport.solve(positions, chosen, objective)
         return values.reshape(batch_shape) / settings.unit, report
-    chosen = TopK(_HEAD) if support is None else chosen
+    chosen = TopK(_HEAD) if transport.support is None else chosen
     values = smoothed_kl(
         positions,
-        None if mask is None else mask.reshape(-1),
+        None if transport.mask is None else transport.mask.reshape(-1),
         cost=cost,
         epsilon=settings.epsilon,
         debiased=objective.debias is not None,

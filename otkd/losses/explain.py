@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otkd.costs import Cost, CostMatrices
-from otkd.functional.transport import counted_positions_of
-from otkd.losses.base import Batch
+from otkd.costs import CostMatrices
+from otkd.functional.transport import TokenTransport
 from otkd.ot.divergence import solve_divergence
 from otkd.ot.kernels.lazy import LazyCost
 from otkd.ot.options import Objective, SolverSettings
-from otkd.supports import LARGEST_DENSE, Support
+from otkd.supports import LARGEST_DENSE
 from otkd.supports.base import Block
 
 OTHER_TOKENS = "(other tokens)"
@@ -77,46 +76,33 @@ class Explanation:
 
 
 def explain_position(
-    batch: Batch,
+    transport: TokenTransport,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
     position: int | Sequence[int],
     *,
-    cost: Cost,
-    support: Support | None,
     objective: Objective,
-    solver: SolverSettings,
-    temperature: float,
-    teacher_temperature: float | None,
     tokenizer: Any,
     top: int | None,
 ) -> Explanation:
     """See :meth:`otkd.SinkhornLoss.explain`."""
-    shape = tuple(batch.student_logits.shape[:-1])
+    shape = tuple(student_logits.shape[:-1])
     if top is not None and top < 0:
         raise ValueError(f"top must be a number of moves or None for all, got {top!r}")
-    two = not cost.one_vocabulary
+    two = not transport.cost.one_vocabulary
     source_names, target_names = _tokenizers(tokenizer, two=two)
-    mask = _mask_of(position, shape).to(batch.student_logits.device)
+    mask = _mask_of(position, shape).to(student_logits.device)
+    transport = replace(transport, mask=mask, backend="auto")  # others may not store the costs
     with torch.no_grad():
-        positions, support = counted_positions_of(
-            batch.student_logits,
-            batch.teacher_logits,
-            cost=cost,
-            support=support,
-            objective=objective,
-            backend="auto",  # other backends may not store the costs
-            temperature=temperature,
-            teacher_temperature=teacher_temperature,
-            mask=mask,
-            stored=batch.stored,
-        )
-        (block,) = support.select(positions, cost, objective, "auto").blocks
+        positions, support = transport.positions(student_logits, teacher_logits, objective)
+        (block,) = support.select(positions, transport.cost, objective, "auto").blocks
         if isinstance(block.costs.cross, LazyCost):
             raise ValueError(
                 f"{support!r} does not store the whole plan of a position: use otkd.supports.TopK "
                 f"or, for up to {LARGEST_DENSE} tokens, Dense"
             )
-        value, _ = block.solve(objective, solver)
-        plan, costs, error = _plan(block, objective, solver)
+        value, _ = block.solve(objective, transport.solver)
+        plan, costs, error = _plan(block, objective, transport.solver)
     source_tokens, target_tokens = _tokens(block)
     stays = source_tokens.unsqueeze(-1) == target_tokens
     moved = plan.sum() if two else plan.masked_fill(stays, 0).sum()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from otkd.checks import check_choice
 from otkd.costs import Cost
-from otkd.functional.transport import sinkhorn_with_report
+from otkd.functional.transport import TokenTransport
 from otkd.losses.base import Batch, DistillationLoss
 from otkd.losses.explain import Explanation, explain_position
 from otkd.ot.options import Objective, SolverSettings
@@ -55,26 +55,22 @@ class TokenTransportLoss(DistillationLoss):
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
-        values, self.last_report = sinkhorn_with_report(
-            batch.student_logits,
-            batch.teacher_logits,
-            objective=self.objective,
-            **self._arguments(batch),
+        values, self.last_report = self._transport(batch).divergence(
+            batch.student_logits, batch.teacher_logits, self.objective
         )
         return values
 
-    def _arguments(self, batch: Batch) -> dict[str, Any]:
-        """What every transport over tokens takes besides the logits and the problem."""
-        return {
-            "cost": self.cost,
-            "support": self.support,
-            "solver": self.solver,
-            "backend": self.backend,
-            "temperature": self.temperature,
-            "teacher_temperature": self.teacher_temperature,
-            "mask": batch.counted,
-            "stored": batch.stored,
-        }
+    def _transport(self, batch: Batch) -> TokenTransport:
+        return TokenTransport(
+            cost=self.cost,
+            support=self.support,
+            solver=self.solver,
+            backend=self.backend,
+            temperature=self.temperature,
+            teacher_temperature=self.teacher_temperature,
+            mask=batch.counted,
+            stored=batch.stored,
+        )
 
     def explain(
         self,
@@ -109,14 +105,11 @@ class TokenTransportLoss(DistillationLoss):
         """
         batch = self._prepare(student_logits, teacher_logits, None, None, None, None)
         explanation = explain_position(
-            batch,
+            self._transport(batch),
+            batch.student_logits,
+            batch.teacher_logits,
             position,
-            cost=self.cost,
-            support=self.support,
             objective=self.objective,
-            solver=self.solver,
-            temperature=self.temperature,
-            teacher_temperature=self.teacher_temperature,
             tokenizer=tokenizer,
             top=top,
         )

@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from otkd.costs import Cost
-from otkd.functional.transport_kl import Price, debiasing_for, transport_kl_with_report
+from otkd.functional.transport_kl import Price, debiasing_for, transport_kl_of
 from otkd.losses.base import Batch
 from otkd.losses.ground_cost import make_cost
 from otkd.losses.registry import register_loss
@@ -136,12 +136,12 @@ class TransportKLLoss(TokenTransportLoss):
 
     def per_position(self, batch: Batch) -> Tensor:
         """See :class:`~otkd.losses.base.DistillationLoss`."""
-        values, self.last_report = transport_kl_with_report(
+        values, self.last_report = transport_kl_of(
+            self._transport(batch),
             batch.student_logits,
             batch.teacher_logits,
-            settings=self.settings,
-            objective=self.objective,
-            **self._arguments(batch),
+            self.settings,
+            self.objective,
         )
         return values
 
