@@ -1,6 +1,8 @@
-"""Alignment of two vocabularies: maps the student's embedding into the teacher's space.
+"""Two vocabularies: which positions, which tokens and which costs correspond.
 
-The distance between tokens of two vocabularies is meaningless while their embeddings lie in
+Positions: :func:`align_positions` finds where two tokenisations of a text have read the same bytes.
+
+Costs: the distance between tokens of two vocabularies is meaningless while their embeddings lie in
 different spaces. The tokens that both vocabularies contain (:func:`shared_tokens`) are anchors. A
 linear map fitted on them (:func:`fit_map`) maps all other tokens, and the distance in the teacher's
 space is the ground cost:
@@ -15,15 +17,27 @@ space is the ground cost:
 """
 
 from otkd.alignment.anchors import align_embeddings, aligned_cost
+from otkd.alignment.chat import render_chat
+from otkd.alignment.ends import TokenEnds, token_ends
 from otkd.alignment.maps import AnchorMap, fit_map
-from otkd.alignment.tokens import SharedTokens, Tokenizer, shared_tokens
+from otkd.alignment.normal_text import normalized_for
+from otkd.alignment.pieces import Tokenizer
+from otkd.alignment.positions import AlignedPositions, align_positions, common_positions
+from otkd.alignment.tokens import SharedTokens, shared_tokens
 
 __all__ = [
+    "AlignedPositions",
     "AnchorMap",
     "SharedTokens",
+    "TokenEnds",
     "Tokenizer",
     "align_embeddings",
+    "align_positions",
     "aligned_cost",
+    "common_positions",
     "fit_map",
+    "normalized_for",
+    "render_chat",
     "shared_tokens",
+    "token_ends",
 ]

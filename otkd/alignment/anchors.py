@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from otkd.alignment.maps import AnchorMap, check_embedding, fit_map
-from otkd.alignment.tokens import Tokenizer, shared_tokens
+from otkd.alignment.pieces import Tokenizer
+from otkd.alignment.tokens import shared_tokens
 from otkd.costs import EmbeddingCost
 
 TokenIds = Tensor | Sequence[int]
