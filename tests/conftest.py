@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import otkd.ot.solver
+import otkd.ot.transport
 
 # Workers run side by side: more threads than processors only wait for each other.
 torch.set_num_threads(1)
@@ -42,3 +43,16 @@ def seeded():
 def iterations_alone(monkeypatch):
     """Small problems stand for large ones: no steps of Newton's method."""
     monkeypatch.setattr(otkd.ot.solver, "_MOST_TARGETS", 0)
+
+
+@pytest.fixture
+def solves(monkeypatch):
+    """The number of problems solved, batch by batch."""
+    counted, solve = [], otkd.ot.transport.solve_potentials
+
+    def counting(problem, *arguments, **options):
+        counted.append(len(problem.a))
+        return solve(problem, *arguments, **options)
+
+    monkeypatch.setattr(otkd.ot.transport, "solve_potentials", counting)
+    return counted

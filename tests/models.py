@@ -9,6 +9,19 @@ import transformers
 VOCAB = 29
 CLASSES = 3
 WIDTH = 32
+# Of TrainingArguments: plain gradient descent, whose weights show every gradient, and a log of each
+# step.
+PLAIN_TRAINING = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "save_strategy": "no",
+    "logging_steps": 1,
+}
 
 
 def _built(seed: int, model_class, config, scale: float = 2.0):

@@ -29,7 +29,7 @@ from tests.integration.kind_models import (
     causal_text,
     sequence,
 )
-from tests.models import CLASSES, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.models import CLASSES, PLAIN_TRAINING, VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -38,18 +38,10 @@ pytestmark = pytest.mark.usefixtures("seeded")
 def arguments(tmp_path):
     def build(**options):
         defaults = {
+            **PLAIN_TRAINING,
             "output_dir": str(tmp_path),
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
             "train_sampling_strategy": "sequential",
             "max_steps": 1,
-            "save_strategy": "no",
-            "logging_steps": 1,
             "dataloader_pin_memory": False,
         }
         return TrainingArguments(**(defaults | options))

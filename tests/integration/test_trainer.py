@@ -21,6 +21,7 @@ from otkd.losses.protocol import as_loss
 from otkd.teachers import DenseTeacher
 from tests.models import (
     CLASSES,
+    PLAIN_TRAINING,
     VOCAB,
     WIDTH,
     tiny_bert,
@@ -38,20 +39,12 @@ LENGTHS = (9, 3, 7, 2, 8, 4, 6, 5)
 def arguments(tmp_path):
     def build(**options):
         defaults = {
+            **PLAIN_TRAINING,
             "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4,
             "train_sampling_strategy": "sequential",
             "num_train_epochs": 1,
-            "save_strategy": "no",
-            "logging_steps": 1,
             "dataloader_pin_memory": False,
         }
         return TrainingArguments(**(defaults | options))

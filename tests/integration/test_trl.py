@@ -26,7 +26,7 @@ from otkd.supports import Dense
 from tests.integration import framework_runs
 from tests.integration.test_causal_lm import _COMMON
 from tests.integration.test_distributed import launch
-from tests.models import VOCAB, save_tokenizer, tiny_llama
+from tests.models import PLAIN_TRAINING, VOCAB, save_tokenizer, tiny_llama
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),
@@ -75,23 +75,15 @@ def build(tmp_path, tokenizer):
         own = ("off_policy", "peft_config", "eval_dataset", "tools", "processing_class")
         options = {name: given.pop(name) for name in own if name in given}
         defaults = {
+            **PLAIN_TRAINING,
             "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
             "bf16": False,
             "gradient_checkpointing": False,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
             "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 4,
             "num_train_epochs": 1,
             "max_completion_length": 5,
             "shuffle_dataset": False,
-            "save_strategy": "no",
-            "logging_steps": 1,
         }
         if kind is DistillationTrainer:
             options["loss"] = otkd.KLLoss() if loss is None else loss

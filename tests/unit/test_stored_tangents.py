@@ -71,19 +71,6 @@ def value_and_gradient(loss, student, teacher, **options):
     return value.detach(), gradient
 
 
-@pytest.fixture
-def solves(monkeypatch):
-    """The number of problems solved, batch by batch."""
-    counted, solve = [], otkd.ot.transport.solve_potentials
-
-    def counting(problem, *arguments, **options):
-        counted.append(len(problem.a))
-        return solve(problem, *arguments, **options)
-
-    monkeypatch.setattr(otkd.ot.transport, "solve_potentials", counting)
-    return counted
-
-
 @every_loss
 def test_only_the_student_is_solved_in_a_step(make, solves, tmp_path):
     student, teacher = logits(1, 3, 4, VOCAB), logits(2, 3, 4, VOCAB)

@@ -127,19 +127,6 @@ def test_no_loss_where_the_student_is_the_teacher(k, count, kept, dtype, atol, s
         assert (loss(logits(6, 6, VOCAB), stored) > 0.01).all()
 
 
-@pytest.fixture
-def solves(monkeypatch):
-    """The number of problems solved, batch by batch."""
-    counted, solve = [], otkd.ot.transport.solve_potentials
-
-    def counting(problem, *arguments, **options):
-        counted.append(len(problem.a))
-        return solve(problem, *arguments, **options)
-
-    monkeypatch.setattr(otkd.ot.transport, "solve_potentials", counting)
-    return counted
-
-
 def bridge():
     return EmbeddingCost(embedding(), embedding(8, VOCAB + 3))
 

@@ -1,0 +1,112 @@
+"""Writes the tables of docs/causal_lm.md from the result files of a study.
+
+    python examples/causal_lm/study/study_tables.py
+
+The results of `otkd compare … --protocol examples/causal_lm/study/PROTOCOL.toml` are read from
+`examples/causal_lm/study/results/PROTOCOL/TASK/LOSS/SEED.json`. The page is written by hand, except
+what is between the two comments of each table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from otkd.files import written_whole
+from otkd.study.protocols import load_protocol
+from otkd.study.report import metric_title
+from otkd.study.results import Result, read_result
+from otkd.study.summary import Estimate, estimate
+from otkd.tasks import get_metric
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[2] / "docs" / "causal_lm.md"
+BASELINE = "kl"
+METRICS = ("cross_entropy", "kl", "reverse_kl", "tvd", "sinkhorn", "accuracy")
+_TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Runs = Mapping[str, Mapping[int, Result]]
+
+
+def read_runs(folder: Path, losses: list[str]) -> dict[str, dict[int, Result]]:
+    """The finished results of every loss by seed, in the order of the protocol."""
+    found = {}
+    for loss in losses:
+        results = [read_result(path) for path in sorted((folder / loss).glob("*.json"))]
+        if results:
+            found[loss] = {result.seed: result for result in results}
+    return found
+
+
+def table(folder: Path, protocol: str) -> str:
+    """Means over seeds, and the difference of the cross-entropy to KL in pairs of equal seeds."""
+    runs = read_runs(folder, [*load_protocol(str(HERE / f"{protocol}.toml")).losses])
+    teacher = read_result(folder / "teacher" / "result.json")
+    header = ["loss", "seeds", *map(metric_title, METRICS), "agreement", "cross-entropy − KL's"]
+    rows = [
+        ["teacher", "", *(_shown(name, teacher.metrics[name]) for name in METRICS), "", ""],
+        *(_row(loss, runs) for loss in runs),
+    ]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _row(loss: str, runs: Runs) -> list[str]:
+    results = [*runs[loss].values()]
+    if any(result.diverged for result in results):
+        return [loss, str(len(results)), "diverged", *[""] * (len(METRICS) + 1)]
+    means = [
+        _mean(name, estimate([result.metrics[name] for result in results])) for name in METRICS
+    ]
+    agreement = _mean("accuracy", estimate([result.agreement or 0.0 for result in results]))
+    return [loss, str(len(results)), *means, agreement, _difference(loss, runs)]
+
+
+def _difference(loss: str, runs: Runs) -> str:
+    """Bold if the interval excludes 0; without an interval for a single seed."""
+    baseline = runs.get(BASELINE, {})
+    common = [seed for seed in runs[loss] if seed in baseline]
+    if loss == BASELINE or not common:
+        return ""
+    found = estimate([runs[loss][seed].score - baseline[seed].score for seed in common])
+    text = f"{found.mean:+.3f}".replace("-", "−")
+    if found.interval is None:
+        return text
+    text = f"{text} ± {found.interval:.3f}"
+    return f"**{text}**" if abs(found.mean) > found.interval else text
+
+
+def _mean(name: str, found: Estimate) -> str:
+    text = _shown(name, found.mean)
+    return text if found.interval is None else f"{text} ± {_shown(name, found.interval)}"
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{100 * value:.1f}" if get_metric(name).fraction else f"{value:.3f}"
+
+
+def updated(page: str, results: Path) -> str:
+    """The page with its tables made anew."""
+
+    def made(match: re.Match) -> str:
+        start, protocol, task, end = match.groups()
+        return start + table(results / protocol / task, protocol) + end
+
+    return _TABLE.sub(made, page)
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder of the results.")] = HERE / "results",
+    page: Annotated[Path, typer.Option(help="The page to update.")] = PAGE,
+) -> None:
+    text = updated(page.read_text(encoding="utf-8"), results)
+    with written_whole(page) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
