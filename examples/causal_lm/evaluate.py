@@ -106,7 +106,7 @@ def measure(options: Options, bar: StepBar) -> dict[str, Any]:
     bar.plan(len(batches) * (1 + len(options.seeds)) * (1 + len(options.students)))
     for name in ["teacher", *options.students]:
         model = teacher if name == "teacher" else recipe.load_model(name).to(device())
-        recipe.refuse_sizes(name, model, tokenizer, options.max_length)
+        recipe.refuse_sizes(f"model {name}", model, tokenizer, options.max_length)
         advance, scores = bar.start(name), []
         found[name] = agreement_with(teacher, model.eval(), batches, advance)
         for seed in options.seeds:

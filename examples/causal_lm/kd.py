@@ -69,7 +69,8 @@ def build_loss(options: Options, materials: Materials) -> nn.Module:
     with refused_settings():
         parameters = inspect.signature(loss_class(options.loss)).parameters
         if "embedding" in parameters and not {"embedding", "cost"} & given.keys():
-            given["embedding"] = materials.teacher.get_input_embeddings().weight.detach()
+            embedding = materials.teacher.get_input_embeddings().weight.detach()
+            given["embedding"] = embedding[: materials.vocab_size]
         if materials.vocab_size is not None and "vocab_size" in parameters:
             given.setdefault("vocab_size", materials.vocab_size)
         return otkd.get_loss(options.loss, **given)
@@ -125,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = Path(options.teacher_folder or Path(args.output_dir) / "stored-teacher")
             temperature = getattr(loss, "teacher_temperature", None) or loss.temperature
             teachers = stored_teachers(materials, setup, settings, temperature, folder)
+            materials.teacher = None  # frees its memory
         if options.ce_weight:
             terms = {options.loss: (1 - options.ce_weight, loss), "ce": (options.ce_weight, "ce")}
             with refused_settings():

@@ -18,12 +18,7 @@ from otkd.extras import missing
 from otkd.study.grid import check_writable
 from otkd.study.messages import StudyError, quiet_libraries
 from otkd.study.models import load
-from otkd.tasks.causal_lm import (
-    Instruction,
-    packaged_teacher,
-    read_instructions,
-    student_of,
-)
+from otkd.tasks.causal_lm import Instruction, packaged_teacher, read_instructions, student_of
 
 DATA = str(Path(__file__).with_name("instructions.jsonl"))
 # The experiment of MiniLLM and DistiLLM with GPT-2, apart from the learning rate of the method.
@@ -185,15 +180,16 @@ def check_same_tokens(student: Any, teacher: Any) -> None:
 
 def refuse_sizes(role: str, model: Any, tokenizer: Any, max_length: int) -> None:
     """Raise ``StudyError`` for a model with too few tokens or too short a context."""
-    tokens, context = model.config.vocab_size, model.config.max_position_embeddings
+    tokens = model.config.vocab_size
+    context = getattr(model.config, "max_position_embeddings", max_length)  # some have no limit
     if len(tokenizer) > tokens:
         raise StudyError(
-            f"The tokenizer has {len(tokenizer):,} tokens, but the model {role} only {tokens:,}: "
+            f"The tokenizer has {len(tokenizer):,} tokens, but the {role} only {tokens:,}: "
             "they do not belong together."
         )
     if max_length > context:
         raise StudyError(
-            f"--max-length {max_length}: the model {role} reads at most {context:,} tokens, so "
+            f"--max-length {max_length}: the {role} reads at most {context:,} tokens, so "
             "choose a smaller length."
         )
 
@@ -219,4 +215,4 @@ def refused_settings() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, ImportError) as error:
-        raise StudyError(f"{error}.") from error
+        raise StudyError(f"{str(error).rstrip('.')}.") from error

@@ -26,7 +26,8 @@ from otkd.tasks.causal_lm.instructions import digest_of
 # Options that do not change the trained weights. Models and rows are compared by their content.
 _NO_SETTINGS = re.compile(
     r"output_dir|log|report_to|run_name|hub_|push_|save_|disable_tqdm|dataloader_|resume_|do_|debug"
-    r"|project|trackio|local_rank|eval_on_start|train_file|teacher$|student$"
+    r"|project|trackio|local_rank|eval_on_start|train_file|teacher$|student$|teacher_folder"
+    r"|answers_file"
 )
 _SETTINGS = "settings.json"  # whose hash is in every checkpoint
 _ELSEWHERE = "Choose another --output-dir, or remove this folder."
@@ -124,7 +125,8 @@ def encoded(materials: Materials, setup: Setup) -> tuple[Any, Any]:
 
 def last_checkpoint(args: TrainingArguments) -> Path | None:
     """The last checkpoint of an interrupted run whose files are all unchanged, or None."""
-    return last_whole_checkpoint(Path(args.output_dir))
+    with args.main_process_first(local=False):  # damaged ones are removed
+        return last_whole_checkpoint(Path(args.output_dir))
 
 
 def train(trainer: Any, materials: Materials, settings: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ reuse if it was made with the same teacher, rows and settings. An interrupted ge
 The file has the format of `--train-file`. LoRA, resuming, and every option of
 `transformers.TrainingArguments`.
 
-Limits: one answer for each prompt; empty ones are left out. The scripts of MiniLLM and DistiLLM
-distil the distributions on these answers besides; for this, give the file to `kd.py` as
-`--train-file`. The last weights are kept.
+Limits: one answer for each prompt; empty ones are left out, and those that reach
+`--max-new-tokens` are trained on as if they ended there. The scripts of MiniLLM and DistiLLM also
+distil the distributions on these answers; for this, give the file to `kd.py` as `--train-file`. The
+last weights are kept.
 
     python examples/causal_lm/seqkd.py --train-file data.jsonl --output-dir results/seqkd
 
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         materials.train = answered_by_teacher(
             materials, settings, args, file, options.max_new_tokens
         )
+        materials.teacher = None  # frees its memory
         trainer = off_policy_trainer(materials, setup, args, otkd.CrossEntropyLoss(), teacher=None)
         train(trainer, materials, settings)
 
