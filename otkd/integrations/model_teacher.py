@@ -31,10 +31,12 @@ class Teacher(ABC):
     Attributes:
         models: those that are only teachers.
         arguments: the inputs that they name.
+        shifts: whether their logits are for the label of the next position.
     """
 
     models: Sequence[nn.Module]
     arguments: frozenset[str]
+    shifts: bool
 
     @abstractmethod
     def place(self, accelerator: Accelerator) -> None:
@@ -73,6 +75,7 @@ class ModelTeacher(Teacher):
         self.models = [model]
         self.description = describe(model)
         self.arguments = self.description.arguments
+        self.shifts = self.description.shifts
         named = replace(self.description, name=f"{self.description.name}{name}")
         refuse_model(named, "teacher")
         refuse_pair(student, named, loss, shift=shift)

@@ -79,6 +79,12 @@ class _SeveralTeachers(Teacher):
         self._teachers = teachers
         self.models = [model for teacher in teachers for model in teacher.models]
         self.arguments = frozenset().union(*(teacher.arguments for teacher in teachers))
+        self.shifts = teachers[0].shifts
+        if any(teacher.shifts != self.shifts for teacher in teachers):
+            raise ValueError(
+                "several teachers must predict the same token at a position, but some of them are "
+                "causal language models and others are not"
+            )
         self._sharded = False
 
     def place(self, accelerator: Accelerator) -> None:

@@ -79,8 +79,8 @@ class DistillationTrainer(Trainer):
             of their distributions at the temperature at which the loss reads its teacher.
         eval_teacher: stored logits of ``eval_dataset``, or a dictionary of them if that is one.
         shift: whether logits are paired with the next label. The default is True for causal
-            language models of transformers, and for other modules whose teacher is one. Pass it for
-            other modules with a stored teacher.
+            language models of transformers, and for other modules with such a teacher. Pass it if
+            that is stored.
 
     Raises:
         TypeError: if ``loss`` or a teacher has an unsupported type.

@@ -27,7 +27,7 @@ from tests.integration.test_trainer import (
     trained,
     weights,
 )
-from tests.models import VOCAB, tiny_bert, tiny_gpt2, tiny_llama
+from tests.models import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_masked_lm
 
 __all__ = ["arguments"]  # a fixture
 pytestmark = [
@@ -292,6 +292,17 @@ def test_padded_vocabularies_of_a_mixture_are_cut_before_they_are_mixed(argument
     assert_same(*runs)
 
 
+class Own(nn.Module):
+    """A student of which nothing is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, VOCAB)
+
+    def forward(self, input_ids):
+        return {"logits": self.embedding(input_ids)}
+
+
 def test_what_is_no_mixture_is_refused(arguments):
     two = [tiny_llama(1), tiny_llama(2)]
     larger = [tiny_llama(1), tiny_llama(2, vocab=VOCAB + 3)]
@@ -331,6 +342,11 @@ def test_what_is_no_mixture_is_refused(arguments):
             options["loss"] = otkd.get_loss("ce")
         with pytest.raises(error, match=message):
             DistillationTrainer(tiny_llama(0), arguments(), data_collator=pad, **options)
+    with pytest.raises(ValueError, match="some of them are causal language models"):
+        DistillationTrainer(
+            Own(), arguments(), train_dataset=texts(), loss=otkd.KLLoss(),
+            teacher=[two[0], tiny_masked_lm(1)],
+        )  # fmt: skip
     student = tiny_llama(0)
     with pytest.raises(ValueError, match="the teacher is the student"):
         DistillationTrainer(
@@ -400,6 +416,12 @@ def test_accumulation_with_a_teacher_per_example_equals_the_full_batch(arguments
     ]  # fmt: skip
     for each in runs[1:]:
         assert_same(each, runs[0])
+
+
+def test_a_student_of_ones_own_is_shifted_as_its_teachers_are(arguments):
+    teachers = [tiny_llama(1), tiny_llama(2)]
+    trainer = run(arguments, teachers, student=Own(), teacher_weights=[0.5, 0.5])
+    assert trainer.shift
 
 
 def test_a_mixture_accumulates_to_the_full_batch(arguments):
