@@ -322,14 +322,22 @@ def test_adapters_are_trained_and_merged(run, world):
     assert changed == {name for name in before if "proj" in name}
 
 
-def test_an_evaluation_reads_the_rows_that_are_held_out(run, world):
-    folder = run(kd, *PLAIN, "--eval-rows", 3, "--eval-strategy", "epoch")
+def held_out_loss(world, folder, objective, rows):
+    """Of the trained student, on the first rows of the data."""
     load = transformers.AutoModelForCausalLM.from_pretrained
     student, teacher = load(folder / "student"), load(world / "teacher")
-    ids, mask, labels = (tensor[:3] for tensor in batch(world))
+    ids, mask, labels = (tensor[:rows] for tensor in batch(world))
     counted = labels[:, 1:] != -100
-    logits, theirs = (m(ids, mask).logits[:, :-1][counted] for m in (student, teacher))
-    expected = kl(logits, theirs, None).item()
+    with torch.no_grad():
+        pair = (m(ids, mask).logits[:, :-1][counted] for m in (student, teacher))
+        return objective(*pair, None).item()
+
+
+@pytest.mark.parametrize("stored", [0, VOCAB])
+def test_an_evaluation_reads_the_rows_that_are_held_out(run, world, stored):
+    held_out = ["--eval-rows", 3, "--eval-strategy", "epoch", "--stored-tokens", stored]
+    folder = run(kd, *PLAIN, *held_out)
+    expected = held_out_loss(world, folder, kl, 3)
     assert logged(folder, "eval_loss")[-1] == pytest.approx(expected, abs=1e-4)
 
 
@@ -469,6 +477,14 @@ def test_on_answers_of_the_student_the_first_loss_is_that_of_its_own_tokens(
     assert logged(folder)[0] == pytest.approx(expected, abs=1e-4)
     given, _ = naive_losses(world, objective, steps=1)
     assert abs(given[0] - expected) > 1e-3  # on the answers of the data it is another
+
+
+def test_an_evaluation_reads_the_answers_of_the_data(world, run, on_policy):
+    held_out = ["--eval-rows", 3, "--eval-strategy", "epoch", "--student-share", 1]
+    held_out += ["--per-device-train-batch-size", 5]
+    folder = run(on_policy["gkd"], *PLAIN, *SHORT, *held_out, "--jsd-beta", 0)
+    expected = held_out_loss(world, folder, kl, 3)
+    assert logged(folder, "eval_loss")[-1] == pytest.approx(expected, abs=1e-4)
 
 
 def test_distillm2_has_a_loss_of_its_own_on_answers_of_the_teacher(world, run, on_policy, tmp_path):
