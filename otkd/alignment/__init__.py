@@ -20,9 +20,11 @@ from otkd.alignment.anchors import align_embeddings, aligned_cost
 from otkd.alignment.chat import render_chat
 from otkd.alignment.ends import TokenEnds, token_ends
 from otkd.alignment.maps import AnchorMap, fit_map
+from otkd.alignment.matching import token_map
 from otkd.alignment.normal_text import normalized_for
 from otkd.alignment.pieces import Tokenizer
 from otkd.alignment.positions import AlignedPositions, align_positions, common_positions
+from otkd.alignment.token_map import TokenMap
 from otkd.alignment.tokens import SharedTokens, shared_tokens
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "AnchorMap",
     "SharedTokens",
     "TokenEnds",
+    "TokenMap",
     "Tokenizer",
     "align_embeddings",
     "align_positions",
@@ -40,4 +43,5 @@ __all__ = [
     "render_chat",
     "shared_tokens",
     "token_ends",
+    "token_map",
 ]

@@ -18,7 +18,7 @@ from otkd.study.prediction import Predictor
 from otkd.study.training import device
 from otkd.tasks import Task, agreement, encode, load_task, majority_score, score
 from otkd.teachers import DenseTeacher
-from otkd.teachers.files import load_tensors, save_tensors
+from otkd.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -26,7 +26,7 @@ from otkd.tasks.causal_lm import next_token_metrics, padding_collator, student_o
 from otkd.tasks.causal_lm.loading import LanguageData, encode_rows, load_language_task
 from otkd.tasks.causal_lm.packaged import packaged_folder
 from otkd.teachers import StoredTeacher
-from otkd.teachers.files import load_tensors, save_tensors
+from otkd.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from datasets import Dataset

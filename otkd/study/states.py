@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from otkd.teachers import HiddenStateTeacher
-from otkd.teachers.files import load_tensors, save_tensors
+from otkd.tensor_files import load_tensors, save_tensors
 
 
 @dataclass(frozen=True)

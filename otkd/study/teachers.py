@@ -22,7 +22,7 @@ from otkd.study.reuse import find_result
 from otkd.study.training import DivergedError, Fit, fit
 from otkd.study.work import check_work, claim, save_model
 from otkd.teachers import DenseTeacher, StoredTeacher
-from otkd.teachers.files import load_tensors, save_tensors
+from otkd.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from otkd.study.experiment import Experiment

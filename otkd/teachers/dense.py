@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from otkd.teachers.files import load_tensors, save_tensors
+from otkd.tensor_files import load_tensors, save_tensors
 from otkd.tensors import check_precision
 
 

@@ -6,8 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from otkd.teachers.files import load_tensors, save_tensors
 from otkd.teachers.self_term import SelfTermSettings
+from otkd.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from otkd.teachers.topk import TopKTeacher

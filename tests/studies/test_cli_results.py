@@ -36,7 +36,7 @@ from otkd.study.settings import Settings
 from otkd.study.summary import summarise, summary_json
 from otkd.study.work import last_whole_checkpoint
 from otkd.teachers import DenseTeacher
-from otkd.teachers.files import save_tensors
+from otkd.tensor_files import save_tensors
 from tests.studies.test_cli import (  # noqa: F401
     Stop,
     arguments,

@@ -1,4 +1,4 @@
-"""Stored teachers as safetensors files with a checksum."""
+"""Tensors in safetensors files with a checksum."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def load_tensors(path: str | os.PathLike, *names: str) -> tuple[dict[str, Tensor
     if written is not None and written != _checksum(tensors, metadata):
         raise ValueError(
             f"{path} is damaged or was changed after it was saved: its checksum does not match. "
-            "Copy the file again, or store the teacher again"
+            "Copy the file again, or write it again"
         )
     return tensors, metadata
 
@@ -76,6 +76,6 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 
 def _check_safetensors() -> None:
-    message = missing("a file of a stored teacher", "safetensors", extra="train")
+    message = missing("A safetensors file", "safetensors", extra="train")
     if message:
         raise ImportError(message)
