@@ -75,4 +75,4 @@ def _zero3(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
         config.pop(name, None)
     config["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(model=teacher, config=config)
-    return engine.eval()
+    return engine  # whose eval() returns None, unlike that of other modules

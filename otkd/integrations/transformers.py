@@ -42,8 +42,7 @@ class DistillationTrainer(Trainer):
     do not get the labels, except encoder-decoders that derive the input of their decoder from them.
     For causal language models the logits of position t are paired with label t + 1. Positions with
     label −100 do not count, nor does the first token of a packed document. Without labels, tokens
-    count where the attention mask is 1. The auxiliary loss of a mixture of experts
-    (``output_router_logits=True``) is added in training.
+    count where the attention mask is 1. The auxiliary loss of experts is added in training.
 
     The batch of a step consists of all its microbatches in all processes: for losses that are sums
     over positions or sequences, the gradient is that of a single process with the whole batch, also
