@@ -48,13 +48,14 @@ _TOLERANCE = 1e-3
 
 
 class HeldOut:
-    """Encoded rows in batches, whose predictions are compared with labels and teacher."""
+    """Encoded rows in batches of similar length, to compare the predictions with a teacher."""
 
     def __init__(self, rows: Dataset, collate: Any, *, bf16: bool) -> None:
         self._rows, self._bf16 = len(rows), bf16
         self.first = rows.select(range(min(_BATCH, len(rows))))
+        lengths = torch.tensor(rows["length"][:])
+        order = torch.argsort(lengths, descending=True, stable=True).split(_BATCH)
         rows = rows.remove_columns("length")
-        order = torch.arange(len(rows)).split(_BATCH)
         self._batches = [(index, collate([*rows.select(index.tolist())])) for index in order]
 
     def __len__(self) -> int:
@@ -229,14 +230,15 @@ class LanguageExperiment(Experiment):
         head: Any = model.get_output_embeddings()
         weight = head.weight.detach().cpu()
         bias = None if head.bias is None else head.bias.detach().cpu()
-        states: list[Tensor] = []
-        for _, batch, found in rows.run(model, states=True):
+        states: dict[int, Tensor] = {}
+        for index, batch, found in rows.run(model, states=True):
             if not found.isfinite().all():
                 raise FloatingPointError("the teacher's states are not finite")
             lengths = batch["attention_mask"].sum(-1).tolist()
             found = found.float().cpu()
-            states += [text[:n].clone() for text, n in zip(found, lengths, strict=True)]
-        stored = StoredStates.of(states, weight, bias)
+            for place, text, length in zip(index.tolist(), found, lengths, strict=True):
+                states[place] = text[:length].clone()
+        stored = StoredStates.of([states[place] for place in range(len(rows))], weight, bias)
         first = HeldOut(rows.first, self.collator(self.teacher_tokenizer), bf16=False)
         index, batch, logits = next(first.run(model))
         read, logits = batch["attention_mask"].bool(), logits.cpu()
