@@ -24,6 +24,7 @@ from otkd.alignment.matching import token_map
 from otkd.alignment.normal_text import normalized_for
 from otkd.alignment.pieces import Tokenizer
 from otkd.alignment.positions import AlignedPositions, align_positions, common_positions
+from otkd.alignment.prefixes import prefix_cost
 from otkd.alignment.token_map import TokenMap
 from otkd.alignment.tokens import SharedTokens, shared_tokens
 
@@ -40,6 +41,7 @@ __all__ = [
     "common_positions",
     "fit_map",
     "normalized_for",
+    "prefix_cost",
     "render_chat",
     "shared_tokens",
     "token_ends",

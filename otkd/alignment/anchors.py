@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,8 @@ from otkd.alignment.maps import AnchorMap, check_embedding, fit_map
 from otkd.alignment.pieces import Tokenizer
 from otkd.alignment.tokens import shared_tokens
 from otkd.costs import EmbeddingCost
+from otkd.neighbour_search import mutual_neighbours
+from otkd.scalars import as_whole
 
 TokenIds = Tensor | Sequence[int]
 
@@ -24,7 +27,8 @@ def align_embeddings(
     *,
     anchors: tuple[TokenIds, TokenIds] | None = None,
     method: str = "procrustes",
-    ridge: float | None = None,
+    ridge: float | Literal["loo"] | None = None,
+    refine: int = 0,
 ) -> tuple[Float[Tensor, "student_tokens teacher_width"], AnchorMap]:
     """The student's embedding in the teacher's space, mapped with the shared tokens as anchors.
 
@@ -38,11 +42,14 @@ def align_embeddings(
             place of the tokenizers.
         method: see :func:`~otkd.alignment.maps.fit_map`.
         ridge: see :func:`~otkd.alignment.maps.fit_map`.
+        refine: how many times to add tokens to the anchors and to fit the map again: pairs of
+            other tokens that are nearest to each other in the teacher's space. Needs faiss.
 
     Returns:
         The mapped embedding, a constant ``(student_tokens, teacher_width)``, and the map.
 
     Raises:
+        ImportError: for ``refine`` without faiss.
         TypeError, ValueError: for missing tokenizers or anchors, ids out of range, rows that are
             not finite, and everything that ``fit_map`` refuses.
 
@@ -66,13 +73,22 @@ def align_embeddings(
         raise ValueError("pass the tokenizers or anchors=, not both")
     student_ids = _token_ids("student", anchors[0], len(student_embedding))
     teacher_ids = _token_ids("teacher", anchors[1], len(teacher_embedding))
-    anchor_map = fit_map(
-        student_embedding.detach()[student_ids.to(student_embedding.device)],
-        teacher_embedding.detach()[teacher_ids.to(teacher_embedding.device)],
-        method=method,
-        ridge=ridge,
-    )
-    return anchor_map.apply(student_embedding.detach()), anchor_map
+    student, teacher = student_embedding.detach(), teacher_embedding.detach()
+    refine = as_whole("refine", refine, least=0)
+    pairs = student_ids, teacher_ids
+    while True:
+        anchor_map = fit_map(
+            student[pairs[0].to(student.device)],
+            teacher[pairs[1].to(teacher.device)],
+            method=method,
+            ridge=ridge,
+        )
+        mapped = anchor_map.apply(student)
+        if not refine:
+            return mapped, anchor_map
+        refine -= 1
+        found = _mutual(mapped, teacher, student_ids, teacher_ids)
+        pairs = torch.cat([student_ids, found[0]]), torch.cat([teacher_ids, found[1]])
 
 
 def aligned_cost(
@@ -83,7 +99,8 @@ def aligned_cost(
     *,
     anchors: tuple[TokenIds, TokenIds] | None = None,
     method: str = "procrustes",
-    ridge: float | None = None,
+    ridge: float | Literal["loo"] | None = None,
+    refine: int = 0,
     metric: str = "sqeuclidean",
 ) -> EmbeddingCost:
     """The cost between the tokens of two vocabularies, measured in the teacher's space.
@@ -99,6 +116,7 @@ def aligned_cost(
         anchors: see :func:`align_embeddings`.
         method: see :func:`align_embeddings`.
         ridge: see :func:`align_embeddings`.
+        refine: see :func:`align_embeddings`.
         metric: see :class:`~otkd.costs.EmbeddingCost`.
 
     Raises:
@@ -112,8 +130,31 @@ def aligned_cost(
         anchors=anchors,
         method=method,
         ridge=ridge,
+        refine=refine,
     )
     return EmbeddingCost(mapped.to(teacher_embedding.device), teacher_embedding, metric=metric)
+
+
+def _mutual(
+    mapped: Tensor, teacher: Tensor, student_ids: Tensor, teacher_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens that are not anchors and nearest to each other.
+
+    Source: Conneau et al. (2018), "Word Translation Without Parallel Data", for this refinement.
+    """
+    others = []
+    for rows, ids in ((mapped, student_ids), (teacher, teacher_ids)):
+        is_other = torch.ones(len(rows), dtype=torch.bool)
+        is_other[ids.cpu()] = False
+        others.append(is_other.nonzero().squeeze(-1))
+    if not all(map(len, others)):
+        return others[0][:0], others[1][:0]
+    student, teacher_rows = (
+        mapped[others[0].to(mapped.device)],
+        teacher[others[1].to(teacher.device)],
+    )
+    found = mutual_neighbours(student, teacher_rows, purpose="refine")
+    return others[0][found[0]], others[1][found[1]]
 
 
 def _token_ids(side: str, ids: TokenIds, size: int) -> Tensor:

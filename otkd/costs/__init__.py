@@ -8,7 +8,9 @@ its loss. Constant costs are not saved with a model.
 from otkd.costs.base import Cost, CostMatrices, PowerCost
 from otkd.costs.embedding import EmbeddingCost
 from otkd.costs.forms import as_cost_matrices
+from otkd.costs.prefix import PrefixCost
 from otkd.costs.simple import DiscreteCost, MatrixCost, OrdinalCost
+from otkd.costs.sums import SumCost
 
 __all__ = [
     "Cost",
@@ -18,5 +20,7 @@ __all__ = [
     "MatrixCost",
     "OrdinalCost",
     "PowerCost",
+    "PrefixCost",
+    "SumCost",
     "as_cost_matrices",
 ]

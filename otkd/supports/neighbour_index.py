@@ -8,10 +8,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from otkd.extras import missing
 from otkd.files import cache_folder, written_whole
+from otkd.neighbour_search import nearest_points
 
 _FORMAT, _VERSION = "otkd.neighbours", "1"
 
@@ -48,7 +49,7 @@ def nearest(
             "OTKD_CACHE, or pass NearestNeighbours(cache_dir=…)",
             stacklevel=2,
         )
-        return _search(queries, points, k, metric)
+        return nearest_points(queries, points, k, metric, purpose="NearestNeighbours")
     try:
         return _read(path, key, (len(queries), k), len(points))
     except FileNotFoundError:
@@ -57,7 +58,7 @@ def nearest(
         warnings.warn(f"{path} is damaged and is computed again: {error}", stacklevel=2)
     except OSError as error:
         warnings.warn(f"{path} cannot be read and is computed again: {error}", stacklevel=2)
-    table = _search(queries, points, k, metric)
+    table = nearest_points(queries, points, k, metric, purpose="NearestNeighbours")
     try:
         _write(path, key, table)
     except OSError as error:
@@ -71,24 +72,6 @@ def _path(cache_dir: Path | str | None, key: str) -> Path | None:
     """The file of a table; None if no folder is given and the user has no home folder."""
     folder = cache_folder(cache_dir)
     return None if folder is None else folder / "neighbours" / f"{key}.safetensors"
-
-
-def _search(queries: Tensor, points: Tensor, k: int, metric: str) -> Tensor:
-    if message := missing("NearestNeighbours", "faiss", extra="faiss"):
-        raise ImportError(message)
-    import faiss
-
-    queries, points = queries.detach().double().cpu(), points.detach().double().cpu()
-    if metric == "cosine":
-        queries, points = (nn.functional.normalize(x, dim=-1) for x in (queries, points))
-        index = faiss.IndexFlatIP(points.shape[1])
-    else:  # faiss computes in float32, where a large mean would cost digits
-        centre = points.mean(0)
-        queries, points = queries - centre, points - centre
-        index = faiss.IndexFlatL2(points.shape[1])
-    index.add(points.float().numpy())  # pyright: ignore[reportCallIssue]
-    _, found = index.search(queries.float().numpy(), k)  # pyright: ignore[reportCallIssue]
-    return torch.from_numpy(found).to(torch.int32)
 
 
 def _key(queries: Tensor, points: Tensor, k: int, metric: str) -> str:
