@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,9 @@ class ClassificationExperiment(Experiment):
             theirs = theirs.repeat(len(rows.dev), 1)
         return agreement(torch.cat([*self.predict(model, rows).values()]), theirs)
 
-    def store_outputs(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    def store_outputs(
+        self, model: PreTrainedModel, folder: Path, work: Path, on_steps: Callable[[int], None]
+    ) -> dict[str, Any]:
         """Write logits and the rows of the head; returns the metrics."""
         rows = self.teacher_rows
         train, dev = self._on_training_rows().logits(model), self.predict(model, rows)

@@ -196,6 +196,7 @@ def _prepare(
                 "outputs differ, these runs "
                 f"{'are done again' if overwrite else 'need --overwrite to be done again'}."
             )
+        bar.plan(experiment.output_steps)
         if experiment.settings.finetune_teacher:
             bar.plan(experiment.teacher_schedule().steps(experiment.train_rows()))
         teacher = train_teacher(experiment, folder, bar.start("teacher"))

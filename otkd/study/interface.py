@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -111,11 +111,24 @@ class TaskKind(ABC):
         """How often a student and its teacher predict the same on the development rows."""
 
     @abstractmethod
-    def store_outputs(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    def store_outputs(
+        self, model: PreTrainedModel, folder: Path, work: Path, on_steps: Callable[[int], None]
+    ) -> dict[str, Any]:
         """Write the :attr:`outputs` of a teacher to ``folder``; returns its metrics for a result.
 
         These are ``metrics`` and, if there is such a baseline, ``majority_metrics``.
+
+        Args:
+            model: the teacher.
+            folder: for the outputs.
+            work: a folder in which an interrupted computation is continued.
+            on_steps: counts the :attr:`output_steps`.
         """
+
+    @property
+    def output_steps(self) -> int:
+        """Steps of progress of :meth:`store_outputs`; 0 if it takes a short time."""
+        return 0
 
     @abstractmethod
     def load_outputs(self, folder: Path) -> Outputs:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +11,13 @@ import torch
 from torch import Tensor
 
 import otkd
-from otkd.integrations.batches import find_targets
-from otkd.reductions import IGNORE_INDEX
 from otkd.study import models
 from otkd.study.classification import check_stored
 from otkd.study.experiment import Experiment
+from otkd.study.held_out import HeldOut, check_linear, stored_states
 from otkd.study.interface import Outputs, Rows
 from otkd.study.messages import StudyError
 from otkd.study.objectives import check_objectives, needs_features
-from otkd.study.prediction import autocast
 from otkd.study.states import StoredStates
 from otkd.study.training import device
 from otkd.tasks import LanguageTask
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from otkd.study.teachers import Teacher
 
 _TRAIN, _DEV, _EMBEDDING = "train-states", "dev-states", "token-rows"
-_BATCH = 8
 # Metrics that are losses of otkd. The support is given, so that versions can be compared.
 _METRICS = {
     "kl": otkd.KLLoss(reduction="none"),
@@ -43,66 +41,6 @@ _METRICS = {
     "tvd": otkd.TVDLoss(reduction="none"),
 }
 _SUPPORT = otkd.supports.TopK(64, clusters=32)
-# Of logits computed from stored states, relative to the largest.
-_TOLERANCE = 1e-3
-
-
-class HeldOut:
-    """Encoded rows in batches of similar length, to compare the predictions with a teacher."""
-
-    def __init__(self, rows: Dataset, collate: Any, *, bf16: bool) -> None:
-        self._rows, self._bf16 = len(rows), bf16
-        self.first = rows.select(range(min(_BATCH, len(rows))))
-        lengths = torch.tensor(rows["length"][:])
-        order = torch.argsort(lengths, descending=True, stable=True).split(_BATCH)
-        rows = rows.remove_columns("length")
-        self._batches = [(index, collate([*rows.select(index.tolist())])) for index in order]
-
-    def __len__(self) -> int:
-        return self._rows
-
-    def _unrun(self) -> Iterator[tuple]:
-        return ((index, batch, None) for index, batch in self._batches)
-
-    @torch.no_grad()
-    def run(self, model: PreTrainedModel, *, states: bool = False) -> Iterator[tuple]:
-        """The places of each batch, the batch, and the logits, or in float32 the hidden states."""
-        was_training = model.training
-        model.eval()
-        try:
-            for index, batch in self._batches:
-                inputs = {
-                    name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")
-                }
-                with autocast(model.device, self._bf16 and not states):
-                    run: Any = model.base_model if states else model
-                    outputs = run(**inputs, use_cache=False)
-                yield index, batch, outputs.last_hidden_state if states else outputs.logits
-        finally:
-            model.train(was_training)
-
-    def compared(
-        self, model: PreTrainedModel | None, teacher: StoredTeacher
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Logits of student and teacher, and the labels, at the positions of each batch that count.
-
-        Without a student, the teacher is compared with itself.
-
-        Raises:
-            FloatingPointError: if a logit of the student is not finite.
-        """
-        every = self._unrun() if model is None else self.run(model)
-        for index, batch, ours in every:
-            labels, _ = find_targets(batch, shift=True, mask_name="attention_mask")
-            assert labels is not None
-            device = labels.device if model is None else model.device
-            labels = labels.to(device)
-            theirs = teacher[index].to(device).logits()[:, : labels.shape[1]]
-            counted = labels != IGNORE_INDEX
-            ours = theirs[counted] if model is None else ours[:, :-1][counted].float()
-            if not ours.isfinite().all():
-                raise FloatingPointError("the logits on the development rows are not finite")
-            yield ours, theirs[counted], labels[counted]
 
 
 class LanguageExperiment(Experiment):
@@ -213,43 +151,30 @@ class LanguageExperiment(Experiment):
                 found.setdefault(name, []).append(value.double())
         return {name: torch.cat(values).mean().item() for name, values in found.items()}
 
-    def store_outputs(self, model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    @cached_property
+    def _training_rows(self) -> HeldOut:
+        return self.prepared(self.teacher_rows.train, self.teacher_tokenizer)
+
+    @property
+    def output_steps(self) -> int:
+        """The batches that the teacher reads."""
+        return self._training_rows.batches + _held_out(self.teacher_rows).batches
+
+    def store_outputs(
+        self, model: PreTrainedModel, folder: Path, work: Path, on_steps: Callable[[int], None]
+    ) -> dict[str, Any]:
         """Write the states and the embeddings; returns the metrics."""
         model.to(device())  # pyright: ignore[reportArgumentType]
         rows = self.teacher_rows
-        on_training_rows = self.prepared(rows.train, self.teacher_tokenizer)
-        train, dev = self._stored(model, on_training_rows), self._stored(model, _held_out(rows))
+        check_linear(model, self._training_rows)
+        train = stored_states(model, self._training_rows, work / "states-train", on_steps)
+        dev = stored_states(model, _held_out(rows), work / "states-dev", on_steps)
         table: Any = model.get_input_embeddings()
         embedding = table.weight.detach().cpu().clone()
         train.save(folder / f"{_TRAIN}.safetensors")
         dev.save(folder / f"{_DEV}.safetensors")
         save_tensors(folder / f"{_EMBEDDING}.safetensors", {"token_rows": embedding})
         return {"metrics": self._measured(None, rows, dev, embedding)}
-
-    def _stored(self, model: PreTrainedModel, rows: HeldOut) -> StoredStates:
-        head: Any = model.get_output_embeddings()
-        weight = head.weight.detach().cpu()
-        bias = None if head.bias is None else head.bias.detach().cpu()
-        states: dict[int, Tensor] = {}
-        for index, batch, found in rows.run(model, states=True):
-            if not found.isfinite().all():
-                raise FloatingPointError("the teacher's states are not finite")
-            lengths = batch["attention_mask"].sum(-1).tolist()
-            found = found.float().cpu()
-            for place, text, length in zip(index.tolist(), found, lengths, strict=True):
-                states[place] = text[:length].clone()
-        stored = StoredStates.of([states[place] for place in range(len(rows))], weight, bias)
-        first = HeldOut(rows.first, self.collator(self.teacher_tokenizer), bf16=False)
-        index, batch, logits = next(first.run(model))
-        read, logits = batch["attention_mask"].bool(), logits.cpu()
-        again = stored[index].logits()[:, : logits.shape[1]]
-        if (again - logits)[read].abs().max() > _TOLERANCE * logits[read].abs().max():
-            raise StudyError(
-                f"The logits of {type(model).__name__} are not a linear function of its last "
-                "hidden states, which a study stores; soft-capping is a frequent reason. Choose "
-                "another teacher."
-            )
-        return stored
 
     def load_outputs(self, folder: Path) -> Outputs:
         """The stored states and the embeddings."""

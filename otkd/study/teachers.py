@@ -128,14 +128,14 @@ def _train_teacher(
     # The result has the hashes of the files beside it, so it is removed first and written last.
     (folder / _RESULT).unlink(missing_ok=True)
     (folder / _FEATURES).unlink(missing_ok=True)
+    claim(work, experiment.as_run(experiment.teacher_settings))
     if chosen.finetune_teacher:
         if chosen.freeze_embeddings:
             models.freeze_embeddings(model)
-        claim(work, experiment.as_run(experiment.teacher_settings))
         schedule, collate = experiment.teacher_schedule(), experiment.collator(tokenizer)
         took = fit(model, rows.train, collate, schedule, work, on_steps=on_steps)
         save_model(folder / _MODEL, model, tokenizer)
-    measured = experiment.store_outputs(model, folder)
+    measured = experiment.store_outputs(model, folder, work, on_steps)
     weights = files_below(folder / _MODEL) if chosen.finetune_teacher else []
     files = file_digests(folder, [*(folder / name for name in experiment.outputs), *weights])
     result = Result(

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 import otkd
 from otkd.cli.app import app
+from otkd.study import held_out
 from otkd.study.results import read_result
+from otkd.study.states import StoredStates
 from otkd.study.summary import summarise
 from tests.models import save_tokenizer, tiny_llama
 
@@ -148,6 +150,42 @@ def test_the_student_is_trained_with_the_teacher_itself(teacher, texts, tmp_path
             ours, theirs = (each.eval()(ids).logits[0, :-1] for each in (student, model))
         values.append(otkd.KLLoss(reduction="none")(ours, theirs))
     assert found.metrics["kl"] == pytest.approx(torch.cat(values).mean().item(), rel=1e-3)
+
+
+def test_an_interrupted_teacher_continues(teacher, texts, tmp_path, monkeypatch):
+    """Its states are kept in parts; a damaged part is computed again."""
+    monkeypatch.setattr(held_out, "_BATCH", 2)
+    monkeypatch.setattr(held_out, "_SHARD", 2)
+    run = held_out.HeldOut.run
+    ran = []
+
+    def counting(self, model, **options):
+        for found in run(self, model, **options):
+            ran.append(1)
+            if len(ran) == limit:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(held_out.HeldOut, "run", counting)
+    more = ("--losses", "ce", "--seeds", "1")
+    for limit in (9, 10**6):  # two for the check, then four in two whole parts, one in a third
+        ran.clear()
+        result = compare("text", texts, teacher, tmp_path / "cut", *more)
+        if limit == 9:
+            assert result.exit_code == 130
+            parts = sorted((tmp_path / "cut" / "text" / "teacher").glob("**/states-*"))
+            assert len(parts) == 3
+            parts[0].write_bytes(parts[0].read_bytes()[:-9] + b"otherwise")
+    assert result.exit_code == 0, result.output
+    assert "computed again" in " ".join(result.output.split())
+    limit = 10**6
+    assert compare("text", texts, teacher, tmp_path / "whole", *more).exit_code == 0
+    one, other = (
+        StoredStates.load(tmp_path / name / "text" / "teacher" / "train-states.safetensors")
+        for name in ("cut", "whole")
+    )
+    assert torch.equal(one.states, other.states)
+    assert not list((tmp_path / "cut").glob("**/states-*"))
 
 
 def test_a_single_student_is_saved_as_a_language_model(teacher, texts, tmp_path):
