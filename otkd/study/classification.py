@@ -54,6 +54,10 @@ class ClassificationExperiment(Experiment):
     def _teacher_source(self) -> str:
         return models.model_source(self.settings.teacher)
 
+    def _student_tokenizer(self) -> PreTrainedTokenizerBase:
+        student = self.settings.student
+        return self._tokenizer(student) if student else self.teacher_tokenizer
+
     def _check_teacher(self) -> None:
         if not self.settings.finetune_teacher:
             config = models.load("AutoConfig", self.teacher_source)

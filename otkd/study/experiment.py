@@ -72,9 +72,7 @@ class Experiment(TaskKind):
         self.data = self._load_data()
         self.teacher_source = self._teacher_source()
         self.teacher_tokenizer = self._tokenizer(self.teacher_source)
-        self.student_tokenizer = (
-            self._tokenizer(settings.student) if settings.student else self.teacher_tokenizer
-        )
+        self.student_tokenizer = self._student_tokenizer()
         self._check_teacher()
         # Their errors should come before the training of a teacher, which may take an hour.
         self.build_student(0)

@@ -75,6 +75,10 @@ class TaskKind(ABC):
         """The argument of ``from_pretrained`` for the teacher."""
 
     @abstractmethod
+    def _student_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that writes the rows of a student, and is saved with it."""
+
+    @abstractmethod
     def _check_teacher(self) -> None:
         """Raise ``StudyError`` for a teacher that cannot be used as the settings say."""
 

@@ -82,14 +82,33 @@ class LanguageExperiment(Experiment):
             )
         return str(folder)
 
+    def _student_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's, also for a student that has one of its own with the same vocabulary.
+
+        The teacher's outputs are stored for each token. A student whose tokenizer adds another
+        special token or has another chat template would be compared with those of other tokens.
+        """
+        return self.teacher_tokenizer
+
     def _check_teacher(self) -> None:
-        ours, theirs = (
-            tokenizer.get_vocab() for tokenizer in (self.student_tokenizer, self.teacher_tokenizer)
-        )
+        student = self.settings.student
+        if student is None:
+            return
+        ours, theirs = self._tokenizer(student).get_vocab(), self.teacher_tokenizer.get_vocab()
         if ours != theirs:
             raise StudyError(
-                f"--student {self.settings.student} has another tokenizer than the teacher "
-                f"({len(ours):,} and {len(theirs):,} tokens). Both must read the same tokens."
+                f"--student {student} has another tokenizer than the teacher ({len(ours):,} and "
+                f"{len(theirs):,} tokens). Both must have the same vocabulary."
+            )
+        rows, wanted = (
+            models.load("AutoConfig", source).get_text_config().vocab_size
+            for source in (student, self.teacher_source)
+        )
+        if rows != wanted:
+            raise StudyError(
+                f"--student {student} has {rows:,} logits and the teacher {wanted:,}, although "
+                "both have the same tokens: one of them is padded. Load the student, call "
+                f"resize_token_embeddings({wanted}), and save it with save_pretrained."
             )
 
     def _least_length(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:

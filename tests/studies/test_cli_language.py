@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 import otkd
@@ -197,6 +199,31 @@ def test_a_single_student_is_saved_as_a_language_model(teacher, texts, tmp_path)
     assert read_result(tmp_path / "results.json").settings["loss.alpha"] == 1
 
 
+def test_a_student_reads_the_tokens_of_its_teacher(teacher, instructions, tmp_path):
+    """Its own tokenizer adds a token and has no chat template: every position would be shifted."""
+    template = "{% for m in messages %}<bos> {{ m['content'] }} {% endfor %}<eos>"
+    for folder, change in (("teacher", {"chat_template": template}), ("student", {})):
+        shutil.copytree(teacher, tmp_path / folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(teacher, **change)
+        if folder == "student":
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+                single="<bos> $A", special_tokens=[("<bos>", 1)]
+            )
+        tokenizer.save_pretrained(tmp_path / folder)
+    out = tmp_path / "out"
+    named = ("--data-dir", instructions, "--teacher", tmp_path / "teacher", "--output-dir", out)
+    student = ("--student", tmp_path / "student", "--max-length", "16", "--learning-rate", "1e-9")
+    result = otkd_command("train", "instructions", "--loss", "kl", *named, *OPTIONS, *student)
+    assert result.exit_code == 0, result.output
+    # The student is a copy of the teacher, so there is nothing to learn.
+    found = read_result(out / "results.json")
+    assert found.metrics["kl"] == pytest.approx(0, abs=1e-5)
+    assert found.agreement == 1
+    saved = transformers.AutoTokenizer.from_pretrained(out / "student")
+    assert saved.chat_template == template
+    assert saved("w3").input_ids == [3]
+
+
 def test_only_the_answers_to_instructions_count(teacher, instructions, tmp_path):
     losses = "transport_kl,kl+sinkhorn"
     more = ("--losses", losses, "--seeds", "1", "--max-length", "64", "--token-cost", "permuted")
@@ -267,6 +294,12 @@ def test_another_tokenizer_and_capped_logits_are_refused(teacher, texts, tmp_pat
         "text", texts, teacher, tmp_path / "out", "--losses", "kl", "--student", student
     )
     assert "has another tokenizer" in " ".join(result.output.split())
+    padded = save_model(tmp_path / "padded", tiny_llama(3, vocab=VOCAB + 8))
+    result = compare(
+        "text", texts, teacher, tmp_path / "out", "--losses", "kl", "--student", padded
+    )
+    assert "resize_token_embeddings(40)" in " ".join(result.output.split())
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
     config = transformers.Gemma2Config(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.1,
