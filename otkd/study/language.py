@@ -116,13 +116,13 @@ class LanguageExperiment(Experiment):
 
     def load_teacher(self, source: str) -> PreTrainedModel:
         """The teacher, in float32."""
-        return models.load("AutoModelForCausalLM", source, dtype=torch.float32)
+        return models.load_causal_lm(source)
 
     def build_student(self, seed: int) -> PreTrainedModel:
         """A student, which does not depend on the seed."""
         chosen = self.settings
         if chosen.student is not None:
-            model = models.load("AutoModelForCausalLM", chosen.student, dtype=torch.float32)
+            model = models.load_causal_lm(chosen.student)
         else:
             try:
                 model = student_of(self.load_teacher(self.teacher_source), chosen.student_layers)

@@ -58,7 +58,7 @@ def load(auto_class: str, source: str, **options: Any) -> Any:
 
     try:
         return getattr(transformers, auto_class).from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # tokenizers and safetensors have errors of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         where = "folder" if Path(source).is_dir() else "hub model (there is no such folder)"
         raise StudyError(
@@ -78,8 +78,25 @@ def load_language_model(folder: Path | None) -> tuple[Any, Any]:
     """
     if folder is None:
         return packaged_teacher()
-    model = load("AutoModelForCausalLM", str(folder), dtype=torch.float32)
-    return model.eval(), load("AutoTokenizer", str(folder))
+    return load_causal_lm(str(folder)).eval(), load("AutoTokenizer", str(folder))
+
+
+def load_causal_lm(source: str) -> PreTrainedModel:
+    """A causal language model in float32.
+
+    Raises:
+        StudyError: if it cannot be loaded, or lacks weights, which would be random.
+    """
+    model, report = load(
+        "AutoModelForCausalLM", source, dtype=torch.float32, output_loading_info=True
+    )
+    if absent := sorted(report["missing_keys"]):
+        others = f" and {len(absent) - 1} others" if len(absent) > 1 else ""
+        raise StudyError(
+            f"{source!r} lacks weights of a {type(model).__name__}, which would be random: "
+            f"{absent[0]}{others}. Name a model that was saved with the head of a language model."
+        )
+    return model
 
 
 def load_classifier(source: str, task: Task, seed: int) -> PreTrainedModel:

@@ -309,3 +309,19 @@ def test_another_tokenizer_and_capped_logits_are_refused(teacher, texts, tmp_pat
     result = compare("text", texts, capped, tmp_path / "out", "--losses", "kl")
     assert result.exit_code == 1
     assert "soft-capping" in result.output
+
+
+def test_models_that_cannot_be_read_whole_are_refused(teacher, texts, tmp_path):
+    headless = save_model(tmp_path / "headless", tiny_llama(3, vocab=VOCAB).model)
+    for option in ("--teacher", "--student"):
+        more = (option, headless, "--losses", "kl")
+        result = compare("text", texts, teacher, tmp_path / "out", *more)
+        assert result.exit_code == 1
+        assert "would be random: lm_head.weight." in " ".join(result.output.split())
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        damaged = shutil.copytree(teacher, tmp_path / name)
+        content = (damaged / name).read_bytes()
+        (damaged / name).write_bytes(content[: len(content) // 2])
+        result = compare("text", texts, damaged, tmp_path / "out", "--losses", "kl")
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert "could not be loaded by Auto" in " ".join(result.output.split())
