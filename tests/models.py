@@ -103,10 +103,10 @@ def save_tokenizer(folder: str, vocab: int):
     ).save_pretrained(folder)
 
 
-def tiny_gpt2(seed: int = 0):
+def tiny_gpt2(seed: int = 0, *, vocab: int = VOCAB):
     """A causal language model that only its class name gives away."""
     config = transformers.GPT2Config(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         n_embd=WIDTH,
         n_layer=2,
         n_head=2,

@@ -82,8 +82,13 @@ class Experiment(TaskKind):
     def _tokenizer(self, source: str) -> PreTrainedTokenizerBase:
         tokenizer = models.load("AutoTokenizer", source)
         config = models.load("AutoConfig", source)
+        if tokenizer.pad_token is None and self.pads_with_end:
+            tokenizer.pad_token = tokenizer.eos_token
         if tokenizer.pad_token is None:
-            raise StudyError(f"The tokenizer of {source!r} has no padding token.")
+            raise StudyError(
+                f"The tokenizer of {source!r} has no padding token: set its pad_token and save it "
+                "with save_pretrained."
+            )
         length = self.settings.max_length
         least, reason = self._least_length(tokenizer)
         if length < least:

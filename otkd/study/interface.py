@@ -59,6 +59,8 @@ class TaskKind(ABC):
 
     default_teacher: ClassVar[str]
     """The name of the teacher in result files if the user names none."""
+    pads_with_end: ClassVar[bool] = False
+    """Whether the end-of-sequence token pads if a tokenizer has no padding token."""
     outputs: ClassVar[tuple[str, ...]]
     """The files of a teacher's outputs, that of the training rows first."""
 

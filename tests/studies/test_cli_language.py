@@ -18,7 +18,7 @@ from otkd.study import held_out
 from otkd.study.results import read_result
 from otkd.study.states import StoredStates
 from otkd.study.summary import summarise
-from tests.models import save_tokenizer, tiny_llama
+from tests.models import save_tokenizer, tiny_gpt2, tiny_llama
 
 VOCAB = 40
 OPTIONS = ("--max-length", "8", "--student-layers", "1", "--batch-size", "4", "--precision", "fp32")
@@ -325,3 +325,26 @@ def test_models_that_cannot_be_read_whole_are_refused(teacher, texts, tmp_path):
         result = compare("text", texts, damaged, tmp_path / "out", "--losses", "kl")
         assert isinstance(result.exception, SystemExit), result.exception
         assert "could not be loaded by Auto" in " ".join(result.output.split())
+
+
+def test_without_a_padding_token_the_end_of_a_text_pads(texts, tmp_path):
+    """As for GPT-2. The texts differ in length, and what pads them changes no number."""
+    found = []
+    for name in ("padded", "unpadded"):
+        folder = save_model(tmp_path / name, tiny_gpt2(vocab=VOCAB))
+        if name == "unpadded":
+            backend = transformers.AutoTokenizer.from_pretrained(folder).backend_tokenizer
+            for path in folder.glob("*token*"):
+                path.unlink()
+            tokenizer = transformers.PreTrainedTokenizerFast(
+                tokenizer_object=backend, bos_token="<eos>", eos_token="<eos>"
+            )
+            tokenizer.save_pretrained(folder)
+            assert transformers.AutoTokenizer.from_pretrained(folder).pad_token is None
+        out = tmp_path / f"{name}-out"
+        result = compare("text", texts, folder, out, "--losses", "kl", "--seeds", "1")
+        assert result.exit_code == 0, result.output
+        found.append(read_result(out / "text" / "kl" / "0.json"))
+    padded, unpadded = found
+    assert unpadded.metrics == pytest.approx(padded.metrics, rel=1e-5)
+    assert unpadded.teacher_metrics == pytest.approx(padded.teacher_metrics, rel=1e-5, abs=1e-6)
