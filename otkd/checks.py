@@ -92,8 +92,9 @@ def check_logits(student: Tensor, teacher: Tensor, *, same_vocabulary: bool = Tr
         raise ValueError(
             f"the student has {student.shape[-1]} tokens and the teacher {teacher.shape[-1]}. "
             "If the longer one is padded, pass vocab_size= (both are sliced there); if the "
-            "vocabularies differ, use a loss that bridges them: SinkhornLoss with "
-            "EmbeddingCost(student_embedding, teacher_embedding), or UniversalLogitLoss"
+            "vocabularies differ, use a loss that bridges them: PushforwardLoss(token_map), "
+            "SinkhornLoss with EmbeddingCost(student_embedding, teacher_embedding), or "
+            "UniversalLogitLoss"
         )
 
 

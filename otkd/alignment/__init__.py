@@ -25,6 +25,7 @@ from otkd.alignment.normal_text import normalized_for
 from otkd.alignment.pieces import Tokenizer
 from otkd.alignment.positions import AlignedPositions, align_positions, common_positions
 from otkd.alignment.prefixes import prefix_cost
+from otkd.alignment.spans import span_likelihood_divergence
 from otkd.alignment.token_map import TokenMap
 from otkd.alignment.tokens import SharedTokens, shared_tokens
 
@@ -44,6 +45,7 @@ __all__ = [
     "prefix_cost",
     "render_chat",
     "shared_tokens",
+    "span_likelihood_divergence",
     "token_ends",
     "token_map",
 ]

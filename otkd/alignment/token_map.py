@@ -135,7 +135,7 @@ class TokenMap:
         moved = rows[:, self.teacher.to(rows.device)] * self.weight.to(rows)
         found = rows.new_zeros(len(rows), self.vocab_size[0])
         found.index_add_(1, self.student.to(rows.device), moved)
-        return found.reshape(*masses.shape[:-1], -1)
+        return found.reshape(*masses.shape[:-1], self.vocab_size[0])
 
     def to(self, device: torch.device | str) -> TokenMap:
         """The same map on another device."""

@@ -14,6 +14,8 @@ from otkd.losses.divergences import (
     TVDLoss,
     UniversalLogitLoss,
 )
+from otkd.losses.hybrid import HybridLogitLoss
+from otkd.losses.pushforward import PushforwardLoss
 from otkd.losses.registry import get_loss, list_losses, loss_class, register_loss
 from otkd.losses.sinkd import SinKDLoss
 from otkd.losses.sinkhorn import SinkhornLoss
@@ -27,8 +29,10 @@ __all__ = [
     "BatchSinkhornLoss",
     "CrossEntropyLoss",
     "HellingerLoss",
+    "HybridLogitLoss",
     "JSDLoss",
     "KLLoss",
+    "PushforwardLoss",
     "ReverseKLLoss",
     "SinKDLoss",
     "SinkhornLoss",

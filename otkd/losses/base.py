@@ -247,8 +247,8 @@ class DistillationLoss(nn.Module, ABC):
             raise ValueError(
                 f"vocab_size={self.vocab_size} leaves the student {student} tokens and the teacher "
                 f"{teacher}, but this {type(self).__name__} needs one vocabulary. For two "
-                "vocabularies use SinkhornLoss with EmbeddingCost(student_embedding, "
-                "teacher_embedding), or UniversalLogitLoss"
+                "vocabularies use PushforwardLoss, SinkhornLoss with EmbeddingCost("
+                "student_embedding, teacher_embedding), or UniversalLogitLoss"
             )
 
     def extra_repr(self) -> str:

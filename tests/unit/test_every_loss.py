@@ -85,6 +85,23 @@ def of(loss, **settings):
     return lambda vocab, **options: loss(**settings, **options)
 
 
+def mapped(vocab):
+    """A map with tokens that are not mapped and not reached, and one that stands for two."""
+    teacher, student = torch.arange(vocab).repeat_interleave(2), torch.arange(2 * vocab) // 2
+    student[1] = vocab - 1
+    kept = slice(2 * (vocab > 2), None)
+    weight = torch.ones(2 * vocab)
+    target, kinds = torch.arange(vocab), torch.full((vocab,), 3, dtype=torch.uint8)
+    target[:1], kinds[:1] = -1 if vocab > 2 else 0, 0 if vocab > 2 else 3
+    return otkd.alignment.TokenMap.of_weights(
+        student[kept], teacher[kept], weight[kept], target, kinds, (vocab, vocab)
+    )
+
+
+def between(loss, *arguments):
+    return lambda vocab, **options: loss(mapped(vocab), *arguments, **options)
+
+
 def weighted(vocab, **options):
     terms = {name: (weight, BUILDERS[name](vocab, **options)) for name, weight in WEIGHTS.items()}
     inner = otkd.WeightedLoss({"ce": (0.3, BUILDERS["ce"](vocab, **options))})
@@ -100,6 +117,10 @@ def sinkd(vocab, reduction="mean"):
 WEIGHTS = {"kl": 0.7, "tvd": -0.2}
 BUILDERS = {
     **{name: of(otkd.losses.loss_class(name)) for name in otkd.list_losses()},
+    "pushforward": between(otkd.PushforwardLoss),
+    "pushforward-rkl": between(otkd.PushforwardLoss, "rkl"),
+    "pushforward-tvd": between(otkd.PushforwardLoss, "tvd"),
+    "hybrid_uld": between(otkd.HybridLogitLoss),
     "sinkhorn": sinkhorn(),
     "transport_kl": transport_kl(),
     "transport_kl-topk": transport_kl("cosine", "topk"),

@@ -42,7 +42,13 @@ def sinkd(**options):
     return otkd.SinKDLoss(0.6, transport=batch_sinkhorn(**settings), **options)
 
 
+def identity_map():
+    return otkd.alignment.TokenMap.of_pairs(range(VOCAB), range(VOCAB), (VOCAB, VOCAB))
+
+
 BUILDERS = {
+    "pushforward": lambda **options: otkd.PushforwardLoss(identity_map(), "rkl", **options),
+    "hybrid_uld": lambda **options: otkd.HybridLogitLoss(identity_map(), **options),
     **{name: otkd.losses.loss_class(name) for name in otkd.list_losses()},
     "sinkhorn": sinkhorn,
     "sinkhorn-sharp": lambda **options: sinkhorn(**{"value": "sharp", **options}),
