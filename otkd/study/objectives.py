@@ -53,6 +53,8 @@ def _option_names(name: str, author: bool) -> list[str]:
             f"{name}: a sum cannot contain ce or sinkd, which have their own weight of the hard "
             "labels: use --alpha"
         )
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{name}: a sum can contain a loss only once")
     names = [option for part in parts for option in _options_of_one(part, author)]
     return ["alpha", *dict.fromkeys(names)]
 
@@ -89,6 +91,12 @@ def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> Non
     for name in sorted(every.intersection(given) - taken):
         losses = ", ".join(dict.fromkeys(each.loss for each in tried))
         raise StudyError(f"{option(name)} has no effect on {losses}: leave it out.")
+    annealed = [each.settings for each in tried if each.settings.anneal and "anneal" in given]
+    if annealed and all(1 in (each.epochs, each.temperature) for each in annealed):
+        raise StudyError(
+            "--anneal lowers the temperature to 1 from epoch to epoch, so it has no effect with "
+            "--epochs 1 or --temperature 1: change them, or leave it out."
+        )
 
 
 def check_objectives(objectives: Sequence[Objective], embedding: Tensor) -> None:

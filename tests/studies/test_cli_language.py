@@ -192,7 +192,7 @@ def test_an_interrupted_teacher_continues(teacher, texts, tmp_path, monkeypatch)
 
 def test_a_single_student_is_saved_as_a_language_model(teacher, texts, tmp_path):
     named = ("--data-dir", texts, "--teacher", teacher, "--output-dir", tmp_path)
-    result = otkd_command("train", "text", "--loss", "jsd", *named, *OPTIONS)
+    result = otkd_command("train", "text", "--loss", "jsd", *named, *OPTIONS, "--no-anneal")
     assert result.exit_code == 0, result.output
     student = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert student.config.num_hidden_layers == 1
@@ -259,6 +259,9 @@ def test_the_best_candidate_has_the_lowest_cross_entropy(teacher, texts, tmp_pat
         ("text", ("--losses", "wasserstein"), "use sinkhorn"),
         ("text", ("--losses", "sinkd", "--batch-cost", "hidden"), "for classifiers"),
         ("text", ("--losses", "kl+ce"), "--alpha"),
+        ("text", ("--losses", "kl+jsd+kl"), "only once"),
+        ("text", ("--losses", "kl", "--anneal", "--epochs", "3"), "--temperature 1"),
+        ("text", ("--losses", "kl", "--anneal", "--temperature", "3"), "--epochs 1"),
         ("text", ("--losses", "kl", "--text-column", "words"), "--text-column"),
         ("text", ("--losses", "kl", "--max-length", "1"), "at least 2 tokens"),
         ("text", ("--losses", "kl", "--max-length", "99"), "at most 32 tokens"),
