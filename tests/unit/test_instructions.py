@@ -192,6 +192,14 @@ def test_a_conversation_needs_a_chat_template(read, tokenizer, chat):
     assert [x for x in encoded["labels"] if x != -100] == [8, EOS]
 
 
+def test_messages_that_a_chat_template_refuses_are_named(read, tmp_path):
+    save_tokenizer(tmp_path, VOCAB)
+    template = "{{ raise_exception('roles must alternate') }}"
+    strict = transformers.AutoTokenizer.from_pretrained(tmp_path, chat_template=template)
+    with pytest.raises(DataError, match="chat template refuses the messages: roles must"):
+        encode_instructions(read(row()), strict, 32)
+
+
 def test_a_long_prompt_is_refused_by_name_or_left_out_with_a_warning(read, chat, caplog):
     rows = read(row(), row("w5 " * 20), row("w5 " * 30))
     with pytest.raises(DataError, match=r"line 2: the prompt has 25 tokens, but at most 11 fit"):

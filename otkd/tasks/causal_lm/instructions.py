@@ -78,13 +78,24 @@ class Instruction:
         return text
 
     def prompt_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The tokens of the prompt, up to where the answer starts."""
+        """The tokens of the prompt, up to where the answer starts.
+
+        Raises:
+            DataError: if the chat template refuses the messages, or there is none for them.
+        """
         prompt = self.prompt(tokenizer)
         if isinstance(prompt, str):
             return list(tokenizer(prompt)["input_ids"])
-        encoded: Any = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        from jinja2 import TemplateError
+
+        try:
+            encoded: Any = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"{self.where}: the tokenizer's chat template refuses the messages: {error}"
+            ) from error
         return list(encoded["input_ids"])
 
 
@@ -106,7 +117,7 @@ def read_instructions(source: str | Path, split: str = "train") -> list[Instruct
     path = Path(source)
     if path.is_file() or path.suffix in (".json", ".jsonl"):
         lines = [(f"{path}, line {n}", text) for n, text in text_lines(path) if text.strip()]
-        rows = [(where, _object(where, text)) for where, text in lines]
+        rows = [(where, json_row(where, text)) for where, text in lines]
     else:
         rows = [
             (f"{source}, row {n}", row) for n, row in enumerate(_hub_rows(str(source), split), 1)
@@ -116,9 +127,17 @@ def read_instructions(source: str | Path, split: str = "train") -> list[Instruct
     return [_instruction(where, row) for where, row in rows]
 
 
-def _object(where: str, line: str) -> dict[str, Any]:
+def json_row(where: str, line: str) -> dict[str, Any]:
+    """A line of JSON as a row; ``DataError`` if it is no object, or holds what is no text."""
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        code = f"\\u{ord(error.object[error.start]):04x}"
+        raise DataError(
+            f"{where}: {code} is half of a surrogate pair, which is no character: complete or "
+            "remove it."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); write one object per line.") from error
     if not isinstance(row, dict):

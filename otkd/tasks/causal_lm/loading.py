@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otkd.tasks.causal_lm.instructions import Instruction, encode_instructions, read_instructions
+from otkd.tasks.causal_lm.instructions import (
+    Instruction,
+    encode_instructions,
+    json_row,
+    read_instructions,
+)
 from otkd.tasks.causal_lm.text import review_texts
 from otkd.tasks.loading import SAMPLE_SEED
 from otkd.tasks.tasks import DataError, LanguageTask
@@ -128,7 +133,8 @@ def encode_rows(
         dataset = encode_instructions(instructions, tokenizer, max_length)
     else:
         texts = [row.text for row in rows if isinstance(row, Text)]
-        ids: Any = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        # A tokenizer may be set to cut texts on the left, or add an end where it cuts them.
+        ids = [tokens[:max_length] for tokens in tokenizer(texts)["input_ids"]]
         for row, tokens in zip(rows, ids, strict=True):
             if len(tokens) < 2:
                 raise DataError(
@@ -163,18 +169,19 @@ def _read(
     path = plain if plain.is_file() else lines
     numbered = [(f"{path}, line {number}", line) for number, line in text_lines(path)]
     if path is lines:
-        numbered = [(where, _text_of(where, line, text_column)) for where, line in numbered]
+        numbered = [
+            (where, _text_of(where, json_row(where, line), text_column)) for where, line in numbered
+        ]
     return _texts(path, numbered)
 
 
-def _text_of(where: str, line: str, column: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); write one object per line.") from error
-    text = row.get(column) if isinstance(row, dict) else None
+def _text_of(where: str, row: Mapping[str, Any], column: str) -> str:
+    text = row.get(column)
     if not isinstance(text, str):
-        raise DataError(f"{where}: no text in a column {column!r}: name it with --text-column.")
+        raise DataError(
+            f"{where}: no text in the column {column!r}: complete or remove the row, or name "
+            "another column with --text-column."
+        )
     return text
 
 
@@ -206,5 +213,5 @@ def _from_hub(
             f"{name} has no column {text_column!r} but {', '.join(rows.column_names)}: name one "
             "with --text-column."
         )
-    numbered = [(f"{name}, row {n}", str(text)) for n, text in enumerate(rows[text_column], 1)]
-    return _texts(name, numbered)
+    numbered = ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+    return _texts(name, [(where, _text_of(where, row, text_column)) for where, row in numbered])
