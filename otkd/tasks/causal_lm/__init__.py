@@ -5,12 +5,12 @@ from otkd.tasks.causal_lm.instructions import (
     Instruction,
     encode_instructions,
     fitting_prompts,
-    padding_collator,
     read_instructions,
 )
 from otkd.tasks.causal_lm.layers import evenly_spaced, student_of
 from otkd.tasks.causal_lm.metrics import next_token_metrics
 from otkd.tasks.causal_lm.packaged import packaged_teacher
+from otkd.tasks.causal_lm.padding import padding_collator
 from otkd.tasks.causal_lm.text import review_blocks
 
 __all__ = [

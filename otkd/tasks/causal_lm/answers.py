@@ -9,7 +9,7 @@ import torch
 
 from otkd.extras import missing
 from otkd.scalars import as_whole
-from otkd.tasks.causal_lm.instructions import padding_collator
+from otkd.tasks.causal_lm.padding import padding_collator
 from otkd.tasks.tasks import DataError
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -11,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otkd.checks import check_choice
 from otkd.reductions import IGNORE_INDEX
 from otkd.scalars import as_whole
 from otkd.tasks.tasks import DataError
@@ -19,7 +17,7 @@ from otkd.tasks.tsv import text_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -299,30 +297,6 @@ def encode_instructions(
         columns["attention_mask"].append([1] * len(ids))
         columns["labels"].append([IGNORE_INDEX] * len(prompt) + ids[len(prompt) :])
     return Dataset.from_dict(columns)
-
-
-def padding_collator(
-    tokenizer: PreTrainedTokenizerBase, side: str = "right"
-) -> DataCollatorForSeq2Seq:
-    """A collator that pads a batch to its longest row, and labels with −100.
-
-    Args:
-        tokenizer: needs a padding token. It is copied, so that its own side stays as it is.
-        side: ``"right"`` for training, ``"left"`` for generation.
-
-    Raises:
-        ValueError: for another side, or a tokenizer without a padding token.
-    """
-    from transformers import DataCollatorForSeq2Seq
-
-    check_choice("side", side, ("left", "right"))
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            "the tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token"
-        )
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.padding_side = side
-    return DataCollatorForSeq2Seq(tokenizer)
 
 
 def digest_of(rows: Iterable[Instruction]) -> str:
