@@ -17,6 +17,7 @@ space is the ground cost:
 """
 
 from otkd.alignment.anchors import align_embeddings, aligned_cost
+from otkd.alignment.audit import Audit, WorstToken, audit
 from otkd.alignment.chat import render_chat
 from otkd.alignment.ends import TokenEnds, token_ends
 from otkd.alignment.maps import AnchorMap, fit_map
@@ -32,13 +33,16 @@ from otkd.alignment.tokens import SharedTokens, shared_tokens
 __all__ = [
     "AlignedPositions",
     "AnchorMap",
+    "Audit",
     "SharedTokens",
     "TokenEnds",
     "TokenMap",
     "Tokenizer",
+    "WorstToken",
     "align_embeddings",
     "align_positions",
     "aligned_cost",
+    "audit",
     "common_positions",
     "fit_map",
     "normalized_for",

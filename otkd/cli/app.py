@@ -145,6 +145,33 @@ def compare(
                 notice(f"Results, summary.json and comparison.png are in {done.folder}.")
 
 
+@app.command()
+def align(
+    student: Annotated[
+        str, typer.Argument(help="The student's tokenizer: a name, a folder or a tokenizer.json.")
+    ],
+    teacher: Annotated[str, typer.Argument(help="The teacher's tokenizer, likewise.")],
+    text: Annotated[Path, typer.Option(help="A file with one text per line.")],
+    normalize: Annotated[
+        bool, typer.Option(help="First write each text as both tokenizers read it.")
+    ] = False,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst tokens to list.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file for the result.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Show how well two tokenizers correspond: common positions, and tokens with a counterpart."""
+    with reporting(output or Path(), resumes=False):
+        from otkd.cli.align import align, audit_tables
+
+        quiet_libraries()
+        found = align(student, teacher, text, normalize=normalize, worst=worst, output=output)
+        for table in audit_tables(found):
+            out.print(table)
+        if output is not None:
+            notice(f"The result is in {output}.")
+
+
 def _print(done: Comparison) -> None:
     from otkd.study.report import comparison_table, explanation
 

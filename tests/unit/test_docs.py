@@ -53,6 +53,18 @@ def test_a_page_trains_a_causal_language_model(page, needs, tmp_path, monkeypatc
     assert list(Path("output").glob("checkpoint-*/model.safetensors"))
 
 
+@pytest.mark.usefixtures("seeded")
+def test_two_tokenizers(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("OTKD_CACHE", str(tmp_path))
+    code, blocks = code_of(DOCS / "two_tokenizers.md")
+    assert blocks == 2
+    run = {}
+    exec(code, run)
+    assert run["value"].isfinite()
+    assert len(run["found"]) >= 2
+
+
 def test_the_readme_names_what_is_installed():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11 and later
     project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
