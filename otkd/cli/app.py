@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from otkd.cli.console import StepBar, notice, out, reporting, require_train_extra
+from otkd.cli.console import StepBar, notice, out, print_table, reporting, require_train_extra
 from otkd.cli.options import OutputDir, Overwrite, given_options, make_settings, with_settings
 from otkd.study.messages import StudyError, quiet_libraries
 from otkd.version import __version__
@@ -175,7 +175,7 @@ def align(
 def _print(done: Comparison) -> None:
     from otkd.study.report import comparison_table, explanation
 
-    out.print(comparison_table(done.teacher, done.students))
+    print_table(comparison_table(done.teacher, done.students))
     out.print(explanation(done.teacher, done.students), highlight=False)
 
 

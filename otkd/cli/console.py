@@ -13,6 +13,8 @@ from types import FrameType
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from otkd.extras import missing
 from otkd.files import sentence
@@ -28,6 +30,13 @@ if not out.is_terminal:
 
 _TRAIN_MODULES = ("accelerate", "datasets", "filelock", "matplotlib", "safetensors")
 _TRAIN_MODULES += ("torchmetrics", "transformers")
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout whole: beyond the width of the terminal, which would cut numbers."""
+    unlimited = out.options.update(width=10_000)
+    table.width = Measurement.get(out, unlimited, table).maximum
+    out.print(table, crop=False)
 
 
 def notice(message: str, style: str | None = "dim") -> None:

@@ -86,7 +86,10 @@ def _parameter(name: str) -> inspect.Parameter:
     panel = field.json_schema_extra["panel"]
     text = field.description
     if name in LANGUAGE_DEFAULTS:
-        text += f" Language models: {LANGUAGE_DEFAULTS[name]}."
+        usual = LANGUAGE_DEFAULTS[name]
+        if isinstance(usual, bool):
+            usual = option(name if usual else f"no_{name}")
+        text += f" Language models: {usual}."
     described = typer.Option(*_FLAGS.get(name, ()), help=text, rich_help_panel=panel)
     return inspect.Parameter(
         name,

@@ -26,7 +26,8 @@ def _scale(key: str) -> float:
 
 
 def _shown(key: str, value: float) -> str:
-    return f"{value * 100:.1f}" if get_metric(key).fraction else f"{value:.3f}"
+    number, digits = (value * 100, 1) if get_metric(key).fraction else (value, 3)
+    return f"{round(number, digits) + 0.0:.{digits}f}"  # −0.0 + 0.0 is 0.0
 
 
 def comparison_table(teacher: Result, results: Sequence[Result]) -> Table:
@@ -99,14 +100,15 @@ def _diverged(summary: LossSummary) -> str:
 def _objective(results: Sequence[Result]) -> list[str]:
     """The weights of losses and hard labels, from the settings in the result files."""
     own = {"ce": "ce is used alone", "sinkd": "sinkd has a ce term of its own"}
-    used = {run.settings["loss"] for run in results}
+    used = {run.settings["loss"] for run in results if run.settings.get("loss.alpha") != 1}
     weights = {run.settings["loss.alpha"] for run in results if run.settings["loss"] not in own}
     if not weights:
         return []
     shares = " or ".join(
         "the loss alone" if w == 1 else f"{w:g} · loss + {1 - w:g} · ce" for w in sorted(weights)
     )
-    sentences = [f"Objective: {shares}, where ce is the cross-entropy with the labels."]
+    meaning = "" if weights == {1} else ", where ce is the cross-entropy with the labels"
+    sentences = [f"Objective: {shares}{meaning}."]
     if exceptions := [text for name, text in own.items() if name in used]:
         sentences.append(f"{'; '.join(exceptions)}.")
     return sentences

@@ -117,7 +117,10 @@ class Settings:
         0.1, "Entropic regularisation, for losses that have it.", ge=1e-6, le=1e6
     )
     price: float = _losses(
-        30.0, "For transport_kl: nats per unit of the cost between classes.", ge=1e-6, le=1e6
+        30.0,
+        "For transport_kl: nats per unit of the cost between classes or tokens.",
+        ge=1e-6,
+        le=1e6,
     )
     smoothing: float = _losses(
         1.0,
@@ -164,7 +167,8 @@ class Settings:
         None, "Steps between evaluations. By default there is one evaluation, at the end.", **_COUNT
     )
     score: Literal["last", "best"] = _score(
-        "last", "Evaluation that counts: last, or best, which is biased upwards."
+        "last",
+        "Evaluation that counts: last, or best, which is biased, as the rows that score choose it.",
     )
 
     def check(self) -> None:

@@ -81,6 +81,9 @@ def test_a_comparison_on_texts_measures_what_it_says(teacher, texts, tmp_path):
     assert result.exit_code == 0, result.output
     for word in ("cross-entropy", "KL(p‖q)", "agreement", "2 seeds per loss, 16 training"):
         assert word in result.output
+    assert "Objective: the loss alone. ce is used alone." in " ".join(result.output.split())
+    assert "…" not in result.output  # no number is cut to the width of the terminal
+    assert "-0.000" not in result.output
     found = read_result(tmp_path / "text" / "teacher" / "result.json")
     # The teacher's metrics, from the texts alone.
     model = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
