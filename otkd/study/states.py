@@ -42,11 +42,13 @@ class StoredStates:
         return len(self.lengths)
 
     def __getitem__(self, index: int | slice | Tensor) -> StoredStates | HiddenStateTeacher:
-        texts = self.states.split(self.lengths.tolist())
+        # Every training step reads some texts: only these are looked up, however many there are.
+        ends, lengths = self.lengths.cumsum(0)[index], self.lengths[index]
+        places = zip((ends - lengths).reshape(-1).tolist(), ends.reshape(-1).tolist(), strict=True)
+        texts = [self.states[start:end] for start, end in places]
         if isinstance(index, int):
-            return HiddenStateTeacher(texts[index], self.weight, self.bias)
-        chosen = torch.arange(len(self))[index]
-        return StoredStates.of([texts[i] for i in chosen.tolist()], self.weight, self.bias)
+            return HiddenStateTeacher(texts[0], self.weight, self.bias)
+        return StoredStates.of(texts, self.weight, self.bias)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StoredStates:
         """The same states and head on ``device``."""

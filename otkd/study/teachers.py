@@ -54,10 +54,12 @@ class Teacher:
 
     def on(self, rows: Rows, *, features: bool) -> StoredTeacher:
         """Its outputs on the training rows, with its states if ``features`` is true."""
-        index = slice(None) if rows.index is None else torch.tensor(rows.index)
-        stored = self.train[index]
+        # All rows are not copied: the states of a language task may fill most of the memory.
+        index = None if rows.index is None else torch.tensor(rows.index)
+        stored = self.train if index is None else self.train[index]
         if features and self.features is not None:
-            return DenseTeacher(stored.logits(), self.features[index])
+            chosen = self.features if index is None else self.features[index]
+            return DenseTeacher(stored.logits(), chosen)
         return stored
 
     def on_dev(self, rows: Rows) -> StoredTeacher:
