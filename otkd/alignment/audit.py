@@ -141,7 +141,7 @@ def _coverage(found: TokenMap, token: int, control: frozenset[int]) -> str:
 
 
 def _shares(by_token: dict[int, str], occurrences: Counter[int]) -> dict[str, float]:
-    counts: dict[str, int] = {name: 0 for name in COVERAGE}
+    counts: dict[str, int] = dict.fromkeys(COVERAGE, 0)
     for token, number in occurrences.items():
         counts[by_token[token]] += number
     return {name: number / occurrences.total() for name, number in counts.items()}

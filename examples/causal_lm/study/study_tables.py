@@ -46,7 +46,7 @@ def table(folder: Path, protocol: str) -> str:
     """Means over seeds, and the difference of the cross-entropy to KL in pairs of equal seeds."""
     runs = read_runs(folder, [*load_protocol(str(HERE / f"{protocol}.toml")).losses])
     teacher = read_result(folder / "teacher" / "result.json")
-    header = ["loss", "seeds", *map(metric_title, METRICS), "agreement", "cross-entropy − KL's"]
+    header = ["loss", "seeds", *map(metric_title, METRICS), "agreement", "cross-entropy − KL’s"]
     rows = [
         ["teacher", "", *(_shown(name, teacher.metrics[name]) for name in METRICS), "", ""],
         *(_row(loss, runs) for loss in runs),
@@ -86,7 +86,8 @@ def _mean(name: str, found: Estimate) -> str:
 
 
 def _shown(name: str, value: float) -> str:
-    return f"{100 * value:.1f}" if get_metric(name).fraction else f"{value:.3f}"
+    digits, scale = (1, 100) if get_metric(name).fraction else (3, 1)
+    return f"{round(scale * value, digits) + 0.0:.{digits}f}"  # without the sign of −0
 
 
 def updated(page: str, results: Path) -> str:
