@@ -131,7 +131,7 @@ def _ends_by_bytes(tokenizer: Any, text: str, encoded: Encoded, at: list[int]) -
             reached -= 1  # the tokenizer has added a space
         for piece in pieces:
             reached += len(piece)
-            ends.append(max(reached, place))
+            ends.append(reached)
         place = reached
     if place != len(content):
         refuse_changed(tokenizer, text, _character(at, place), "")

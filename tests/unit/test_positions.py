@@ -200,7 +200,7 @@ TEMPLATES = {
 
 def test_an_answer_inside_two_chat_templates():
     messages = [
-        {"role": "user", "content": "the cats sat"},
+        {"role": "user", "content": "say: the cats sat, singing"},
         {"role": "assistant", "content": "the cats sat, singing"},
     ]
     sides = []
@@ -208,7 +208,7 @@ def test_an_answer_inside_two_chat_templates():
         tokenizer = tokenizer_of(name)
         text, span = render_chat(tokenizer, messages, chat_template=template)
         assert text[slice(*span)] == messages[-1]["content"]
-        assert span[0] > text.index("the cats sat") + 5  # not the user's words
+        assert span[0] > text.index(messages[-1]["content"])  # not the user's words
         ends = token_ends(tokenizer, text, span=span, add_special_tokens=False)
         inside = [i for i, end in enumerate(ends.ends) if end > 0]
         assert tokenizer.decode([ends.ids[i] for i in inside]).strip() == messages[-1]["content"]
@@ -264,11 +264,15 @@ def normalising(name, normalizer):
 
 
 normalizers = tokenizers.normalizers
+BERT = normalizers.BertNormalizer()
 NORMALISING = {
+    "control": ("wordpiece", BERT, "the \x00 cat", "the  cat", 3),
+    "control at the end": ("wordpiece", BERT, "the cat \x00", "the cat ", 7),
+    "end": ("byte-level", normalizers.Strip(), "the cat ", "the cat", 7),
     "marker": ("sentencepiece", None, "the▁cat", "the cat", 3),
     "lower": ("byte-level", normalizers.Lowercase(), "The cat", "the cat", 0),
     "nfc": ("byte-level", normalizers.NFC(), "cafe\u0301 sat", "café sat", 3),
-    "uncased": ("wordpiece", normalizers.BertNormalizer(), "The ca\u0301t", "the cat", 0),
+    "uncased": ("wordpiece", BERT, "The ca\u0301t", "the cat", 0),
     "spaces": (
         "sentencepiece",
         normalizers.Sequence(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import otkd
-from otkd.alignment import align_embeddings, fit_map, prefix_cost
+from otkd.alignment import align_embeddings, aligned_cost, fit_map, prefix_cost
 from otkd.alignment.maps import RIDGES
 from otkd.alignment.pieces import vocabulary_of
 from otkd.costs import DiscreteCost, EmbeddingCost, MatrixCost, OrdinalCost, PrefixCost, SumCost
@@ -139,6 +139,10 @@ def test_what_is_known_of_a_sum_is_known_of_its_costs():
     assert SumCost([positive, DiscreteCost()]).keeps_divergence_positive(0.1)
     assert not SumCost([positive, OrdinalCost(3)]).keeps_divergence_positive(0.1)
     assert SumCost([positive, OrdinalCost(1)]).one_vocabulary
+    # Positive definite for small ε only: at .475 with the weight 1, not with .05.
+    far = MatrixCost(torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 5.0], [1.0, 5.0, 0.0]]))
+    for weight, known in ((1.0, True), (0.05, False)):
+        assert SumCost([far], [weight]).keeps_divergence_positive(0.475) == known
     with pytest.raises(ValueError, match="self-cost must be 0 on its"):
         SumCost([positive, other]).check_within()
     weight = torch.nn.Parameter(points(2, 5, 2))
@@ -201,6 +205,36 @@ def test_losses_between_two_vocabularies(loss, cost, support):
         assert LOSSES[loss](made, support)(student, stored).isfinite()
     module = LOSSES[loss](made, support).half()
     assert module(student.half(), teacher.half()).isfinite()
+
+
+@pytest.mark.parametrize("strings", [False, True])
+@pytest.mark.parametrize("loss", ["sinkhorn", "transport_kl"])
+def test_identical_tokenizers_and_embeddings_are_one_vocabulary(loss, strings):
+    pytest.importorskip("tokenizers")
+    from tests.two_tokenizers import tokenizer_of
+
+    tokenizer = tokenizer_of("wordpiece")
+    size = len(tokenizer)
+    embedding = points(1, size, 6)
+    one, two = EmbeddingCost(embedding), aligned_cost(embedding, embedding, tokenizer, tokenizer)
+    if strings:
+        raw = vocabulary_of(tokenizer).raw
+        own = PrefixCost([raw.get(token, f"special {token}") for token in range(size)])
+        one, two = SumCost([one, own]), SumCost([two, prefix_cost(tokenizer, tokenizer)])
+    options = {"support": Dense(), "tolerance": 1e-9, "max_iterations": 5000}
+    if loss == "transport_kl":
+        # Between two vocabularies it is never debiased.
+        options |= {"debias": None, "smoothing": 0.3, "price": 5.0}
+    elif strings:
+        options |= {"debias": None}
+    student, teacher = logits(1, 2, size), logits(2, 2, size)
+    results = []
+    for cost in (one, two):
+        leaf = student.clone().requires_grad_()
+        value = otkd.get_loss(loss, cost=cost, **options)(leaf, teacher)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_debiasing_with_prefixes_warns():
