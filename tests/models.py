@@ -74,12 +74,12 @@ def tiny_distilbert(seed: int = 0):
     return _built(seed, transformers.DistilBertForSequenceClassification, config, scale=5)
 
 
-def tiny_llama(seed: int = 0, *, vocab: int = VOCAB):
+def tiny_llama(seed: int = 0, *, vocab: int = VOCAB, layers: int = 2):
     """A causal language model whose loss type says that it shifts."""
     config = transformers.LlamaConfig(
         vocab_size=vocab,
         hidden_size=WIDTH,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         intermediate_size=64,

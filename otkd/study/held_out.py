@@ -51,9 +51,21 @@ class HeldOut:
 
     @torch.no_grad()
     def run(
-        self, model: PreTrainedModel, *, states: bool = False, part: slice = slice(None)
+        self,
+        model: PreTrainedModel,
+        *,
+        states: bool = False,
+        exact: bool = False,
+        part: slice = slice(None),
     ) -> Iterator[tuple]:
-        """The places of each batch, the batch, and the logits, or in float32 the hidden states."""
+        """The places of each batch, the batch, and the logits or the last hidden states.
+
+        Args:
+            model: that reads the batches.
+            states: yield the states instead of the logits.
+            exact: compute in float32, also if students are run in bf16.
+            part: the batches.
+        """
         was_training = model.training
         model.eval()
         try:
@@ -61,7 +73,7 @@ class HeldOut:
                 inputs = {
                     name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")
                 }
-                with autocast(model.device, self._bf16 and not states):
+                with autocast(model.device, self._bf16 and not exact):
                     run: Any = model.base_model if states else model
                     outputs = run(**inputs, use_cache=False)
                 yield index, batch, outputs.last_hidden_state if states else outputs.logits
@@ -100,15 +112,13 @@ def check_linear(model: PreTrainedModel, rows: HeldOut) -> None:
     """
     part = slice(0, 1)
     (_, batch, states), (_, _, logits) = (
-        next(rows.run(model, states=each, part=part)) for each in (True, False)
+        next(rows.run(model, states=each, exact=True, part=part)) for each in (True, False)
     )
     head: Any = model.get_output_embeddings()
     read = batch["attention_mask"].bool().to(logits.device)
     with torch.no_grad():
-        gap = (head(states)[read] - logits[read].float()).abs().max()
-    # Under autocast the logits are rounded to bfloat16.
-    tolerance = _TOLERANCE + float(torch.finfo(logits.dtype).eps)
-    if gap > tolerance * logits[read].float().abs().max():
+        gap = (head(states)[read] - logits[read]).abs().max()
+    if gap > _TOLERANCE * logits[read].abs().max():
         raise StudyError(
             f"The logits of {type(model).__name__} are not a linear function of its last hidden "
             "states, which a study stores; soft-capping is a frequent reason. Choose another "
@@ -133,7 +143,7 @@ def stored_states(
         found = _read_shard(path)
         if found is None:
             part = slice(start, start + _SHARD)
-            found = _states(rows.run(model, states=True, part=part), on_steps)
+            found = _states(rows.run(model, states=True, exact=True, part=part), on_steps)
             save_tensors(path, {str(place): text for place, text in found.items()})
         else:
             on_steps(min(_SHARD, rows.batches - start))

@@ -193,6 +193,22 @@ def test_an_interrupted_teacher_continues(teacher, texts, tmp_path, monkeypatch)
     assert not list((tmp_path / "cut").glob("**/states-*"))
 
 
+def test_a_deep_teacher_is_read_in_float32_where_students_train_in_bf16(texts, tmp_path):
+    """In bf16 its logits differ by more than the rounding of one layer."""
+    deep = save_model(tmp_path / "deep", tiny_llama(3, vocab=VOCAB, layers=24))
+    out = tmp_path / "out"
+    more = ("--losses", "kl", "--seeds", "1", "--precision", "bf16")
+    result = compare("text", texts, deep, out, *more)
+    assert result.exit_code == 0, result.output
+    model = transformers.AutoModelForCausalLM.from_pretrained(deep).eval()
+    stored = StoredStates.load(out / "text" / "teacher" / "train-states.safetensors")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(deep)
+    text = (texts / "train.txt").read_text().splitlines()[0]
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :8]
+    with torch.no_grad():
+        torch.testing.assert_close(stored[0].logits(), model(ids).logits[0])
+
+
 def test_a_single_student_is_saved_as_a_language_model(teacher, texts, tmp_path):
     named = ("--data-dir", texts, "--teacher", teacher, "--output-dir", tmp_path)
     result = otkd_command("train", "text", "--loss", "jsd", *named, *OPTIONS, "--no-anneal")
