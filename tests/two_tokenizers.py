@@ -3,7 +3,7 @@
 import functools
 
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SENTENCES = [
@@ -37,8 +37,8 @@ def byte_level(size, *, add_prefix_space=False):
     return tokenizer, {"eos_token": "<|end|>", "bos_token": "<|start|>"}
 
 
-def sentencepiece(size):
-    """Byte fallback as in Llama's tokenizer."""
+def sentencepiece(size, *, by_normalizer=False):
+    """Byte fallback as in Llama's tokenizer, which writes spaces when it normalises."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -53,7 +53,11 @@ def sentencepiece(size):
     ]
     model = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    if by_normalizer:
+        written = normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")
+        tokenizer.normalizer = normalizers.Sequence(list(written))
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
     of_spaces = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
     tokenizer.decoder = decoders.Sequence(
         [of_spaces[0], decoders.ByteFallback(), decoders.Fuse(), of_spaces[1]]
@@ -86,6 +90,7 @@ MAKERS = {
     "byte-level, small": lambda: byte_level(270),
     "byte-level, space": lambda: byte_level(330, add_prefix_space=True),
     "sentencepiece": lambda: sentencepiece(340),
+    "sentencepiece, Llama's": lambda: sentencepiece(340, by_normalizer=True),
     "wordpiece": lambda: wordpiece(120),
 }
 

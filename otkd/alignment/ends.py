@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +81,9 @@ def token_ends(
     start, stop = _checked_span(span, text)
     encoded = encode(tokenizer, text, add_special_tokens=add_special_tokens)
     # Offset of each character, and of the end.
-    at = [0, *itertools.accumulate(len(character.encode()) for character in text)]
+    at: Sequence[int] = range(len(text) + 1)
+    if not text.isascii():
+        at = [0, *itertools.accumulate(len(character.encode()) for character in text)]
     by_bytes = encoded.family in ("byte-level", "sentencepiece")
     follow = _ends_by_bytes if by_bytes else _ends_by_spans
     ends = follow(tokenizer, text, encoded, at)
@@ -108,7 +111,7 @@ def _checked_span(span: tuple[int, int] | None, text: str) -> tuple[int, int]:
     return start, stop
 
 
-def _ends_by_bytes(tokenizer: Any, text: str, encoded: Encoded, at: list[int]) -> list[int]:
+def _ends_by_bytes(tokenizer: Any, text: str, encoded: Encoded, at: Sequence[int]) -> list[int]:
     """Sums of the tokens' bytes, checked against the text."""
     content = text.encode()
     ends: list[int] = []
@@ -143,7 +146,7 @@ def _is_known(encoded: Encoded, token: int) -> bool:
 
 
 def _refuse_segment(
-    tokenizer: Any, text: str, segment: bytes, content: bytes, place: int, at: list[int]
+    tokenizer: Any, text: str, segment: bytes, content: bytes, place: int, at: Sequence[int]
 ) -> None:
     """Say where the tokens first differ from the text."""
     candidates = [segment, segment[1:]] if segment[:1] == b" " else [segment]
@@ -160,12 +163,12 @@ def _common_length(left: bytes, right: bytes) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
-def _character(at: list[int], place: int) -> int:
+def _character(at: Sequence[int], place: int) -> int:
     """The character that contains this byte."""
     return max(i for i, offset in enumerate(at) if offset <= place)
 
 
-def _ends_by_spans(tokenizer: Any, text: str, encoded: Encoded, at: list[int]) -> list[int]:
+def _ends_by_spans(tokenizer: Any, text: str, encoded: Encoded, at: Sequence[int]) -> list[int]:
     """Ends of the tokens' spans, whose text is checked; between them there is only whitespace."""
     reached = 0
     ends = []

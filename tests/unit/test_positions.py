@@ -44,7 +44,7 @@ def naive_ends(name, text):
                 ends.append(len(text[: start + length].encode()))
             assert start + length == stop
         return ends
-    if name == "sentencepiece":
+    if name.startswith("sentencepiece"):
         of_byte = re.compile("<0x[0-9A-F]{2}>")
         lengths = [
             1 if of_byte.fullmatch(piece) else len(piece.replace("▁", " ").encode())
@@ -99,6 +99,24 @@ def test_boundaries_are_common_and_none_is_missed(student, teacher, text):
                 assert written.lstrip(" ") == text_before.lstrip(" ")
     if student == teacher:
         assert found.student.tolist() == list(range(len(ends[0])))
+
+
+@pytest.mark.parametrize(
+    ("name", "special"),
+    [("byte-level", "<|end|>"), ("sentencepiece", "</s>"), ("sentencepiece, Llama's", "</s>")],
+)
+def test_special_tokens_in_the_text_have_its_bytes(name, special):
+    text = f"the cat{special} sat{special}{special}é on"
+    found = token_ends(tokenizer_of(name), text, add_special_tokens=False)
+    starts = [place.start() for place in re.finditer(re.escape(special), text)]
+    ends = [start + len(special) for start in starts]
+    of_special = tokenizer_of(name).convert_tokens_to_ids(special)
+    at = [end for token, end in zip(found.ids, found.ends, strict=True) if token == of_special]
+    assert at == ends
+    assert set(starts) <= set(found.ends)
+    assert found.ends[-1] == len(text.encode())
+    plain = token_ends(tokenizer_of(name), "the cat", add_special_tokens=False)
+    assert found.ends[: len(plain)] == plain.ends
 
 
 def test_positions_inside_a_character_count():

@@ -18,8 +18,9 @@ pytest.importorskip("safetensors")
 from tests.two_tokenizers import MAKERS, SENTENCES, tokenizer_of  # noqa: E402
 
 close = torch.testing.assert_close
+NAMES = [name for name in MAKERS if "Llama" not in name]  # whose tokens are SentencePiece's
 every_pair = pytest.mark.parametrize(
-    ("student", "teacher"), list(itertools.permutations(MAKERS, 2)), ids=str
+    ("student", "teacher"), list(itertools.permutations(NAMES, 2)), ids=str
 )
 
 
