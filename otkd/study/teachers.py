@@ -114,9 +114,11 @@ def train_teacher(experiment: Experiment, folder: Path, on_steps: Callable[[int]
     try:
         return _train_teacher(experiment, folder, on_steps)
     except (DivergedError, FloatingPointError) as error:
-        remedy = f"lower --teacher-learning-rate ({experiment.settings.teacher_learning_rate:g})"
         if not experiment.settings.finetune_teacher:
-            remedy = f"use another --teacher than {experiment.teacher_source}"
+            raise StudyError(
+                f"{experiment.teacher_source} cannot be the teacher: {error}. Choose another."
+            ) from error
+        remedy = f"lower --teacher-learning-rate ({experiment.settings.teacher_learning_rate:g})"
         raise StudyError(f"The teacher diverged, {error}: {remedy}.") from error
 
 

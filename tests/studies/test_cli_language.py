@@ -370,3 +370,19 @@ def test_without_a_padding_token_the_end_of_a_text_pads(texts, tmp_path):
     padded, unpadded = found
     assert unpadded.metrics == pytest.approx(padded.metrics, rel=1e-5)
     assert unpadded.teacher_metrics == pytest.approx(padded.teacher_metrics, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("model.layers.0.mlp.up_proj.weight", "states are not"), ("lm_head.weight", "logits on the")],
+)
+def test_a_teacher_with_a_weight_of_nan_is_refused(texts, tmp_path, name, message):
+    model = tiny_llama(3, vocab=VOCAB)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[5] = torch.nan
+    broken = save_model(tmp_path / "broken", model)
+    result = compare("text", texts, broken, tmp_path / "out", "--losses", "kl")
+    assert result.exit_code == 1
+    said = " ".join(result.output.split())
+    assert "broken cannot be the teacher" in said
+    assert message in said
