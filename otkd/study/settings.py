@@ -45,8 +45,8 @@ class Settings:
     data_dir: Path | None = _data(
         None,
         "Folder with GLUE's TSV files (by default GLUE is loaded from the Hugging Face hub), or "
-        "with train.jsonl and dev.jsonl of the task text or instructions, which may also be the "
-        "name of a data set on the hub.",
+        "with train.jsonl and dev.jsonl of the task text or instructions, or train.txt and dev.txt "
+        "of text; for these tasks also the name of a data set on the hub.",
     )
     text_column: str = _data("text", "Column of the texts in the rows of the task text.")
     max_train_rows: int | None = _data(None, "Train on a fixed sample of this size.", **_COUNT)

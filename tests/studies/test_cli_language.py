@@ -300,7 +300,7 @@ def test_what_cannot_work_is_refused_before_any_training(
 
 def test_data_that_is_missing_or_empty_is_named(teacher, texts, tmp_path):
     result = otkd_command("compare", "text", "--losses", "kl", "--teacher", teacher)
-    assert "needs --data-dir" in result.output
+    assert "or train.txt and dev.txt, or the name" in " ".join(result.output.split())
     for content, message in (("w3\n", "has 1 tokens"), ("\n\n", "has no texts")):
         (tmp_path / "train.txt").write_text(content)
         (tmp_path / "dev.txt").write_text("w3 w4\n")

@@ -103,8 +103,9 @@ def load_language_task(
         }
     elif source is None:
         raise DataError(
-            f"The task {task.name} needs --data-dir: a folder with train.jsonl and dev.jsonl, or "
-            "the name of a data set on the Hugging Face hub."
+            f"The task {task.name} needs --data-dir: a folder with train.jsonl and dev.jsonl"
+            f"{'' if task.instructions else ', or train.txt and dev.txt'}, or the name of a data "
+            "set on the Hugging Face hub."
         )
     else:
         parts = {part: _read(task, Path(source), part, text_column) for part in _PARTS}
