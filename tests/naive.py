@@ -260,6 +260,8 @@ def topk_divergence(
         head_q, head_p = heaviest(one_q, k), heaviest(one_p, k)
         if shared:
             head_q = head_p = sorted({*head_q, *head_p})
+        else:  # the student's token that is nearest to each of the teacher's
+            head_q = sorted({*head_q, *(int(costs[0][:, j].argmin()) for j in head_p)})
         a, b = atoms(one_q, head_q, tail), atoms(one_p, head_p, tail)
         sides = ((head_q, head_p), (head_q, head_q), (head_p, head_p))
         reduced = [

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from otkd.costs import Cost
+from otkd.costs.counterparts import nearest_sources
 from otkd.precision import without_autocast
 from otkd.supports.base import Positions, check_softmax, over_temperature
 from otkd.teachers.beside import certainly_heavier
@@ -81,8 +83,12 @@ def block_size(vocab: int, device: torch.device) -> int:
 
 
 @torch.no_grad()
-def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, Heads]:
-    """The k most probable tokens of student and teacher; if shared, the union of both sets.
+def select_heads(positions: Positions, k: int, cost: Cost) -> tuple[Heads, Heads]:
+    """The k most probable tokens of student and teacher; over one vocabulary the union of both.
+
+    Between two vocabularies, the student also has the token that is nearest to each of the
+    teacher's. Otherwise a token that the teacher wants and the student finds improbable would be
+    part of the tail, where no gradient distinguishes it from all others.
 
     For a stored teacher, these are the stored tokens. The mass of its other tokens is known only as
     a total, so the student adds only tokens that are certainly more probable than in the teacher.
@@ -91,6 +97,7 @@ def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, 
     Raises:
         ValueError: if a row of logits has no softmax.
     """
+    shared = cost.one_vocabulary
     size = block_size(positions.student.shape[-1], positions.student.device)
     blocks = [
         _heaviest_of_both(positions, rows, k, shared=shared) for rows in positions.blocks(size)
@@ -104,7 +111,9 @@ def select_heads(positions: Positions, k: int, *, shared: bool) -> tuple[Heads, 
         union, counts = union_of(q_tokens, p_tokens)
         student, teacher = Heads(union, counts, q_normaliser), Heads(union, counts, p_normaliser)
     else:
-        student = _distinct(q_tokens, q_normaliser)
+        sizes = positions.student.shape[-1], positions.teacher.shape[-1]
+        counterparts = nearest_sources(cost, p_tokens, sizes, positions.dtype)
+        student = Heads(*union_of(q_tokens, counterparts), q_normaliser)
         # Empty slots repeat stored tokens.
         teacher = (
             _distinct(p_tokens, p_normaliser)

@@ -40,9 +40,10 @@ _GATHERED_ELEMENTS = 2**20  # of embeddings and their costs at a time
 class TopK(Support):
     """The k most probable tokens of the student and of the teacher at each position.
 
-    Within one vocabulary, both sides use the union of the two sets. All other tokens form the tail,
-    one atom that holds their total mass. With w uniform over the vocabulary, its cost to a token is
-    the mean E_w[C(token, ·)], and its cost to the tail of the other side is
+    Within one vocabulary, both sides use the union of the two sets. Between two vocabularies, the
+    student also uses the token that is nearest to each of the teacher's tokens. All other tokens
+    form the tail, one atom that holds their total mass. With w uniform over the vocabulary, its
+    cost to a token is the mean E_w[C(token, ·)], and its cost to the tail of the other side is
     −ε·log E_w,w[exp(−C/ε)]. These do not depend on the batch, so microbatches add up. The gradient
     of every token in the tail uses the tail's potential. Costs are computed for the chosen tokens
     only. :class:`otkd.TransportKLLoss` has no tail if it is debiased, its smoothing is 1 and the
@@ -155,7 +156,7 @@ class TopK(Support):
             )
 
     def _atoms(self, positions: Positions, cost: Cost) -> tuple[Atoms, Atoms]:
-        student, teacher = select_heads(positions, self.k, shared=cost.one_vocabulary)
+        student, teacher = select_heads(positions, self.k, cost)
         counted, dtype, device = positions.counted, positions.dtype, positions.student.device
         clusters = self._clusters(cost, "source", device)
         a = HeadLogMasses.apply(

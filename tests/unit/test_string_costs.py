@@ -207,6 +207,31 @@ def test_losses_between_two_vocabularies(loss, cost, support):
     assert module(student.half(), teacher.half()).isfinite()
 
 
+@pytest.mark.parametrize("kind", ["logits", "stored", "learnable"])
+def test_an_improbable_token_that_the_teacher_wants_is_taught(kind):
+    """Its gradient is that over all tokens; as a part of the tail it would have none of its own."""
+    rows = points(0, 90, 24)
+    cost = EmbeddingCost(rows[:70], rows, normalize="mean")
+    support = TopK(5)
+    if kind == "learnable":
+        leaf = torch.nn.Parameter(rows[:70].clone())
+        cost = EmbeddingCost(leaf, rows, learnable=True)
+    student, teacher = logits(1, 2, 70), logits(2, 2, 90)
+    student[:, 33] = -9.0
+    teacher[:, 33] = 14.0
+    given_teacher = teacher
+    if kind == "stored":
+        given_teacher = otkd.TopKTeacher.from_logits(teacher, 5)
+    gradients = []
+    for each, source in ((support, given_teacher), (Dense(), teacher)):
+        z = student.clone().requires_grad_()
+        loss = otkd.TransportKLLoss(cost, price=100.0, support=each, reduction="sum")
+        loss(z, source).backward()
+        gradients.append(z.grad[:, 33])
+    assert gradients[1].max() < -0.9
+    close(*gradients, rtol=0.02, atol=0.0)
+
+
 @pytest.mark.parametrize("strings", [False, True])
 @pytest.mark.parametrize("loss", ["sinkhorn", "transport_kl"])
 def test_identical_tokenizers_and_embeddings_are_one_vocabulary(loss, strings):

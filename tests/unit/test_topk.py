@@ -142,7 +142,7 @@ def test_a_cost_that_is_not_symmetric(tail):
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("k", [2, 5])
-def test_two_vocabularies_stand_each_on_its_own_head(tail, metric, k):
+def test_two_vocabularies_have_a_head_each(tail, metric, k):
     source, target = points(1, 5, 3), points(2, 8, 3)  # k = 5 leaves the source without a tail
     pairs = ((source, target), (source, source), (target, target))
     costs = [naive.embedding_cost(x, y, metric) for x, y in pairs]

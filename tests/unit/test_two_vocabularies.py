@@ -51,14 +51,20 @@ def token_costs(source, target, metric, scale=None):
 
 
 class Atoms:
-    """The k heaviest tokens of a row of masses, and the others together if there are any."""
+    """The k heaviest tokens of a row of masses, and the others together if there are any.
 
-    def __init__(self, masses, k):
+    With the cost to the tokens of another row, the nearest token of each of its head is one, too.
+    """
+
+    def __init__(self, masses, k, other=None, cost=None):
         size = len(masses)
         head = masses.argsort(descending=True)[:k]
+        if other is not None and k is not None:
+            head = torch.cat([head, cost[:, other.head].argmin(0)]).unique()
+        self.head = head
         one_hot = torch.eye(size, dtype=masses.dtype)
         self.members, self.means = one_hot[head], one_hot[head]
-        self.has_tail = k is not None and k < size
+        self.has_tail = k is not None and len(head) < size
         if self.has_tail:
             outside = 1 - self.members.sum(0, keepdim=True)
             self.members = torch.cat([self.members, outside])
@@ -110,17 +116,20 @@ def transport(a, b, cost, epsilon, sharp):
 def reference(q, p, costs, support, *, debias=True, sharp=False, epsilon=EPSILON):
     """Every position by itself: its atoms and their costs; then all transported in float64."""
     k = support.k if isinstance(support, TopK) else None
-    sides = [[Atoms(row, k) for row in masses.flatten(0, -2)] for masses in (q, p)]
-    a, b = (torch.stack([atoms.masses for atoms in side]) for side in sides)
-    total = 0.0
-    terms = (((0, 1), a, b, 1.0), ((0, 0), a, a, -0.5), ((1, 1), b, b, -0.5))
-    for ((one, other), left, right, weight), cost in zip(terms, costs, strict=True):
-        if weight < 0 and not debias:
-            break
-        pairs = zip(sides[one], sides[other], strict=True)
-        matrices = torch.stack([atom_cost(*pair, cost, epsilon) for pair in pairs])
-        total = total + weight * transport(left, right, matrices, epsilon, sharp)
-    return total.reshape(q.shape[:-1])
+    values = []
+    for q_row, p_row in zip(q.flatten(0, -2), p.flatten(0, -2), strict=True):
+        b = Atoms(p_row, k)
+        a = Atoms(q_row, k, b, costs[0].detach())
+        total = 0.0
+        terms = ((a, b, 1.0), (a, a, -0.5), (b, b, -0.5))
+        for (left, right, weight), cost in zip(terms, costs, strict=True):
+            if weight < 0 and not debias:
+                break
+            matrix = atom_cost(left, right, cost, epsilon).unsqueeze(0)
+            masses = left.masses.unsqueeze(0), right.masses.unsqueeze(0)
+            total = total + weight * transport(*masses, matrix, epsilon, sharp)
+        values.append(total)
+    return torch.cat(values).reshape(q.shape[:-1])
 
 
 def slopes(function, *leaves):
