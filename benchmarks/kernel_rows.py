@@ -11,6 +11,7 @@ from problems import Spec
 from otkd import ConvergenceWarning
 
 _ITERATIONS = {"tolerance": 1e-30, "max_iterations": 50}  # as many for every kernel
+_FEW = {**_ITERATIONS, "max_iterations": 3}
 
 
 def stabilised(settings: Settings) -> dict:
@@ -36,25 +37,19 @@ def stabilised_targets(cases: list[dict]) -> list[dict]:
 
 
 def lazy(settings: Settings) -> dict:
-    """All of 16,384 and of 20,000 tokens, 8 positions: costs stored, in blocks, and in KeOps.
-
-    Above 16,384 tokens the costs are computed anew in every product, in blocks.
-    """
-    cases = []
-    for vocab in settings.pick((16_384, 20_000), (64, 100)):
-        ours = "otkd, costs in blocks" if vocab > 16_384 else "otkd, stored costs"
-        peers = [Peer(ours, "otkd_sinkhorn", _ITERATIONS, rounds=2)]
-        if settings.keops:
-            options = {**_ITERATIONS, "backend": "keops"}
-            peers.append(Peer("otkd, KeOps", "otkd_sinkhorn", options, rounds=2))
-        sizes = (vocab, *settings.pick((8, 64), (2, 8)))
-        cases.append(_compared(Spec(*sizes, seed=settings.seed), peers, settings, ()))
-    return {"cases": cases, "targets": lazy_targets(cases)}
+    """All of 20,000 tokens, 2 positions: costs computed anew in blocks, and by KeOps."""
+    peers = [Peer("otkd, costs in blocks", "otkd_sinkhorn", _FEW, rounds=2)]
+    if settings.keops:
+        options = {**_FEW, "backend": "keops"}
+        peers.append(Peer("otkd, KeOps", "otkd_sinkhorn", options, rounds=1))
+    spec = Spec(*settings.pick((20_000, 2, 64), (100, 2, 8)), seed=settings.seed)
+    case = _compared(spec, peers, settings, ())
+    return {"cases": [case], "targets": lazy_targets([case])}
 
 
 def lazy_targets(cases: list[dict]) -> list[dict]:
     """Blocks are no slower than KeOps on a CPU."""
-    return _faster(cases[1:], "otkd, KeOps")
+    return _faster(cases, "otkd, KeOps")
 
 
 def _compared(spec: Spec, peers: list[Peer], settings: Settings, skip_memory) -> dict:
