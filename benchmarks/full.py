@@ -47,7 +47,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "steps/trainers",
         ),
         "Accuracy against time": ("pareto/vocabulary", "pareto/batch"),
-        "Ways to apply the kernel": ("kernels/stabilised", "kernels/lazy"),
+        "Ways to apply the kernel": ("kernels/stabilised",),
         "Time against the limits of the machine": ("limits/headline",),
     },
     "On a GPU": {
