@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from otkd.reductions import IGNORE_INDEX
 from otkd.scalars import as_whole
+from otkd.tasks.causal_lm.alpaca import alpaca_prompt
 from otkd.tasks.tasks import DataError
 from otkd.tasks.tsv import text_lines
 
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-# The template of Alpaca, as MiniLLM uses it for Dolly: with a line break after the last heading.
-_HEAD = "Below is an instruction that describes a task"
-_CONTEXT = ", paired with an input that provides further context"
-_REQUEST = ". Write a response that appropriately completes the request.\n\n"
 
 Message = dict[str, str]
 Prompt = str | list[Message]
@@ -50,7 +46,7 @@ class Instruction:
     @property
     def text(self) -> str | None:
         """The prompt in the Alpaca template, in which a conversation cannot be written."""
-        return None if self.instruction is None else _alpaca(*self.instruction)
+        return None if self.instruction is None else alpaca_prompt(*self.instruction)
 
     def answered(self, answer: str) -> dict[str, Any]:
         """The row of a file with this prompt and another answer."""
@@ -209,13 +205,6 @@ def _answers(where: str, name: str, outputs: list[Any]) -> tuple[str, ...]:
             "expected a text that is not empty. Complete the row or remove it."
         )
     return tuple(outputs)
-
-
-def _alpaca(instruction: str, context: str) -> str:
-    parts = [_HEAD, _CONTEXT if context else "", _REQUEST, f"### Instruction:\n{instruction}\n\n"]
-    if context:
-        parts.append(f"### Input:\n{context}\n\n")
-    return "".join([*parts, "### Response:\n"])
 
 
 def _short(value: Any) -> str:
