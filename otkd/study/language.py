@@ -155,13 +155,20 @@ class LanguageExperiment(Experiment):
         same = torch.cat([ours.argmax(-1) == theirs.argmax(-1) for ours, theirs, _ in pairs])
         return same.float().mean().item()
 
+    @cached_property
+    def _sinkhorn(self) -> dict[torch.device, otkd.SinkhornLoss]:
+        """The metric on each device, kept because it clusters the vocabulary in its first call."""
+        return {}
+
     def _measured(
         self, model: PreTrainedModel | None, rows: Rows, teacher: StoredTeacher, embedding: Tensor
     ) -> dict[str, float]:
-        sinkhorn = otkd.SinkhornLoss(embedding=embedding, support=_SUPPORT, reduction="none")
-        if model is not None:
-            sinkhorn.to(model.device)
-        measures = {**_METRICS, "sinkhorn": sinkhorn}
+        where = embedding.device if model is None else model.device
+        if where not in self._sinkhorn:
+            self._sinkhorn[where] = otkd.SinkhornLoss(
+                embedding=embedding.to(where), support=_SUPPORT, reduction="none"
+            )
+        measures = {**_METRICS, "sinkhorn": self._sinkhorn[where]}
         found: dict[str, list[Tensor]] = {}
         for ours, theirs, labels in _held_out(rows).compared(model, teacher):
             of_labels = next_token_metrics(ours, theirs, labels)

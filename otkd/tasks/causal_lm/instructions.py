@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from otkd.reductions import IGNORE_INDEX
 from otkd.scalars import as_whole
 from otkd.tasks.causal_lm.alpaca import alpaca_prompt
+from otkd.tasks.causal_lm.hub import hub_rows
 from otkd.tasks.tasks import DataError
 from otkd.tasks.tsv import text_lines
 
@@ -114,7 +115,7 @@ def read_instructions(source: str | Path, split: str = "train") -> list[Instruct
         rows = [(where, json_row(where, text)) for where, text in lines]
     else:
         rows = [
-            (f"{source}, row {n}", row) for n, row in enumerate(_hub_rows(str(source), split), 1)
+            (f"{source}, row {n}", row) for n, row in enumerate(hub_rows(str(source), split), 1)
         ]
     if not rows:
         raise DataError(f"{source} has no rows; expected one JSON object per line.")
@@ -137,19 +138,6 @@ def json_row(where: str, line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: {_short(row)} is not a JSON object with named columns.")
     return row
-
-
-def _hub_rows(name: str, split: str) -> Iterable[dict[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        rows: Any = load_dataset(name, split=split)
-    except Exception as error:  # the hub, its cache and the builders have many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{name} is no file, and no data set of the hub could be read: {reason}"
-        ) from error
-    return rows
 
 
 def _instruction(where: str, row: dict[str, Any]) -> Instruction:
@@ -292,6 +280,11 @@ def digest_of(rows: Iterable[Instruction]) -> str:
     """A hash of prompts and answers, which shows whether two runs read the same rows."""
     digest = hashlib.sha256()
     for row in rows:
-        content = {name: value for name, value in asdict(row).items() if name != "where"}
-        digest.update(json.dumps(content, sort_keys=True).encode())
+        digest.update(content_of(row))
     return digest.hexdigest()[:16]
+
+
+def content_of(row: Any) -> bytes:
+    """Everything in a row, a dataclass, but where it is from; for hashes."""
+    content = {name: value for name, value in asdict(row).items() if name != "where"}
+    return json.dumps(content, sort_keys=True).encode()

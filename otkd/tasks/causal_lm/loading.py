@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from otkd.tasks.causal_lm.hub import hub_rows
 from otkd.tasks.causal_lm.instructions import (
     Instruction,
+    content_of,
     encode_instructions,
     json_row,
     read_instructions,
@@ -63,8 +64,7 @@ class LanguageData:
         for name, rows in (("train", self.train), *self.dev.items()):
             digest.update(f"{name}\n".encode())
             for row in rows:
-                content = {key: value for key, value in asdict(row).items() if key != "where"}
-                digest.update(json.dumps(content, sort_keys=True).encode())
+                digest.update(content_of(row))
         return digest.hexdigest()[:16]
 
 
@@ -199,16 +199,7 @@ def _from_hub(
     split = {"train": "train", "dev": "validation"}[part]
     if task.instructions:
         return read_instructions(name, split)
-    from datasets import load_dataset
-
-    try:
-        rows: Any = load_dataset(name, split=split)
-    except Exception as error:  # the hub, its cache and the builders have many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(
-            f"{name} is not a folder, and the part {split} of no such data set could be read from "
-            f"the Hugging Face hub: {reason}."
-        ) from error
+    rows = hub_rows(name, split)
     if text_column not in rows.column_names:
         raise DataError(
             f"{name} has no column {text_column!r} but {', '.join(rows.column_names)}: name one "
