@@ -8,7 +8,7 @@ the end for ``debias=None``. The cost ``permuted`` gives every token the embeddi
 which shows whether the geometry matters or only the presence of a cost; ``discrete`` has none. The
 price ``falling`` starts at 100 and ends at 10.
 
-WASD (Na et al. 2026) is not among the objectives yet.
+``wasd`` has the arithmetic of WASD (Na et al. 2026), at temperature 1 like the others.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import otkd
 from otkd.checks import did_you_mean
 from otkd.study.messages import StudyError
+from otkd.study.wasd import Wasd
 
 PERMUTATION_SEED = 0
 PRICES = ("1", "3", "10", "30", "100", "falling")
@@ -110,6 +111,7 @@ OBJECTIVES = {
     "tvd": _constant(lambda _: otkd.TVDLoss()),
     "sinkhorn": _constant(lambda embedding: otkd.SinkhornLoss(embedding=embedding)),
     "kl+sinkhorn": _constant(_kl_and_sinkhorn),
+    "wasd": _constant(Wasd),
     **{
         f"transport_kl-{direction}-{price}-{smoothing}-{cost}": _transport_kl(
             direction, price, smoothing, cost

@@ -13,13 +13,15 @@ import otkd
 from otkd.losses.sinkd import SoftCrossEntropyLoss, UnrolledBatchSinkhornLoss
 from otkd.study.messages import StudyError
 from otkd.study.settings import option
+from otkd.study.wasd import Wasd
 
 if TYPE_CHECKING:
     from otkd.study.protocols import Objective
     from otkd.study.settings import Settings
 
+WASD = "wasd"  # an objective of studies of language models, not a loss of the package
 # The teacher's embeddings of classes or tokens give these losses the distances between them.
-NEED_EMBEDDING = ("sinkhorn", "transport_kl", "wasserstein")
+NEED_EMBEDDING = ("sinkhorn", "transport_kl", "wasserstein", WASD)
 _PERMUTATION_SEED = 0
 # The options of batch transport.
 _TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "sample_cost", "debias", "iterations")
@@ -59,8 +61,12 @@ def _option_names(name: str, author: bool) -> list[str]:
     return ["alpha", *dict.fromkeys(names)]
 
 
+def _loss_class(name: str) -> type[nn.Module]:
+    return Wasd if name == WASD else otkd.loss_class(name)
+
+
 def _options_of_one(name: str, author: bool) -> list[str]:
-    takes = inspect.signature(otkd.loss_class(name)).parameters
+    takes = inspect.signature(_loss_class(name)).parameters
     names: list[str] = []
     if name == "sinkd":
         names += ["sinkhorn_weight", "author", *_TRANSPORT]
@@ -87,7 +93,7 @@ def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> Non
     """
     tried = [variant for objective in objectives for variant in objective.tried()]
     taken = {name for each in tried for name in _option_names(each.loss, each.settings.author)}
-    every = {name for loss in otkd.list_losses() for name in _option_names(loss, False)}
+    every = {name for loss in (*otkd.list_losses(), WASD) for name in _option_names(loss, False)}
     for name in sorted(every.intersection(given) - taken):
         losses = ", ".join(dict.fromkeys(each.loss for each in tried))
         raise StudyError(f"{option(name)} has no effect on {losses}: leave it out.")
@@ -114,7 +120,7 @@ def check_objectives(objectives: Sequence[Objective], embedding: Tensor) -> None
         try:
             options = objective_options(each.loss, each.settings)
             build_objective(each.loss, options, embedding)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, ImportError) as error:
             raise StudyError(str(error.args[0] if error.args else error)) from error
 
 
@@ -135,7 +141,7 @@ def build_objective(
     is ``alpha · loss + (1 − alpha) · ce``. Names joined by ``+`` are a sum of losses.
 
     Args:
-        name: one or several registry names.
+        name: ``wasd``, a registry name, or several of them joined by ``+``.
         options: from :func:`objective_options`.
         embedding: of classes or tokens, one row each, needed by the losses of ``NEED_EMBEDDING``.
         widths: of the states of student and teacher, needed by the cost between states.
@@ -175,23 +181,40 @@ def _term(
 ) -> nn.Module:
     if name == "batch_sinkhorn":
         return _batch_transport(options, widths)
-    takes = inspect.signature(otkd.loss_class(name)).parameters
+    takes = inspect.signature(_loss_class(name)).parameters
     own = {key: options[key] for key in ("epsilon", *_PRICE) if key in options and key in takes}
     if name in NEED_EMBEDDING:
         if embedding is None:
             raise ValueError(f"the objective {name!r} needs the teacher's embeddings")
-        own["cost"] = _token_cost(name, options.get("token_cost", "embedding"), embedding)
+        kind = options.get("token_cost", "embedding")
+        if kind == "permuted":
+            embedding = _permuted(embedding)
+        if name == WASD:
+            return _wasd(kind, embedding, options)
+        own["cost"] = _token_cost(name, kind, embedding)
     return otkd.get_loss(name, **_common(options), **own)
 
 
 def _token_cost(name: str, kind: str, embedding: Tensor) -> otkd.costs.Cost:
     if kind == "discrete":
         return otkd.costs.DiscreteCost()
-    if kind == "permuted":
-        generator = torch.Generator().manual_seed(_PERMUTATION_SEED)
-        embedding = embedding[torch.randperm(len(embedding), generator=generator)]
     metric = "euclidean" if name == "wasserstein" else "sqeuclidean"
     return otkd.costs.EmbeddingCost(embedding, metric=metric)
+
+
+def _permuted(embedding: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(_PERMUTATION_SEED)
+    return embedding[torch.randperm(len(embedding), generator=generator)]
+
+
+def _wasd(kind: str, embedding: Tensor, options: Mapping[str, Any]) -> nn.Module:
+    if kind == "discrete":
+        raise ValueError(
+            "wasd needs the distances between tokens, which choose its neighbours: use "
+            "--token-cost embedding or permuted"
+        )
+    # As in the paper, the temperature is the student's.
+    return Wasd(embedding, teacher_temperature=1.0, **_common(options))
 
 
 def _sinkd(

@@ -96,7 +96,10 @@ class Settings:
         "auto", "fp32, bf16, or auto: bf16 if a short measurement finds it faster."
     )
     temperature: float = _losses(
-        2.0, "Temperature of student and teacher, for losses that have one.", **_TEMPERATURE
+        2.0,
+        "Temperature of student and teacher, for losses that have one; wasd has it for the student "
+        "alone.",
+        **_TEMPERATURE,
     )
     anneal: bool = _losses(
         False, "Lower the temperature linearly to 1 from the first to the last epoch."
@@ -133,9 +136,9 @@ class Settings:
     )
     token_cost: TokenCost = _losses(
         "embedding",
-        "Distance between classes or tokens, for sinkhorn, transport_kl and wasserstein: embedding "
-        "(rows of the teacher's head or input embeddings), discrete (0 or 1), or permuted "
-        "(embedding, each with the row of another: a control).",
+        "Distance between classes or tokens, for sinkhorn, transport_kl, wasserstein and wasd: "
+        "embedding (rows of the teacher's head or input embeddings), discrete (0 or 1; not for "
+        "wasd), or permuted (embedding, each with the row of another: a control).",
     )
     author: bool = _losses(
         False, "For sinkd: reproduce the arithmetic of the public code, or use the corrected form."

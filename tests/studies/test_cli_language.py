@@ -15,9 +15,12 @@ from typer.testing import CliRunner
 import otkd
 from otkd.cli.app import app
 from otkd.study import held_out
+from otkd.study.objectives import build_objective, objective_options
 from otkd.study.results import read_result
+from otkd.study.settings import Settings
 from otkd.study.states import StoredStates
 from otkd.study.summary import summarise
+from otkd.study.wasd import Wasd
 from tests.models import save_tokenizer, tiny_gpt2, tiny_llama
 
 VOCAB = 40
@@ -256,6 +259,37 @@ def test_only_the_answers_to_instructions_count(teacher, instructions, tmp_path)
     assert found.rows == {"train": 12, "dev": 6}
 
 
+def test_a_protocol_can_list_wasd(texts, tmp_path):
+    pytest.importorskip("faiss")
+    model = tiny_llama(3, vocab=VOCAB)
+    table = model.get_input_embeddings().weight.data  # of tokens so near that the kernel joins them
+    table.mul_(0.03).add_(torch.linspace(-0.1, 0.1, table.shape[1]))
+    teacher = save_model(tmp_path / "teacher", model)
+    protocol = tmp_path / "near.toml"
+    protocol.write_text(
+        "seeds = 1\n[losses.wasd]\ntemperature = 2.0\n"
+        '[losses.permuted]\nloss = "wasd"\ntemperature = 2.0\ntoken_cost = "permuted"\n'
+    )
+    result = compare("text", texts, teacher, tmp_path / "out", "--protocol", protocol)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "out" / "near" / "text"
+    one, other = (read_result(folder / name / "0.json") for name in ("wasd", "permuted"))
+    assert one.settings["loss"] == other.settings["loss"] == "wasd"
+    assert other.settings["loss.token_cost"] == "permuted"
+    assert one.metrics != other.metrics
+
+
+def test_wasd_has_the_temperature_of_the_paper():
+    """That of the student; the teacher's is 1."""
+    pytest.importorskip("faiss")
+    embedding, student, teacher = torch.randn(3, 20, 20).unbind()
+    settings = Settings("text", temperature=2.0, alpha=1.0)
+    built = build_objective("wasd", objective_options("wasd", settings), embedding)
+    expected = Wasd(embedding, temperature=2.0, teacher_temperature=1.0)(student, teacher)
+    labels = torch.zeros(20, dtype=torch.long)
+    torch.testing.assert_close(built(student, teacher, labels=labels), expected)
+
+
 def test_the_best_candidate_has_the_lowest_cross_entropy(teacher, texts, tmp_path):
     protocol = tmp_path / "rates.toml"
     protocol.write_text(
@@ -277,6 +311,8 @@ def test_the_best_candidate_has_the_lowest_cross_entropy(teacher, texts, tmp_pat
     [
         ("text", ("--losses", "wasserstein"), "use sinkhorn"),
         ("text", ("--losses", "sinkd", "--batch-cost", "hidden"), "for classifiers"),
+        ("text", ("--losses", "wasd", "--token-cost", "discrete"), "embedding or permuted"),
+        ("rte", ("--losses", "kl+wasd"), "is for language models"),
         ("text", ("--losses", "kl+ce"), "--alpha"),
         ("text", ("--losses", "kl+jsd+kl"), "only once"),
         ("text", ("--losses", "kl", "--anneal", "--epochs", "3"), "--temperature 1"),

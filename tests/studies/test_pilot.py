@@ -99,6 +99,14 @@ def test_stored_states_give_the_teachers_logits(command):
         assert torch.equal(sequences.inputs[:, 1:], sequences.labels[:, :-1])
 
 
+def test_wasd_is_an_objective(command):
+    pytest.importorskip("faiss")
+    assert command.run("wasd,kl").exit_code == 0
+    wasd, kl = command.result("wasd"), command.result("kl")
+    assert wasd["status"] == "finished"
+    assert wasd["held_out"]["kl"] != kl["held_out"]["kl"]
+
+
 @pytest.mark.parametrize("start", ["distant", "close"])
 def test_an_interrupted_run_ends_as_one_that_was_not(command, monkeypatch, start):
     monkeypatch.setattr(pilot_training, "CHECKPOINT_EVERY", 1)
