@@ -110,10 +110,14 @@ def main(
     page: Annotated[
         Path, typer.Option(help="The page; its plots go to the folder images beside it.")
     ] = ROOT / "docs" / "glue.md",
+    protocols: Annotated[
+        Path | None,
+        typer.Option(help="A folder with the files of the protocols, if they are not otkd's."),
+    ] = None,
 ) -> None:
     """Write the tables of the page and its plots."""
     try:
-        studies = read_studies(results)
+        studies = read_studies(results, protocols)
         made = tables(results, studies)
         text = page.read_text(encoding="utf-8") if page.exists() else _new_page(made)
         text = fill(text, made)

@@ -70,8 +70,12 @@ class Study:
         return table.reindex(columns=list(self.protocol.losses))
 
 
-def read_studies(root: Path) -> dict[str, Study]:
+def read_studies(root: Path, protocols: Path | None = None) -> dict[str, Study]:
     """Read ``root/PROTOCOL/TASK/LOSS/SEED.json`` and the teachers and candidates beside them.
+
+    Args:
+        root: of the results.
+        protocols: a folder with files ``PROTOCOL.toml``, in place of those that otkd includes.
 
     Raises:
         StudyError: if there are no results, or one is damaged, misplaced or of another teacher.
@@ -86,7 +90,9 @@ def read_studies(root: Path) -> dict[str, Study]:
     runs = pd.DataFrame([_row(root, path) for path in paths])
     found = {}
     for name in dict.fromkeys((*PROTOCOLS, *runs.protocol)):
-        found[name] = Study(load_protocol(name), runs[runs.protocol == name])
+        own = protocols / f"{name}.toml" if protocols else None
+        protocol = load_protocol(str(own) if own and own.is_file() else name)
+        found[name] = Study(protocol, runs[runs.protocol == name])
         _check(root / name, found[name])
     return found
 

@@ -32,8 +32,10 @@ _FOLDERS = (
 )
 _MOST_BYTES = 1_000_000
 # Settings that may differ between the losses of a task. Data and teacher are the same for all.
+# group_by_length of [settings] is also the teacher's, that of a loss only its students'.
 _OF_A_LOSS = (
-    *("epochs", "batch_size", "learning_rate", "temperature", "anneal", "rescale_t2", "alpha"),
+    *("epochs", "batch_size", "learning_rate", "group_by_length"),
+    *("temperature", "anneal", "rescale_t2", "alpha"),
     *("sinkhorn_weight", "epsilon", "author", "batch_cost", "batch_temperature", "debias"),
     *("iterations", "sample_cost", "price", "smoothing", "direction", "token_cost"),
 )
