@@ -20,6 +20,7 @@ from otkd.alignment.anchors import align_embeddings, aligned_cost
 from otkd.alignment.audit import Audit, WorstToken, audit
 from otkd.alignment.chat import render_chat
 from otkd.alignment.ends import TokenEnds, token_ends
+from otkd.alignment.given_tokens import ends_of_ids
 from otkd.alignment.maps import AnchorMap, fit_map
 from otkd.alignment.matching import token_map
 from otkd.alignment.normal_text import normalized_for
@@ -44,6 +45,7 @@ __all__ = [
     "aligned_cost",
     "audit",
     "common_positions",
+    "ends_of_ids",
     "fit_map",
     "normalized_for",
     "prefix_cost",

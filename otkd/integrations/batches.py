@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from otkd.checks import as_class_labels
+from otkd.integrations.aligning import ALIGNED_KEY
 from otkd.integrations.packing import PACKED_KEY
 from otkd.integrations.stored import TEACHER_INDEX, TEACHER_KEY
 from otkd.reductions import IGNORE_INDEX
@@ -28,7 +29,8 @@ def label_names_of(names: Iterable[str], given: Iterable[str] | None) -> tuple[s
 
 def without_labels(inputs: Mapping[str, Any], label_names: Iterable[str] = ()) -> dict[str, Any]:
     """The entries of a batch that models read: without labels and the entries of the trainer."""
-    taken = {"labels", "shift_labels", TEACHER_KEY, TEACHER_INDEX, PACKED_KEY, *label_names}
+    own = {TEACHER_KEY, TEACHER_INDEX, PACKED_KEY, ALIGNED_KEY}
+    taken = {"labels", "shift_labels", *own, *label_names}
     return {name: value for name, value in inputs.items() if name not in taken}
 
 

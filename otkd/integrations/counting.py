@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.trainer_pt_utils import find_batch_size
 
+from otkd.integrations.aligning import ALIGNED_KEY
+from otkd.losses.at_positions import is_counted
 from otkd.reductions import IGNORE_INDEX, ItemCounts, count_items
 
 
@@ -24,12 +26,14 @@ class StepItems:
     Attributes:
         token_level: the items if each token has logits.
         example_level: the items if each example has one row of logits.
+        common: those at which a teacher with its own tokenizer is known.
         tokens_unknown: whether the inputs do not show how many tokens an example has; all examples
             are then taken to have as many as the logits.
     """
 
     token_level: ItemCounts
     example_level: ItemCounts
+    common: ItemCounts
     tokens_unknown: bool = False
 
     def of(self, logits: Tensor) -> ItemCounts:
@@ -63,7 +67,7 @@ def step_items(
         replicas: how many processes see the same batch.
     """
     counts = [_items(inputs, labels, mask, shift) for inputs, labels, mask in microbatches]
-    own = torch.zeros(4, dtype=torch.long, device=device)
+    own = torch.zeros(6, dtype=torch.long, device=device)
     for count in counts:
         own += count.to(device)
     total = own
@@ -75,19 +79,31 @@ def step_items(
         labels is None and mask is None and _everywhere(inputs, shift) is None
         for inputs, labels, mask in microbatches
     )
-    return StepItems(ItemCounts(total[0], total[1]), ItemCounts(total[2], total[3]), unknown)
+    tokens, examples, common = (ItemCounts(*pair) for pair in total.split(2))
+    return StepItems(tokens, examples, common, unknown)
 
 
 def _items(
     inputs: Mapping[str, Any], labels: Tensor | None, mask: Tensor | None, shift: bool
 ) -> Tensor:
-    """Positions and sequences of a microbatch at token level, then at example level, ``(4,)``."""
+    """Positions and sequences of a microbatch, ``(6,)``, as in :class:`StepItems`."""
+    common = _common_items(inputs, labels, mask, shift)
     if labels is not None:
-        return count_items(labels != IGNORE_INDEX).repeat(2)
+        return torch.cat([count_items(labels != IGNORE_INDEX).repeat(2), common])
     counted = mask if mask is not None else _everywhere(inputs, shift)
     examples = torch.tensor([find_batch_size(inputs) or 0] * 2)
     tokens = examples if counted is None else count_items(counted != 0)
-    return torch.cat([tokens, examples.to(tokens.device)])
+    return torch.cat([tokens, examples.to(tokens.device), common.to(tokens.device)])
+
+
+def _common_items(
+    inputs: Mapping[str, Any], labels: Tensor | None, mask: Tensor | None, shift: bool
+) -> Tensor:
+    if ALIGNED_KEY not in inputs:
+        return torch.zeros(2, dtype=torch.long, device=None if labels is None else labels.device)
+    shifted = shift and inputs.get("shift_labels") is None
+    length = inputs["input_ids"].shape[1] - shifted
+    return count_items(is_counted(inputs[ALIGNED_KEY]["student"], length, labels, mask))
 
 
 def _everywhere(inputs: Mapping[str, Any], shift: bool) -> Tensor | None:

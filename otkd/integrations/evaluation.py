@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -31,7 +32,6 @@ class Evaluation:
         self._accelerator = accelerator
         self._reductions = loss.reductions
         self._tally = Tally()
-        self._weight: Tensor | None = None
         self._has_labels: bool | None = None
 
     def own_examples(self, examples: int) -> int:
@@ -46,37 +46,34 @@ class Evaluation:
             return examples
         return min(max(state.remainder - self._accelerator.process_index * examples, 0), examples)
 
-    def see(
-        self, logits: Tensor, labels: Tensor | None, mask: Tensor | None, *, has_objective: bool
-    ) -> None:
-        """Record what counts in a batch, and its cross-entropy if there are class labels.
+    def see(self, logits: Tensor, labels: Tensor | None) -> None:
+        """Record the cross-entropy of a batch if there are class labels.
 
         Args:
             logits: of the student.
             labels: as the loss gets them.
-            mask: as the loss gets it.
-            has_objective: whether the value that follows is that of the trainer's loss.
         """
-        positions, sequences = counted_items(logits, labels, mask)
-        weight = sequences if self._reductions == {"sequence_mean"} else positions
-        self._weight = weight if has_objective else None
         if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
             return
         self._tally.add("labelled batches", 1.0)
+        positions, _ = counted_items(logits, labels, None)
         self._tally.add_mean("cross_entropy", cross_entropy(logits, labels, "sum"), positions)
 
-    def add(self, loss: Tensor | None) -> None:
-        """Add the value of the most recent batch."""
-        weight, self._weight = self._weight, None
-        if loss is None or weight is None:
-            return
+    def add(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Add the loss of a batch.
+
+        Args:
+            parts: they add up to the loss; each with the counted items ``(2,)`` of its mean.
+        """
         self._tally.add("batches", 1.0)
-        # A batch without counted items has no value, not even NaN.
-        value = torch.where(weight > 0, loss.detach(), 0.0)
-        if self._reductions == {"sum"}:
-            self._tally.add("loss", value)
-        else:
-            self._tally.add_mean("loss", value * weight, weight)
+        for number, (value, (positions, sequences)) in enumerate(parts):
+            weight = sequences if self._reductions == {"sequence_mean"} else positions
+            # A batch without counted items has no value, not even NaN.
+            value = torch.where(weight > 0, value.detach(), 0.0)
+            if self._reductions == {"sum"}:
+                self._tally.add(f"part {number}", value)
+            else:
+                self._tally.add_mean(f"part {number}", value * weight, weight)
 
     def metrics(self) -> dict[str, float]:
         """``loss``, and ``cross_entropy`` if there are labels; every process must call this.
@@ -89,7 +86,8 @@ class Evaluation:
         if found.pop("labelled batches", 0):
             metrics["loss"] = metrics["cross_entropy"] = found.get("cross_entropy", nan)
         if found.pop("batches", 0):
-            metrics["loss"] = found.get("loss", nan)
+            parts = [value for name, value in found.items() if name.startswith("part ")]
+            metrics["loss"] = sum(parts) if parts else nan
         return metrics
 
     def labels_of_all(self, labels: Tensor | None, logits: Tensor) -> Tensor | None:

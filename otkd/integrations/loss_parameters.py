@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 LOSS_STATE_NAME = "loss.pt"
 
@@ -51,3 +51,33 @@ class LossParameters(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Clear the gradients of the last step."""
         self.loss.zero_grad()
+
+
+class TrainsLoss(Trainer):
+    """A Trainer whose optimiser and checkpoints include the parameters of a loss."""
+
+    def _train_loss(self, loss: nn.Module) -> None:
+        """Include the parameters of this loss."""
+        self._loss_parameters = LossParameters(loss)
+        if self._loss_parameters.learnable:
+            self.add_callback(self._loss_parameters)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's optimiser, with the trainable parameters of the loss as an additional group.
+
+        Raises:
+            ValueError: if an optimiser was passed to Trainer that does not contain them.
+        """
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self._loss_parameters.add_to(optimizer, given=given)
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._loss_parameters.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._loss_parameters.load(checkpoint, self.args.device)

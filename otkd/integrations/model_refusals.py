@@ -59,19 +59,20 @@ def refuse_pair(
     loss: nn.Module,
     *,
     shift: bool | None = None,
+    own_tokens: bool = False,
 ) -> None:
     """Raise ``ValueError`` if the teacher reads or predicts something else than the student.
 
     Both read the same ``input_ids``, and in their decoders the same labels, so their tokens must be
-    the same. A loss with ``vocab_size=``
-    states that they are, and that the rest is padding. Whether two vocabularies of the same size
-    are the same cannot be known from the models, nor what the positions mean if ``shift`` is given.
+    the same, unless the teacher has ``own_tokens``. A loss with ``vocab_size=`` states that they
+    are, and that the rest is padding. Whether two vocabularies of the same size are the same cannot
+    be known from the models, nor what the positions mean if ``shift`` is given.
     """
     if shift is None:
         _refuse_other_positions(student, teacher)
     _refuse_order_of_classes(student, teacher)
     differing = vocabularies(student, teacher)
-    if differing and not _judges_vocabularies(student, loss):
+    if differing and not own_tokens and not _judges_vocabularies(student, teacher, loss):
         _refuse_vocabularies(student, teacher, *differing.popitem())
 
 
@@ -129,22 +130,28 @@ def _refuse_vocabularies(
     raise ValueError(
         f"the student {student.name} has {sizes[0]} tokens and the teacher {teacher.name} "
         f"{sizes[1]}, but both read the same {name}, so the teacher would read different text. "
-        "Store the teacher's logits at the student's positions and pass them as teacher=, or as "
-        "teacher_logits in the examples. If the tokenizer is the same and one vocabulary is only "
+        "If they are causal language models with different tokenizers, pass teacher_tokenizer= "
+        "and the student's as processing_class=. Otherwise store the teacher's logits at the "
+        "student's positions and pass them as teacher=, or as teacher_logits in the examples. If "
+        "the tokenizer is the same and one vocabulary is only "
         "padded, pass vocab_size= to the loss of a language model, or give both the same size "
         "with resize_token_embeddings"
     )
 
 
-def _judges_vocabularies(student: ModelDescription, loss: nn.Module) -> bool:
-    """Whether the loss compares tokens and checks vocabularies, or is given their size."""
+def _judges_vocabularies(
+    student: ModelDescription, teacher: ModelDescription, loss: nn.Module
+) -> bool:
+    """Whether the loss is given the size of the vocabulary, or both predict the same number."""
     if student.task is not None and not (
         student.task.generates or student.task.title.startswith("masked")
     ):
         return False
     modules = [m for m in loss.modules() if isinstance(m, DistillationLoss) and m.needs_teacher]
     return bool(modules) and all(
-        m.vocab_size is not None or not m.bridges_vocabularies for m in modules
+        m.vocab_size is not None
+        or (not m.bridges_vocabularies and student.targets == teacher.targets)
+        for m in modules
     )
 
 

@@ -70,6 +70,7 @@ class ModelTeacher(Teacher):
         *,
         shift: bool | None,
         label_names: Sequence[str],
+        own_tokens: bool = False,
         name: str = "",
     ) -> None:
         self.models = [model]
@@ -78,9 +79,9 @@ class ModelTeacher(Teacher):
         self.shifts = self.description.shifts
         named = replace(self.description, name=f"{self.description.name}{name}")
         refuse_model(named, "teacher")
-        refuse_pair(student, named, loss, shift=shift)
+        refuse_pair(student, named, loss, shift=shift, own_tokens=own_tokens)
         self._student = student
-        self._differ = bool(vocabularies(student, self.description))
+        self._differ = not own_tokens and bool(vocabularies(student, self.description))
         self._label_names = label_names
         self._needs_features = as_loss(loss).needs_features
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from otkd.integrations.aligning import ALIGNED_KEY
 from otkd.integrations.batches import find_targets
 from otkd.integrations.comparison import Comparison
 from otkd.integrations.model_refusals import (
@@ -22,8 +23,9 @@ from otkd.integrations.model_refusals import (
 from otkd.integrations.models import describe, own_inputs
 from otkd.integrations.outputs import auxiliary_loss, read_outputs
 from otkd.integrations.packing import PACKED_KEY
-from otkd.integrations.stored import TEACHER_KEY, fit_length
+from otkd.integrations.stored import TEACHER_INDEX, TEACHER_KEY, fit_length
 from otkd.integrations.teachers import as_teacher
+from otkd.losses.at_positions import at_places
 from otkd.losses.protocol import as_loss
 from otkd.teachers import TopKTeacher, teacher_logits_of
 from otkd.teachers.protocol import teacher_features_of
@@ -40,6 +42,7 @@ class Pair:
         shift: see :class:`~otkd.integrations.transformers.DistillationTrainer`.
         label_names: the entries of a batch that are labels, which models do not get.
         teacher_weights: see :class:`~otkd.integrations.transformers.DistillationTrainer`.
+        own_tokens: whether the teacher has its own tokenizer, and reads ``aligned`` in the batches.
 
     Raises:
         ValueError: for models that cannot be trained, or cannot be the teacher of the other.
@@ -54,6 +57,7 @@ class Pair:
         shift: bool | None,
         label_names: Sequence[str],
         teacher_weights: Sequence[float] | None = None,
+        own_tokens: bool = False,
     ) -> None:
         self.student = describe(student)
         refuse_model(self.student, "student")
@@ -65,6 +69,7 @@ class Pair:
             loss,
             shift=shift,
             label_names=label_names,
+            own_tokens=own_tokens,
         )
         self.needs_features = as_loss(loss).needs_features
         self._by_sequence = "sequence_mean" in as_loss(loss).reductions
@@ -74,6 +79,11 @@ class Pair:
             known = self.student if self.student.task is not None else self.teacher
             shift = known is not None and known.shifts
         self.shift = shift
+        if own_tokens and not shift:
+            raise ValueError(
+                "teacher_tokenizer= is for causal language models, whose logits are paired with "
+                f"the next label: pass shift=True if the student {self.student.name} is one"
+            )
         self._labels_seen = False
 
     @property
@@ -150,20 +160,23 @@ class Pair:
             outputs, self.student, "student", features=self.needs_features
         )
         predictions = student["logits"]
-        if teacher is not None and TEACHER_KEY in inputs:
+        aligned = inputs.get(ALIGNED_KEY)
+        if teacher is not None and TEACHER_KEY in inputs and aligned is None:
             check_stored_rows(teacher["logits"].shape, predictions.shape)
             teacher = {name: fit_length(x, predictions) for name, x in teacher.items()}
         if self.shift and inputs.get("shift_labels") is None:
             check_has_positions(self.student, predictions)
             student = {name: values[:, :-1] for name, values in student.items()}
-            teacher = teacher and {name: values[:, :-1] for name, values in teacher.items()}
+            if aligned is None:
+                teacher = teacher and {name: values[:, :-1] for name, values in teacher.items()}
         check_positions_of(self.student, student["logits"], labels, mask)
         self._check_labels(labels, predictions.shape[-1])
         self._labels_seen = True
         # A mask over tokens does not apply to the single row of logits of a classifier.
         mask = mask if predictions.ndim > 2 else None
         auxiliary = auxiliary_loss(outputs, self.student)
-        return Comparison(student, teacher, labels, mask, predictions, auxiliary)
+        places = None if aligned is None else aligned["student"].to(predictions.device)
+        return Comparison(student, teacher, labels, mask, predictions, auxiliary, places)
 
     def _check_labels(self, labels: Tensor | None, classes: int | None) -> None:
         if labels is not None and classes is not None:
@@ -189,7 +202,14 @@ class Pair:
             return self._stored_outputs(inputs[TEACHER_KEY], device)
         if self.teacher is None:
             return None
-        return self.teacher.outputs(inputs, student, self.student.arguments)
+        aligned = inputs.get(ALIGNED_KEY)
+        if aligned is None:
+            return self.teacher.outputs(inputs, student, self.student.arguments)
+        own = {name: inputs[name] for name in (TEACHER_INDEX,) if name in inputs}
+        named = aligned["inputs"].keys()
+        outputs = self.teacher.outputs({**aligned["inputs"], **own}, student, named)
+        places = aligned["teacher"]
+        return {name: at_places(x, places.to(x.device)) for name, x in outputs.items()}
 
     def _stored_outputs(self, stored: Any, device: torch.device) -> dict[str, Any]:
         if isinstance(stored, TopKTeacher):

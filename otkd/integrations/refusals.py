@@ -15,6 +15,7 @@ from otkd.integrations.stored import (
     may_carry_teacher,
 )
 from otkd.losses.protocol import as_loss
+from otkd.losses.weighted import WeightedLoss
 
 _CALL = ("labels", "mask", "num_items_in_batch")
 
@@ -119,6 +120,36 @@ def refuse_training(
             f"{name} needs a teacher: pass a model or stored logits as teacher=, or a "
             f"train_dataset whose examples have a {TEACHER_KEY!r} entry"
         )
+
+
+def refuse_two_tokenizers(loss: nn.Module, teacher: Any, student_tokenizer: Any) -> None:
+    """Raise ``ValueError`` for what cannot be compared if the teacher has its own tokenizer."""
+    if student_tokenizer is None:
+        raise ValueError(
+            "with teacher_tokenizer=, pass the tokenizer of the student as processing_class="
+        )
+    if isinstance(teacher, str):
+        raise ValueError(
+            f"teacher={teacher!r} is the student itself, which has one tokenizer: leave "
+            "teacher_tokenizer out"
+        )
+    for each in _terms(loss):
+        needs = as_loss(each)
+        if needs.needs_features or (needs.needs_teacher and not needs.bridges_vocabularies):
+            raise ValueError(
+                f"{type(each).__name__} compares the same tokens or features of student and "
+                "teacher, but the teacher has its own tokenizer. Use PushforwardLoss(token_map, "
+                "loss) or HybridLogitLoss(token_map) with otkd.alignment.token_map("
+                "student_tokenizer, teacher_tokenizer), UniversalLogitLoss(), or SinkhornLoss(cost)"
+                " or TransportKLLoss(cost) with otkd.alignment.aligned_cost or prefix_cost. If "
+                "both tokenizers are the same, leave teacher_tokenizer out"
+            )
+
+
+def _terms(loss: nn.Module) -> list[nn.Module]:
+    if not isinstance(loss, WeightedLoss):
+        return [loss]
+    return [inner for term in loss.terms.values() for inner in _terms(term)]
 
 
 def _refuse_uneven(args: Any, *, stored: bool) -> None:

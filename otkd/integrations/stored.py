@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from otkd.integrations.aligning import ALIGNED_KEY, Aligner, at_common_positions
 from otkd.integrations.packing import (
     PACKED_KEY,
     packed_lengths,
@@ -74,13 +75,16 @@ class TeacherCollator:
 
     Args:
         inner: collates the other entries.
+        aligner: of a teacher with its own tokenizer. The stored teacher of the batch is then that
+            at the common positions.
 
     Raises:
         ValueError: in a call, if token-level logits do not match a batch padded on the left.
     """
 
-    def __init__(self, inner: Callable[[list], Any]) -> None:
+    def __init__(self, inner: Callable[[list], Any], aligner: Aligner | None = None) -> None:
         self.inner = inner
+        self.aligner = aligner
         # Trainer saves the tokenizer of its collator.
         self.tokenizer = getattr(inner, "tokenizer", None)
 
@@ -88,8 +92,9 @@ class TeacherCollator:
         """The batch of ``inner``, with its part of the teacher as ``teacher_logits``."""
         if not isinstance(features[0], Mapping):
             return self.inner(features)
-        ids = [feature.get("input_ids") for feature in features]
         features = [dict(feature) for feature in features]
+        examples = None if self.aligner is None else self.aligner.examples(features)
+        ids = [feature.get("input_ids") for feature in features]
         stored = TEACHER_KEY in features[0]
         rows = [feature.pop(TEACHER_KEY) for feature in features] if stored else []
         indexed = TEACHER_INDEX in features[0]
@@ -100,7 +105,12 @@ class TeacherCollator:
         lengths = packed_lengths(ids, batch)
         if lengths is not None:
             batch[PACKED_KEY] = lengths
-        if stored:
+        if self.aligner is not None and examples is not None:
+            batch[ALIGNED_KEY] = self.aligner.entry(examples, batch, self.inner)
+        if stored and examples is not None:
+            packed = lengths is not None
+            batch[TEACHER_KEY] = at_common_positions(_stacked(rows), examples, packed=packed)
+        elif stored:
             teacher = _stacked(rows)
             batch[TEACHER_KEY] = teacher if lengths is None else packed_teacher(teacher, lengths)
             _refuse_left_padding(batch.get("attention_mask"), rows)

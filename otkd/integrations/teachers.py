@@ -44,7 +44,7 @@ def as_teacher(
         student: the model that is trained.
         description: of the student.
         loss: that reads the teacher.
-        **options: ``shift`` and ``label_names`` of the trainer.
+        **options: ``shift`` and ``label_names`` of the trainer, and ``own_tokens`` of the pair.
 
     Raises:
         TypeError: if a teacher is not a model.

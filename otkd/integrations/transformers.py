@@ -7,17 +7,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
 
+from otkd.integrations.aligned_examples import TEXT_COLUMNS
+from otkd.integrations.aligning import Aligner
 from otkd.integrations.batches import label_key, label_names_of
-from otkd.integrations.counting import StepItems, counted_items, step_items
+from otkd.integrations.comparison import Comparison
+from otkd.integrations.counting import StepItems, step_items
 from otkd.integrations.evaluation import Evaluation, cross_entropy
-from otkd.integrations.loss_parameters import LossParameters
+from otkd.integrations.loss_parameters import TrainsLoss
 from otkd.integrations.objective import compute_loss_func
 from otkd.integrations.packing import PACKED_KEY
 from otkd.integrations.pair import Pair
 from otkd.integrations.records import LossRecord
-from otkd.integrations.refusals import check_loss, refuse_training
+from otkd.integrations.refusals import check_loss, refuse_training, refuse_two_tokenizers
 from otkd.integrations.stored import (
     TEACHER_INDEX,
     TEACHER_KEY,
@@ -34,7 +36,7 @@ from otkd.teachers import StoredTeacher
 __all__ = ["DistillationTrainer", "compute_loss_func"]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(TrainsLoss):
     """A ``transformers.Trainer`` that minimises an otkd loss against a teacher.
 
     The loss is called with the logits of student and teacher. Models that cannot be trained, or
@@ -80,6 +82,12 @@ class DistillationTrainer(Trainer):
         shift: whether logits are paired with the next label. The default is True for causal
             language models of transformers, and for other modules with such a teacher. Pass it if
             that is stored.
+        teacher_tokenizer: of a causal language model that does not have the student's tokenizer,
+            which is then needed as ``processing_class``. The models are compared where both have
+            read the same bytes, and hard labels stay those of all tokens of the student. Examples
+            have ``input_ids`` or a ``text``; for a teacher with another chat template also
+            ``teacher_input_ids`` and ``teacher_labels``. A stored teacher has the positions of its
+            own tokens. See ``docs/two_tokenizers.md``.
 
     Raises:
         TypeError: if ``loss`` or a teacher has an unsupported type.
@@ -88,7 +96,9 @@ class DistillationTrainer(Trainer):
             the teacher; for label smoothing, ``compute_loss_func``, ``reduction="none"`` and
             several GPUs in one process; for a loss with parameters in several processes; for a
             model without logits of classes; for a teacher that reads another vocabulary than the
-            student, orders its classes differently, or predicts another token at each position.
+            student without ``teacher_tokenizer``, orders its classes differently, or predicts
+            another token at each position; with ``teacher_tokenizer``, for a loss that compares
+            the same tokens.
     """
 
     def __init__(
@@ -99,6 +109,7 @@ class DistillationTrainer(Trainer):
         teacher_weights: Sequence[float] | None = None,
         eval_teacher: StoredTeacher | Tensor | Mapping[str, StoredTeacher | Tensor] | None = None,
         shift: bool | None = None,
+        teacher_tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
         check_loss(loss)
@@ -109,7 +120,12 @@ class DistillationTrainer(Trainer):
         if teacher is not None and self.teacher is None:
             self.train_dataset = WithTeacher(self.train_dataset, as_stored_teacher(teacher))
         self.eval_dataset = with_eval_teacher(self.eval_dataset, eval_teacher)
-        self.data_collator = TeacherCollator(self.data_collator)
+        aligner = None
+        if teacher_tokenizer is not None:
+            refuse_two_tokenizers(self.loss, teacher, self.processing_class)
+            aligner = Aligner(self.processing_class, teacher_tokenizer)
+        self._own_tokens = aligner is not None
+        self.data_collator = TeacherCollator(self.data_collator, aligner)
         self._pair = Pair(
             cast("nn.Module", self.model),
             self.teacher,
@@ -117,6 +133,7 @@ class DistillationTrainer(Trainer):
             shift=shift,
             label_names=label_names_of(self.label_names, self.args.label_names),
             teacher_weights=teacher_weights,
+            own_tokens=self._own_tokens,
         )
         refuse_training(
             self.args,
@@ -131,9 +148,7 @@ class DistillationTrainer(Trainer):
 
         # Tells Trainer that the loss is divided by the items of all microbatches.
         self.model_accepts_loss_kwargs = True
-        self._loss_parameters = LossParameters(self.loss)
-        if self._loss_parameters.learnable:
-            self.add_callback(self._loss_parameters)
+        self._train_loss(self.loss)
         self._records = LossRecord(skip_non_finite=self.args.logging_nan_inf_filter)
         self._evaluation: Evaluation | None = None
 
@@ -154,6 +169,7 @@ class DistillationTrainer(Trainer):
                 "labels",
                 "shift_labels",
                 *self._pair.label_names,
+                *(TEXT_COLUMNS if self._own_tokens else ()),
             }
             self._signature_columns = sorted(columns)
 
@@ -189,16 +205,19 @@ class DistillationTrainer(Trainer):
             packed = inputs.get(PACKED_KEY)
             examples = len(predictions) if packed is None else len(packed)
             compared = compared.first(self._evaluation.own_examples(examples), packed)
-        logits, labels, mask = compared.student["logits"], compared.labels, compared.mask
+        logits, labels = compared.student["logits"], compared.labels
         objective = len(logits) > 0 and compared.suffices(self.loss, training=model.training)
         if self._evaluation is not None:
-            self._evaluation.see(logits, labels, mask, has_objective=objective)
+            self._evaluation.see(logits, labels)
         if objective:
-            items = num_items_in_batch
-            items = items.of(logits) if isinstance(items, StepItems) else items
-            loss = compared.value(self.loss, items)
+            items, common = num_items_in_batch, None
+            if isinstance(items, StepItems):
+                items, common = items.of(logits), items.common
+            loss = compared.value(self.loss, items, common)
+            if self._evaluation is not None:
+                self._evaluation.add(compared.parts(self.loss, loss))
             if model.training:
-                loss = loss * self._record(logits, labels, mask, items)
+                loss = loss * self._record(compared, items)
                 if compared.auxiliary is not None:
                     loss = loss + self._auxiliary(compared.auxiliary, items)
         else:
@@ -226,10 +245,8 @@ class DistillationTrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         logits, key = outputs["logits"], label_key(inputs, self._pair.label_names)
         labels = None if key is None else inputs[key]
-        if self._evaluation is not None:
-            self._evaluation.add(loss)
-            if not prediction_loss_only:
-                labels = self._evaluation.labels_of_all(labels, logits)
+        if self._evaluation is not None and not prediction_loss_only:
+            labels = self._evaluation.labels_of_all(labels, logits)
         if loss is None and self.accelerator.num_processes > 1:
             # Trainer gathers a loss from all processes or from none.
             loss = logits.new_full((), float("nan"), dtype=torch.float32)
@@ -257,29 +274,7 @@ class DistillationTrainer(Trainer):
             vars(self.model).pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's optimiser, with the trainable parameters of the loss as an additional group.
-
-        Raises:
-            ValueError: if an optimiser was passed to Trainer that does not contain them.
-        """
-        given = self.optimizer is not None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        self._loss_parameters.add_to(optimizer, given=given)
-        return optimizer
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self._loss_parameters.save(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self._loss_parameters.load(checkpoint, self.args.device)
-
-    def _record(
-        self, logits: Tensor, labels: Tensor | None, mask: Tensor | None, items: object
-    ) -> float:
+    def _record(self, compared: Comparison, items: object) -> float:
         """Record the last call of the loss for the next log; returns the factor of its value."""
         # The items are those of all processes, and DDP averages gradients instead of adding them.
         scale = 1 if items is None else self.accelerator.num_processes // self.get_tp_size()
@@ -288,7 +283,7 @@ class DistillationTrainer(Trainer):
             self._loss,
             share=steps if items is None else scale,
             steps=steps,
-            positions=lambda: counted_items(logits, labels, mask)[0],
+            positions=lambda: compared.counted()[0],
         )
         return scale
 

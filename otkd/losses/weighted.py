@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from otkd.checks import check_one_logits
 from otkd.compilation import outside_graphs
 from otkd.functional.report import Report
+from otkd.losses.at_positions import TeacherAtPositions, at_places
 from otkd.losses.ground_cost import MissingCost
 from otkd.losses.protocol import Loss, as_loss, joined, teacher_for, worst_report
 from otkd.losses.registry import get_loss
@@ -123,7 +125,7 @@ class WeightedLoss(nn.Module):
     def forward(
         self,
         student_logits: Tensor,
-        teacher_logits: Tensor | StoredTeacher | None = None,
+        teacher_logits: Tensor | StoredTeacher | TeacherAtPositions | None = None,
         *,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
@@ -136,9 +138,10 @@ class WeightedLoss(nn.Module):
         total = student_logits.new_zeros((), dtype=compute_dtype(student_logits))
         values = {}
         for name, loss in self.terms.items():
-            value = loss(
+            value = call_loss(
+                loss,
                 student_logits,
-                teacher_for(loss, teacher_logits, student_logits),
+                teacher_logits,
                 labels=labels,
                 mask=mask,
                 num_items_in_batch=num_items_in_batch,
@@ -159,6 +162,39 @@ class WeightedLoss(nn.Module):
     def extra_repr(self) -> str:
         """The weights."""
         return ", ".join(f"{name}={weight}" for name, weight in self.weights.items())
+
+
+def call_loss(
+    loss: nn.Module,
+    student_logits: Tensor,
+    teacher: Tensor | StoredTeacher | TeacherAtPositions | None,
+    *,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    num_items_in_batch: int | float | Tensor | ItemCounts | None,
+    **features: Tensor | None,
+) -> Tensor:
+    """Call a loss with the teacher in the form that it reads, at the positions where there is one.
+
+    For the arguments see :meth:`WeightedLoss.forward`.
+    """
+    given: Any = teacher
+    if isinstance(teacher, TeacherAtPositions) and not isinstance(loss, WeightedLoss):
+        given = None
+        if as_loss(loss).needs_teacher:
+            student_logits = at_places(student_logits, teacher.places)
+            labels = None if labels is None else at_places(labels, teacher.places)
+            given, mask, num_items_in_batch = teacher.teacher, teacher.counted, teacher.items
+    if not isinstance(given, TeacherAtPositions):
+        given = teacher_for(loss, given, student_logits)
+    return loss(
+        student_logits,
+        given,
+        labels=labels,
+        mask=mask,
+        num_items_in_batch=num_items_in_batch,
+        **features,
+    )
 
 
 def _as_term(name: str, term: tuple[float, nn.Module | str]) -> tuple[float, nn.Module]:

@@ -17,6 +17,7 @@ from transformers import DataCollatorWithFlattening, TrainerCallback, TrainingAr
 import otkd
 from otkd.integrations.transformers import DistillationTrainer
 from otkd.supports import TopK
+from tests.integration import test_two_tokenizers as two_tokenizers
 from tests.integration.test_trainer import pad, sentences, weights
 from tests.models import VOCAB, tiny_bert, tiny_gpt2, tiny_llama, tiny_masked_lm
 
@@ -48,6 +49,10 @@ UNMASKED = [{k: v for k, v in row.items() if k != "attention_mask"} for row in C
 # Teachers of the examples. In the first step, the last process has none of the second teacher.
 NUMBERED = [
     row | {"teacher_index": [0, 1, 1, 0, 0, 0][index % STEP]} for index, row in enumerate(UNMASKED)
+]
+ALIGNED = [
+    two_tokenizers.tokens(prompt=99 if index in (3, 4, 5, 8, 9) else 1)[index % 8]
+    for index in range(12)
 ]
 FLATTEN = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 SENTENCES = sentences(lengths=LENGTHS)
@@ -159,10 +164,11 @@ def run(
     collate = options.pop("collate", pad)
     teacher = options.pop("teacher", None) or build(1)
     shares = options.pop("teacher_weights", None)
+    tokenizers = options.pop("tokenizers", {})
     trainer = DistillationTrainer(
         student, arguments(folder, **options), train_dataset=rows, data_collator=collate,
         teacher=teacher, teacher_weights=shares, loss=loss, compute_metrics=metrics,
-        callbacks=list(callbacks),
+        callbacks=list(callbacks), **tokenizers,
     )  # fmt: skip
     for callback in callbacks:
         callback.trainer = trainer
@@ -255,6 +261,10 @@ def runs(folder):
     found["base model"] = run(
         folder, adapted, CAUSAL, mixed(), evaluate=EVAL, teacher="base_model", learning_rate=1.0
     )
+    found["two tokenizers"] = run(
+        folder, two_tokenizers.student, ALIGNED, two_tokenizers.mixed(), evaluate=ALIGNED[:7],
+        teacher=two_tokenizers.teacher(), tokenizers=two_tokenizers.TOKENIZERS,
+    )  # fmt: skip
     found["sinkhorn"] = run(*causal, sinkhorn(), evaluate=EVAL)
     # One process with the whole batch at once, several with microbatches of one row.
     options = microbatches(STEP) if WORLD > 1 else {}
@@ -336,6 +346,7 @@ def main():
     torch.set_num_threads(1)
     gc.freeze()  # each training collects garbage, which takes longer than it otherwise does
     folder = Path(sys.argv[1])
+    os.environ["OTKD_CACHE"] = str(folder)
     if len(sys.argv) > 2:
         fail(folder, sys.argv[2])
     from tests.integration import sharded_runs  # which imports this module

@@ -94,6 +94,7 @@ SAME = (
     "mixture",
     "per example, packed",
     "base model",
+    "two tokenizers",
     "sinkhorn",
     "sum",
     "sequence_mean",

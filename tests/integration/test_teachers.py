@@ -318,11 +318,16 @@ def test_what_is_no_mixture_is_refused(arguments):
         ({"teacher_weights": [1.0], "loss": "ce"}, ValueError, "those of several models"),
         ({"teacher": []}, TypeError, "several teachers must be models, got none"),
         ({"teacher": [two[0], torch.ones(8, 3)]}, TypeError, "got LlamaForCausalLM, Tensor"),
-        ({"teacher": larger}, ValueError, r"\(teacher 1\) predicts 32"),
+        ({"teacher": larger}, ValueError, r"\(teacher 1\) 32, but both read the same input_ids"),
+        (
+            {"teacher": larger, "loss": otkd.KLLoss(vocab_size=VOCAB)},
+            ValueError,
+            r"\(teacher 0\) predicts 29, LlamaForCausalLM \(teacher 1\) predicts 32",
+        ),
         (
             {"teacher": larger, "teacher_weights": [0.5, 0.5]},
             ValueError,
-            r"\(teacher 0\) predicts 29, LlamaForCausalLM \(teacher 1\) predicts 32",
+            r"\(teacher 1\) 32, but both read the same input_ids",
         ),
         ({"teacher": [two[0], tiny_bert(1)]}, ValueError, r"BertForSequence\w+ \(teacher 1\)"),
         (

@@ -930,24 +930,18 @@ def test_construction_errors(arguments):
         trainer.train()
 
 
-def test_errors_of_the_first_batch(arguments):
+def test_a_batch_without_its_teacher_is_refused(arguments):
     examples = texts()
     examples[0]["teacher_logits"] = torch.zeros(9, VOCAB)
-    cases = [
-        ({}, tiny_llama(0), "has no 'teacher_logits'"),
-        ({"teacher": tiny_llama(1, vocab=VOCAB + 3)}, tiny_llama(0), "the teacher 32"),
-    ]
-    for options, student, message in cases:
-        trainer = DistillationTrainer(
-            student,
-            arguments(per_device_train_batch_size=1),
-            train_dataset=texts() if options else [examples[0], *examples[:0:-1]],
-            data_collator=pad,
-            loss=otkd.KLLoss(),
-            **options,
-        )
-        with pytest.raises(ValueError, match=message):
-            trainer.train()
+    trainer = DistillationTrainer(
+        tiny_llama(0),
+        arguments(per_device_train_batch_size=1),
+        train_dataset=[examples[0], *examples[:0:-1]],
+        data_collator=pad,
+        loss=otkd.KLLoss(),
+    )
+    with pytest.raises(ValueError, match="has no 'teacher_logits'"):
+        trainer.train()
 
 
 def test_a_deep_copy_is_a_teacher(arguments):

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from otkd.alignment import (
     align_positions,
     common_positions,
+    ends_of_ids,
     normalized_for,
     render_chat,
     token_ends,
@@ -123,6 +124,54 @@ def test_positions_inside_a_character_count():
     text = "x🤦"
     found = align_positions(text, tokenizer_of("byte-level, small"), tokenizer_of("sentencepiece"))
     assert found.offsets.tolist() == [1, 3, 4, 5]  # both have a token for the first two bytes
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@given(text=hostile_texts)
+@example(text="")
+@example(text="the cats\n\n 👩\u200d👩\u200d👧 mat")
+def test_ends_of_tokens_are_those_of_their_text(name, text):
+    tokenizer = tokenizer_of(name)
+    if not is_plain(text, name) or text[:1].isspace():
+        return  # whether the space in front was in the text cannot be known
+    found = token_ends(tokenizer, text)
+    if name == "wordpiece":
+        text = tokenizer.decode(found.ids, clean_up_tokenization_spaces=False)
+        found = token_ends(tokenizer, text)
+    if tokenizer.unk_token_id in found.ids:
+        first = found.ids.index(tokenizer.unk_token_id)
+        ends = ends_of_ids(tokenizer, found.ids).ends
+        assert len(ends) == len(found.ids)
+        assert ends[:first] == found.ends[:first]
+        assert set(ends[first:]) == {-1}
+    else:
+        assert ends_of_ids(tokenizer, found.ids) == found
+
+
+def test_ends_of_tokens_that_no_text_has_as_they_are():
+    tokenizer = tokenizer_of("byte-level")
+    the, cat = (tokenizer(word).input_ids for word in ("the", " cat"))
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "cat"]
+    found = ends_of_ids(tokenizer, [*the, *cat, *letters])
+    assert (found.text, found.ends) == ("the catcat", (3, 7, 8, 9, 10))
+    end = tokenizer.eos_token_id
+    # Special tokens around the text have no bytes; with others inside it, only the last have none.
+    assert ends_of_ids(tokenizer, [end, *the, end, end]).ends == (0, 3, -1, -1)
+    found = ends_of_ids(tokenizer, [end, *the, end, *cat, end])
+    assert (found.text, found.ends) == ("<|end|>the<|end|> cat", (7, 10, 17, 21, -1))
+    # A part of a character, in the middle or at the end.
+    part = tokenizer("é", add_special_tokens=False).input_ids[:1]
+    whole = tokenizer.convert_tokens_to_ids("Ã")
+    for rest in ([whole], [whole, *the]):
+        found = ends_of_ids(tokenizer, [*the, *rest])
+        assert (found.text, found.ends) == ("the", (3, *[-1] * len(rest)))
+    assert part
+    with pytest.raises(ValueError, match="999 is no token"):
+        ends_of_ids(tokenizer, [999])
+    words = tokenizer_of("wordpiece")
+    apart = [words.convert_tokens_to_ids(piece) for piece in ("s", "##a", "##t")]
+    with pytest.raises(ValueError, match="give the texts instead"):
+        ends_of_ids(words, apart)
 
 
 # Special tokens, truncation, padding, packing --------------------------------------------------
