@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from otkd.alignment.encoding import check_fast
-from otkd.integrations.aligned_examples import AlignedExample, align_example
+from otkd.alignment.examples import AlignedExample, align_example
 from otkd.integrations.packing import PACKED_KEY, packed_lengths
 from otkd.teachers import DenseTeacher, HiddenStateTeacher, TopKTeacher
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from otkd.integrations.aligned_examples import TEXT_COLUMNS
+from otkd.alignment.examples import TEXT_COLUMNS
 from otkd.integrations.aligning import Aligner
 from otkd.integrations.batches import label_key, label_names_of
 from otkd.integrations.comparison import Comparison

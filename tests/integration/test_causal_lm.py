@@ -22,6 +22,7 @@ from otkd.tasks.causal_lm import (
     packaged,
     packaged_teacher,
     student_of,
+    vocabulary,
 )
 from otkd.tasks.causal_lm.text import HELD_OUT_REVIEWS, review_blocks
 from tests.models import VOCAB, save_tokenizer, tiny_llama, tiny_t5
@@ -161,7 +162,7 @@ def test_evenly_spaced_layers_include_both_ends():
 
 
 def test_the_examples_print_what_they_say():
-    for module in (layers, metrics):
+    for module in (layers, metrics, vocabulary):
         ran = doctest.testmod(module)
         assert ran.attempted
         assert ran.failed == 0

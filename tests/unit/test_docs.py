@@ -60,10 +60,11 @@ def test_two_tokenizers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OTKD_CACHE", str(tmp_path))
     code, blocks = code_of(DOCS / "two_tokenizers.md")
-    assert blocks == 3
+    assert blocks == 4
     run = {}
     exec(code, run)
     assert run["value"].isfinite()
+    assert run["metrics"].bytes > 50
     assert run["trainer"].state.global_step == 1
     assert len(run["found"]) >= 2
 

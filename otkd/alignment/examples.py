@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from otkd.alignment import AlignedPositions, TokenEnds, common_positions, ends_of_ids, token_ends
+from otkd.alignment.ends import TokenEnds, token_ends
+from otkd.alignment.given_tokens import ends_of_ids
 from otkd.alignment.pieces import vocabulary_of
+from otkd.alignment.positions import AlignedPositions, common_positions
 from otkd.reductions import IGNORE_INDEX
 
 TEXT_COLUMNS = ("text", "teacher_input_ids", "teacher_labels")
