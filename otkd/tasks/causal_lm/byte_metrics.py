@@ -103,8 +103,8 @@ def byte_metrics(
             "the examples have no two common positions with a token of the student between them "
             "that has a label"
         )
-    bits = [value / math.log(2) / size for value in nats]
-    return ByteMetrics(*bits, divergence / count, size, count)
+    ours, theirs = (value / math.log(2) / size for value in nats)
+    return ByteMetrics(ours, theirs, divergence / count, size, count)
 
 
 def _aligned(example: Mapping[str, Any], *tokenizers: Any) -> tuple[AlignedExample, Tensor]:
