@@ -32,7 +32,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recipe import Materials, Setup, messages, option, parse, prepare, refused_settings
+from recipe import (
+    Materials,
+    Setup,
+    json_options,
+    messages,
+    option,
+    parse,
+    prepare,
+    refused_settings,
+)
 from recipe_run import encoded, off_policy_trainer, settle, train
 from torch import nn
 from tqdm.auto import tqdm
@@ -60,12 +69,7 @@ class Options:
 
 def build_loss(options: Options, materials: Materials) -> nn.Module:
     """The loss by its name, without the cross-entropy."""
-    try:
-        given = dict(json.loads(options.loss_args))
-    except (ValueError, TypeError) as error:
-        raise StudyError(
-            f"--loss-args {options.loss_args} is not a JSON object: {error}"
-        ) from error
+    given = json_options(options.loss_args)
     with refused_settings():
         parameters = inspect.signature(loss_class(options.loss)).parameters
         if "embedding" in parameters and not {"embedding", "cost"} & given.keys():

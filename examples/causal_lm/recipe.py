@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,12 +106,7 @@ def prepare(setup: Setup, args: TrainingArguments, *, needs_teacher: bool = True
     Raises:
         StudyError, DataError: if they cannot be read, or do not fit together.
     """
-    rows = read_instructions(setup.train_file)
-    if not 0 <= setup.eval_rows < len(rows):
-        raise StudyError(
-            f"--eval-rows {setup.eval_rows}: {setup.train_file} has {len(rows)} rows, of which at "
-            "least one must be left for training."
-        )
+    held_out, rows = split_rows(setup)
     teacher = tokenizer = None
     if needs_teacher or setup.student is None:
         teacher, tokenizer = load_teacher(setup.teacher)
@@ -121,12 +117,23 @@ def prepare(setup: Setup, args: TrainingArguments, *, needs_teacher: bool = True
     sizes = {model.config.vocab_size for model in models.values()}
     return Materials(
         teacher=teacher.to(args.device) if needs_teacher else None,
-        student=_with_adapters(student, setup.lora_r, args.seed),
+        student=with_adapters(student, setup.lora_r, args.seed),
         tokenizer=tokenizer,
-        train=rows[setup.eval_rows :],
-        held_out=rows[: setup.eval_rows],
+        train=rows,
+        held_out=held_out,
         vocab_size=min(sizes) if len(sizes) > 1 else None,
     )
+
+
+def split_rows(setup: Setup) -> tuple[list[Instruction], list[Instruction]]:
+    """The rows that are held out, and those of the training."""
+    rows = read_instructions(setup.train_file)
+    if not 0 <= setup.eval_rows < len(rows):
+        raise StudyError(
+            f"--eval-rows {setup.eval_rows}: {setup.train_file} has {len(rows)} rows, of which at "
+            "least one must be left for training."
+        )
+    return rows[: setup.eval_rows], rows[setup.eval_rows :]
 
 
 def load_teacher(source: str | None) -> tuple[Any, Any]:
@@ -137,20 +144,25 @@ def load_teacher(source: str | None) -> tuple[Any, Any]:
     else:
         model = load_model(source)
         tokenizer = load("AutoTokenizer", source)
-    return model.eval(), _with_padding(tokenizer)
+    return model.eval(), with_padding(tokenizer)
 
 
 def _student(setup: Setup, teacher: Any, tokenizer: Any) -> tuple[Any, Any]:
     if setup.student is None:
-        try:
-            return student_of(teacher, setup.student_layers), tokenizer
-        except ValueError as error:
-            raise StudyError(f"--student-layers {setup.student_layers}: {error}.") from error
+        return layers_of(teacher, setup), tokenizer
     own = load("AutoTokenizer", setup.student)
     if tokenizer is None:
-        tokenizer = _with_padding(own)
+        tokenizer = with_padding(own)
     check_same_tokens(own, tokenizer)
     return load_model(setup.student).train(), tokenizer
+
+
+def layers_of(teacher: Any, setup: Setup) -> Any:
+    """A student of some layers of the teacher."""
+    try:
+        return student_of(teacher, setup.student_layers)
+    except ValueError as error:
+        raise StudyError(f"--student-layers {setup.student_layers}: {error}.") from error
 
 
 def load_model(source: str) -> Any:
@@ -158,7 +170,7 @@ def load_model(source: str) -> Any:
     return load("AutoModelForCausalLM", source, dtype=torch.float32)
 
 
-def _with_padding(tokenizer: Any) -> Any:
+def with_padding(tokenizer: Any) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -194,7 +206,7 @@ def refuse_sizes(role: str, model: Any, tokenizer: Any, max_length: int) -> None
         )
 
 
-def _with_adapters(student: Any, rank: int, seed: int) -> Any:
+def with_adapters(student: Any, rank: int, seed: int) -> Any:
     if not rank:
         return student
     message = missing("--lora-r", "peft", extra="recipes")
@@ -207,6 +219,14 @@ def _with_adapters(student: Any, rank: int, seed: int) -> Any:
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     return get_peft_model(student, config)
+
+
+def json_options(text: str) -> dict[str, Any]:
+    """``--loss-args`` as a dictionary."""
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise StudyError(f"--loss-args {text} is not a JSON object: {error}") from error
 
 
 @contextmanager

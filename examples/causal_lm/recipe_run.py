@@ -98,9 +98,15 @@ def off_policy_trainer(
     loss: nn.Module,
     teacher: Any,
     eval_teacher: Any = None,
+    *,
+    rows: tuple[Any, Any] | None = None,
+    **options: Any,
 ) -> DistillationTrainer:
-    """A trainer on the answers of the data; ``teacher`` is a model, stored, or None."""
-    train, held_out = encoded(materials, setup)
+    """A trainer on the answers of the data; ``teacher`` is a model, stored, or None.
+
+    ``rows`` replace those of :func:`encoded`; all other options are those of the trainer.
+    """
+    train, held_out = rows or encoded(materials, setup)
     with refused_settings():
         return DistillationTrainer(
             model=materials.student,
@@ -111,6 +117,7 @@ def off_policy_trainer(
             train_dataset=train,
             eval_dataset=held_out,
             data_collator=padding_collator(materials.tokenizer),
+            **options,
         )
 
 

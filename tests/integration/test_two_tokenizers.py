@@ -14,7 +14,7 @@ from otkd.integrations.transformers import DistillationTrainer
 from otkd.tasks.causal_lm import padding_collator
 from tests.integration.test_trainer import arguments, logged, weights  # noqa: F401
 from tests.models import tiny_bert, tiny_llama
-from tests.two_tokenizers import tokenizer_of
+from tests.small_tokenizers import tokenizer_of
 
 STUDENT, TEACHER = tokenizer_of("byte-level, small"), tokenizer_of("sentencepiece")
 TOKENIZERS = {"processing_class": STUDENT, "teacher_tokenizer": TEACHER}

@@ -12,7 +12,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from otkd.alignment import TokenMap, align_positions, token_map
 from otkd.tasks.causal_lm import byte_metrics, student_of, with_vocabulary
 from tests.models import tiny_gpt2, tiny_llama
-from tests.two_tokenizers import tokenizer_of
+from tests.small_tokenizers import tokenizer_of
 
 STUDENT, TEACHER = tokenizer_of("byte-level, small"), tokenizer_of("sentencepiece")
 TEXTS = ("the cat sat", "mats, singing", "a café and 7 cats", "中 the singer")

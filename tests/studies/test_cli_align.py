@@ -11,7 +11,7 @@ from otkd.cli.app import app
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 
-from tests.two_tokenizers import tokenizer_of  # noqa: E402
+from tests.small_tokenizers import tokenizer_of  # noqa: E402
 
 TEXTS = ["the cat sat on the mat", "a café in the old town, 7 cats", "  tabs\tand spaces 中"]
 

@@ -20,7 +20,7 @@ from otkd.alignment import (
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-from tests.two_tokenizers import MAKERS, hostile_texts, tokenizer_of  # noqa: E402
+from tests.small_tokenizers import MAKERS, hostile_texts, tokenizer_of  # noqa: E402
 
 every_pair = pytest.mark.parametrize(
     ("student", "teacher"), list(itertools.combinations_with_replacement(MAKERS, 2))

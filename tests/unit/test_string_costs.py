@@ -74,7 +74,7 @@ def test_prefix_cost_is_its_definition(source, target, two):
 
 def test_prefix_costs_of_two_tokenizers():
     pytest.importorskip("tokenizers")
-    from tests.two_tokenizers import tokenizer_of
+    from tests.small_tokenizers import tokenizer_of
 
     one, other = tokenizer_of("byte-level"), tokenizer_of("wordpiece")
     matrix = prefix_cost(one, other)(len(one), len(other))
@@ -236,7 +236,7 @@ def test_an_improbable_token_that_the_teacher_wants_is_taught(kind):
 @pytest.mark.parametrize("loss", ["sinkhorn", "transport_kl"])
 def test_identical_tokenizers_and_embeddings_are_one_vocabulary(loss, strings):
     pytest.importorskip("tokenizers")
-    from tests.two_tokenizers import tokenizer_of
+    from tests.small_tokenizers import tokenizer_of
 
     tokenizer = tokenizer_of("wordpiece")
     size = len(tokenizer)

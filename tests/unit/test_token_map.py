@@ -15,7 +15,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-from tests.two_tokenizers import MAKERS, SENTENCES, tokenizer_of  # noqa: E402
+from tests.small_tokenizers import MAKERS, SENTENCES, tokenizer_of  # noqa: E402
 
 close = torch.testing.assert_close
 NAMES = [name for name in MAKERS if "Llama" not in name]  # whose tokens are SentencePiece's
