@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from tqdm.auto import tqdm
 from otkd.cli.console import notice
 from otkd.files import write_json
 from otkd.study.messages import StudyError
-from otkd.tasks.causal_lm import Instruction, fitting_prompts, sampled_answers
+from otkd.tasks.causal_lm import Instruction, fitting_prompts
+from otkd.tasks.causal_lm.answer_files import batches_of, read_answers, write_answers
 
-BATCH = 8
 _COMPARED = ("rows", "teacher_weights", "seed", "max_length", "skip_long_prompts", "eval_rows")
 
 
@@ -53,8 +51,18 @@ def answered_by_teacher(
     with args.main_process_first(local=False):
         _check(file, made_of)
         if not file.exists():
-            _generate(materials, prompts, file, made_of)
-    answers = [_answer_of(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            with tqdm(desc="The teacher answers", total=batches_of(prompts)) as bar:
+                write_answers(
+                    file,
+                    file.with_suffix(".partial.jsonl"),
+                    materials.teacher,
+                    materials.tokenizer,
+                    prompts,
+                    max_new_tokens=max_new_tokens,
+                    seed=settings["seed"],
+                    on_batches=bar.update,
+                )
+    answers = read_answers(file)
     pairs = zip(prompts, answers, strict=True)
     found = [replace(row, answers=(text,)) for (row, _), text in pairs if text.strip()]
     if not found:
@@ -62,11 +70,6 @@ def answered_by_teacher(
     if len(found) < len(answers):
         notice(f"{len(answers) - len(found)} answers of the teacher are empty and left out.")
     return found
-
-
-def _answer_of(line: str) -> str:
-    row = json.loads(line)
-    return row["messages"][-1]["content"] if "messages" in row else row["output"]
 
 
 def _check(file: Path, made_of: dict[str, Any]) -> None:
@@ -82,34 +85,3 @@ def _check(file: Path, made_of: dict[str, Any]) -> None:
             f"The answers in {file} were made with other settings ({differing}): choose another "
             f"--answers-file, or remove it and {record.name}."
         )
-
-
-def _generate(materials: Materials, prompts: list, file: Path, made_of: dict[str, Any]) -> None:
-    partial = file.with_suffix(".partial.jsonl")
-    lines = [*_whole_lines(partial)]
-    done = len(lines) // BATCH if len(lines) < len(prompts) else len(lines)
-    partial.write_text("".join(lines[: done * BATCH]), encoding="utf-8")
-    batches = sampled_answers(
-        materials.teacher,
-        materials.tokenizer,
-        [tokens for _, tokens in prompts[done * BATCH :]],
-        max_new_tokens=made_of["max_new_tokens"],
-        seed=made_of["seed"] + done,
-        batch_size=BATCH,
-    )
-    rows = iter([row for row, _ in prompts[done * BATCH :]])
-    total = -(-len(prompts) // BATCH)
-    with partial.open("a", encoding="utf-8") as output:
-        for answers in tqdm(batches, "The teacher answers", total=total, initial=min(done, total)):
-            for answer in answers:
-                output.write(json.dumps(next(rows).answered(answer)) + "\n")
-            output.flush()
-        os.fsync(output.fileno())
-    os.replace(partial, file)
-
-
-def _whole_lines(path: Path) -> Iterator[str]:
-    """The lines of an interrupted generation, without one that is cut."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        yield from (line for line in lines if line.endswith("\n"))

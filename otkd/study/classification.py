@@ -14,7 +14,7 @@ from otkd.study import models
 from otkd.study.experiment import Experiment
 from otkd.study.interface import Outputs, Rows
 from otkd.study.messages import StudyError
-from otkd.study.objectives import WASD, check_objectives
+from otkd.study.objectives import SEQKD, WASD, check_objectives
 from otkd.study.prediction import Predictor
 from otkd.study.training import device
 from otkd.tasks import Task, agreement, encode, load_task, majority_score, score
@@ -39,10 +39,9 @@ class ClassificationExperiment(Experiment):
     task: Task
 
     def _check_objectives(self) -> None:
-        if any(WASD in objective.loss.split("+") for objective in self.objectives):
-            raise StudyError(
-                "wasd has a kernel of neighbouring tokens and is for language models: use sinkhorn."
-            )
+        losses = {part for each in self.objectives for part in each.loss.split("+")}
+        if for_texts := losses.intersection((SEQKD, WASD)):
+            raise StudyError(f"{min(for_texts)} is for language models: leave it out.")
         check_objectives(self.objectives, torch.eye(self.task.num_labels))
         if not self.settings.finetune_teacher and self.settings.teacher is None:
             raise StudyError(

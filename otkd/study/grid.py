@@ -14,7 +14,7 @@ from otkd.files import sentence, write_json
 from otkd.study.experiment import Experiment
 from otkd.study.kinds import make_experiment
 from otkd.study.messages import StudyError, notice
-from otkd.study.objectives import check_effect, needs_features
+from otkd.study.objectives import check_effect
 from otkd.study.ownership import held, remove
 from otkd.study.plan import best_candidate, candidates, claim_of, runs_of
 from otkd.study.protocols import Objective, Protocol
@@ -25,10 +25,10 @@ from otkd.study.settings import Seed, Seeds, Settings
 from otkd.study.summary import summary_json
 from otkd.study.teachers import (
     Teacher,
+    completed,
     find_teacher,
     teacher_folders,
     train_teacher,
-    with_features,
 )
 from otkd.study.validation import checked
 from otkd.study.workers import Progress, Runner, worker_count
@@ -230,8 +230,7 @@ def _do(
     bar: Progress,
 ) -> dict[Run, Result]:
     pending = [run for run in runs if run not in done]
-    if any(needs_features(run.options) for run in pending):
-        teacher = with_features(experiment, experiment.folder / "teacher", teacher)
+    teacher = completed(experiment, experiment.folder / "teacher", teacher, pending, bar)
     start = time.monotonic()
     finished: dict[Run, Result] = {}
     for run, result in runner.run(teacher, pending):

@@ -17,7 +17,7 @@ from otkd.study.experiment import Experiment
 from otkd.study.held_out import HeldOut, check_linear, stored_states
 from otkd.study.interface import Outputs, Rows
 from otkd.study.messages import StudyError
-from otkd.study.objectives import check_objectives, needs_features
+from otkd.study.objectives import check_objectives, needs_answers, needs_features
 from otkd.study.states import StoredStates
 from otkd.study.training import device
 from otkd.tasks import LanguageTask
@@ -59,9 +59,16 @@ class LanguageExperiment(Experiment):
                     "over the vocabulary of a language model: use sinkhorn."
                 )
         check_objectives(self.objectives, torch.eye(2))
+        if self._generates and not self.task.instructions:
+            raise StudyError("seqkd answers prompts, which only the task instructions has.")
         for each in self.objectives:
             if needs_features({"batch_cost": each.settings.batch_cost}):
                 raise StudyError("--batch-cost hidden is for classifiers: choose another.")
+
+    @property
+    def _generates(self) -> bool:
+        """Whether a model generates answers."""
+        return any(needs_answers(each.loss) for each in self.objectives)
 
     def _load_data(self) -> LanguageData:
         chosen = self.settings
@@ -92,6 +99,8 @@ class LanguageExperiment(Experiment):
         return self.teacher_tokenizer
 
     def _check_teacher(self) -> None:
+        if self._generates:
+            self._check_context()
         student = self.settings.student
         if student is None:
             return
@@ -110,6 +119,17 @@ class LanguageExperiment(Experiment):
                 f"--student {student} has {rows:,} logits and the teacher {wanted:,}, although "
                 "both have the same tokens: one of them is padded. Load the student, call "
                 f"resize_token_embeddings({wanted}), and save it with save_pretrained."
+            )
+
+    def _check_context(self) -> None:
+        config = models.load("AutoConfig", self.teacher_source)
+        context = getattr(config, "max_position_embeddings", None)
+        chosen = self.settings
+        if context is not None and chosen.max_length - 1 + chosen.answer_tokens > context:
+            raise StudyError(
+                f"--answer-tokens {chosen.answer_tokens} after a prompt of up to "
+                f"{chosen.max_length - 1} tokens are more than the {context} tokens that "
+                f"{self.teacher_source} reads: lower it, or --max-length."
             )
 
     def _least_length(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from otkd.study.settings import Settings
 
 WASD = "wasd"  # an objective of studies of language models, not a loss of the package
+SEQKD = "seqkd"  # likewise: cross-entropy with the teacher's own answers
 # The teacher's embeddings of classes or tokens give these losses the distances between them.
 NEED_EMBEDDING = ("sinkhorn", "transport_kl", "wasserstein", WASD)
 _PERMUTATION_SEED = 0
@@ -47,13 +48,13 @@ def objective_options(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def _option_names(name: str, author: bool) -> list[str]:
-    if name == "ce":
-        return []
+    if name in ("ce", SEQKD):
+        return ["answer_tokens"] if name == SEQKD else []
     parts = name.split("+")
-    if len(parts) > 1 and not {"ce", "sinkd"}.isdisjoint(parts):
+    if len(parts) > 1 and not {"ce", "sinkd", SEQKD}.isdisjoint(parts):
         raise ValueError(
-            f"{name}: a sum cannot contain ce or sinkd, which have their own weight of the hard "
-            "labels: use --alpha"
+            f"{name}: a sum cannot contain ce, sinkd or seqkd, which have their own weight of the "
+            "hard labels: use --alpha"
         )
     if len(set(parts)) < len(parts):
         raise ValueError(f"{name}: a sum can contain a loss only once")
@@ -93,10 +94,11 @@ def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> Non
     """
     tried = [variant for objective in objectives for variant in objective.tried()]
     taken = {name for each in tried for name in _option_names(each.loss, each.settings.author)}
-    every = {name for loss in (*otkd.list_losses(), WASD) for name in _option_names(loss, False)}
+    losses = (*otkd.list_losses(), WASD, SEQKD)
+    every = {name for loss in losses for name in _option_names(loss, False)}
     for name in sorted(every.intersection(given) - taken):
-        losses = ", ".join(dict.fromkeys(each.loss for each in tried))
-        raise StudyError(f"{option(name)} has no effect on {losses}: leave it out.")
+        named = ", ".join(dict.fromkeys(each.loss for each in tried))
+        raise StudyError(f"{option(name)} has no effect on {named}: leave it out.")
     annealed = [each.settings for each in tried if each.settings.anneal and "anneal" in given]
     if annealed and all(1 in (each.epochs, each.temperature) for each in annealed):
         raise StudyError(
@@ -129,6 +131,11 @@ def needs_features(options: Mapping[str, Any]) -> bool:
     return options.get("batch_cost") == "hidden"
 
 
+def needs_answers(name: str) -> bool:
+    """Whether an objective is trained on the teacher's own answers."""
+    return name == SEQKD
+
+
 def build_objective(
     name: str,
     options: Mapping[str, Any],
@@ -137,11 +144,12 @@ def build_objective(
 ) -> nn.Module:
     """The loss that trains a student.
 
-    ``ce`` is hard labels only and ``sinkd`` has a hard-label term of its own; for any other loss it
-    is ``alpha · loss + (1 − alpha) · ce``. Names joined by ``+`` are a sum of losses.
+    ``ce`` is hard labels only, ``seqkd`` is the same on the teacher's answers, and ``sinkd`` has a
+    hard-label term of its own; for any other loss it is ``alpha · loss + (1 − alpha) · ce``. Names
+    joined by ``+`` are a sum of losses.
 
     Args:
-        name: ``wasd``, a registry name, or several of them joined by ``+``.
+        name: ``seqkd``, ``wasd``, a registry name, or several of them joined by ``+``.
         options: from :func:`objective_options`.
         embedding: of classes or tokens, one row each, needed by the losses of ``NEED_EMBEDDING``.
         widths: of the states of student and teacher, needed by the cost between states.
@@ -149,7 +157,7 @@ def build_objective(
     Raises:
         ValueError: for options that the loss refuses.
     """
-    if name == "ce":
+    if name in ("ce", SEQKD):
         return otkd.get_loss("ce")
     if name == "sinkd":
         return _sinkd(options, _common(options), widths)

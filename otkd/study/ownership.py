@@ -31,7 +31,7 @@ _SIGNATURES = (
     {"task", "data_digest", "teacher_weights"},  # the settings of an unfinished run
 )
 # The entries of the folder of an unfinished run.
-WORK = ("settings.json", "checkpoint-*", "states-*.safetensors")
+WORK = ("settings.json", "checkpoint-*", "states-*.safetensors", "answers*.jsonl")
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def _diverged(summary: LossSummary) -> str:
 def _objective(results: Sequence[Result]) -> list[str]:
     """The weights of losses and hard labels, from the settings in the result files."""
     own = {"ce": "ce is used alone", "sinkd": "sinkd has a ce term of its own"}
+    own["seqkd"] = "seqkd is ce with the teacher's own answers"
     used = {run.settings["loss"] for run in results if run.settings.get("loss.alpha") != 1}
     weights = {run.settings["loss.alpha"] for run in results if run.settings["loss"] not in own}
     if not weights:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from otkd.files import changed_file, file_digests, files_below
 from otkd.integrations.annealing import TemperatureAnnealing
+from otkd.study.answers import answered
 from otkd.study.messages import notice
 from otkd.study.objectives import (
     annealed_terms,
     build_objective,
+    needs_answers,
     needs_features,
     objective_options,
 )
@@ -111,6 +113,9 @@ def run_student(
 ) -> Result:
     """Train one student, evaluate it and write its result, also if the training diverged."""
     rows = experiment.tuning_rows if run.tuning else experiment.student_rows
+    if needs_answers(run.objective.loss):
+        assert teacher.answers is not None
+        rows = answered(experiment, rows, teacher.answers)
     student = experiment.build_student(run.seed)
     outcome: dict[str, Any]
     try:
@@ -157,7 +162,9 @@ def _distil(
     on_steps: Callable[[int], None],
 ) -> Fit:
     name, options = run.objective.loss, run.options
-    stored = teacher.on(rows, features=needs_features(options))
+    stored = None
+    if not needs_answers(name):  # its outputs are those on the answers of the data
+        stored = teacher.on(rows, features=needs_features(options))
     widths, states = None, getattr(stored, "features", None)
     if states is not None:
         widths = (student.config.hidden_size, states.shape[-1])

@@ -166,6 +166,9 @@ class Settings:
         ge=1,
         le=10**6,
     )
+    answer_tokens: int = _score(
+        256, "Largest number of tokens of a generated answer, for seqkd.", ge=1, le=10**6
+    )
     evaluate_every: int | None = _score(
         None, "Steps between evaluations. By default there is one evaluation, at the end.", **_COUNT
     )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from otkd.files import changed_file, file_digest, file_digests, files_below
 from otkd.study import models
+from otkd.study.answers import WORK as ANSWERS_WORK
+from otkd.study.answers import answer_batches, answers_file, generate_answers, load_answers
 from otkd.study.classification import ClassificationExperiment, check_stored
 from otkd.study.messages import StudyError, notice
+from otkd.study.objectives import needs_answers, needs_features
 from otkd.study.ownership import remove
 from otkd.study.provenance import provenance
 from otkd.study.results import Result, write_result
@@ -25,8 +28,12 @@ from otkd.teachers import DenseTeacher, StoredTeacher
 from otkd.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from otkd.study.experiment import Experiment
     from otkd.study.interface import Rows
+    from otkd.study.runs import Run
+    from otkd.study.workers import Progress
 
 _RESULT = "result.json"
 _MODEL = "model"
@@ -43,7 +50,8 @@ class Teacher:
         train: outputs, one entry per training row.
         dev: outputs, one entry per development row, the splits one after the other.
         embedding: its class or token embeddings, one row each.
-        features: its states on the training rows; see :func:`with_features`.
+        features: its states on the training rows, if a loss needs them.
+        answers: its own answers to the prompts of the training rows, likewise.
     """
 
     result: Result
@@ -51,6 +59,12 @@ class Teacher:
     dev: StoredTeacher
     embedding: Tensor
     features: Tensor | None = None
+    answers: tuple[str, ...] | None = None
+
+    def lacks(self, run: Run) -> bool:
+        """Whether a run needs states or answers that :func:`completed` adds."""
+        features = self.features is None and needs_features(run.options)
+        return features or (self.answers is None and needs_answers(run.objective.loss))
 
     def on(self, rows: Rows, *, features: bool) -> StoredTeacher:
         """Its outputs on the training rows, with its states if ``features`` is true."""
@@ -69,12 +83,13 @@ class Teacher:
 
 def teacher_files(folder: Path, experiment: Experiment) -> list[Path]:
     """Every file that a teacher has in ``folder``."""
-    return [folder / name for name in (_RESULT, *experiment.outputs, _FEATURES)]
+    names = (_RESULT, *experiment.outputs, _FEATURES, answers_file(experiment))
+    return [folder / name for name in names]
 
 
 def teacher_folders(folder: Path) -> list[Path]:
-    """Every folder that a teacher has in ``folder``: its weights, its checkpoints."""
-    return [folder / _MODEL, folder / _UNFINISHED]
+    """Every folder that a teacher has in ``folder``: weights, unfinished answers, checkpoints."""
+    return [folder / _MODEL, folder / ANSWERS_WORK, folder / _UNFINISHED]
 
 
 def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Teacher | None:
@@ -90,9 +105,9 @@ def find_teacher(experiment: Experiment, folder: Path, *, overwrite: bool) -> Te
         check_work(folder / _UNFINISHED, settings, overwrite=overwrite)
         return None
     files = {name: result.files.get(name, "") for name in experiment.outputs} | result.files
-    # States can be computed again from the weights. The weights serve no other purpose and may be
-    # missing, but those that are there must be the teacher's.
-    files.pop(_FEATURES, None)
+    # States and answers can be computed again from the weights. The weights serve no other purpose
+    # and may be missing, but those that are there must be the teacher's.
+    files = {name: digest for name, digest in files.items() if not _is_extra(name)}
     if not files_below(folder / _MODEL):
         files = {name: digest for name, digest in files.items() if not _is_weights(name)}
     try:
@@ -165,11 +180,15 @@ def _load_teacher(experiment: Experiment, folder: Path, result: Result) -> Teach
         ValueError: if they do not hold outputs for these rows.
     """
     outputs = experiment.load_outputs(folder)
-    features = None
-    if (folder / _FEATURES).is_file() and _FEATURES in result.files:
-        rows = len(experiment.data.train)
-        features = _load_features(folder / _FEATURES, result.files[_FEATURES], rows)
-    return Teacher(result, outputs.train, outputs.dev, outputs.embedding, features)
+    extras: dict[str, Any] = {}
+    own = {
+        "features": (_FEATURES, _load_features),
+        "answers": (answers_file(experiment), load_answers),
+    }
+    for kind, (name, load) in own.items():
+        if (folder / name).is_file() and name in result.files:
+            extras[kind] = load(folder / name, result.files[name], len(experiment.data.train))
+    return Teacher(result, outputs.train, outputs.dev, outputs.embedding, **extras)
 
 
 def _load_features(path: Path, digest: str, rows: int) -> Tensor | None:
@@ -189,34 +208,77 @@ def _is_weights(name: str) -> bool:
     return name.startswith(f"{_MODEL}/")
 
 
-def with_features(experiment: Experiment, folder: Path, teacher: Teacher) -> Teacher:
-    """The teacher with its states on the training rows, which are stored in ``folder``.
+def _is_extra(name: str) -> bool:
+    return name == _FEATURES or name.startswith("answers-")
+
+
+def completed(
+    experiment: Experiment, folder: Path, teacher: Teacher, runs: Sequence[Run], bar: Progress
+) -> Teacher:
+    """The teacher with the states and answers that ``runs`` need, which are stored in ``folder``.
 
     Raises:
         StudyError: if the weights that compute them are missing or not the teacher's.
     """
-    if teacher.features is not None:
-        return teacher
-    path, files = folder / _FEATURES, teacher.result.files
-    if _FEATURES not in files and path.exists():
-        notice(f"{path} is not listed in {folder / _RESULT} and is computed again.")
+    if teacher.features is None and any(needs_features(run.options) for run in runs):
+        teacher = _with_features(experiment, folder, teacher)
+    if teacher.answers is None and any(needs_answers(run.objective.loss) for run in runs):
+        bar.plan(answer_batches(experiment))
+        teacher = _with_answers(experiment, folder, teacher, bar.start("answers of the teacher"))
+    return teacher
+
+
+def _with_features(experiment: Experiment, folder: Path, teacher: Teacher) -> Teacher:
+    model = _model(experiment, folder, teacher, _FEATURES, "A loss compares states")
+    assert isinstance(experiment, ClassificationExperiment)  # others refuse such losses
+    try:
+        states = experiment.states(model)
+    except FloatingPointError as error:
+        raise StudyError(f"A loss compares states, but {error}: leave it out.") from error
+    half = states.half()
+    save_tensors(folder / _FEATURES, {"features": half if half.isfinite().all() else states})
+    return _listed(experiment, folder, teacher, _FEATURES)
+
+
+def _with_answers(
+    experiment: Experiment, folder: Path, teacher: Teacher, on_steps: Callable[[int], None]
+) -> Teacher:
+    name = answers_file(experiment)
+    model = _model(experiment, folder, teacher, name, "A loss reads the teacher's answers")
+    digest = teacher.result.teacher_logits
+    generate_answers(experiment, model, folder, digest, on_steps)
+    before = teacher.result.files.get(name)
+    if before is not None and before != file_digest(folder / name):
+        notice(
+            f"{folder / name} was generated again and is not the file that it was before. Finished "
+            "runs that were trained on the former answers are kept."
+        )
+    return _listed(experiment, folder, teacher, name)
+
+
+def _model(
+    experiment: Experiment, folder: Path, teacher: Teacher, name: str, purpose: str
+) -> PreTrainedModel:
+    """The teacher itself, to compute the file called ``name``."""
+    files = teacher.result.files
+    if name not in files and (folder / name).exists():
+        notice(f"{folder / name} is not listed in {folder / _RESULT} and is computed again.")
     source = experiment.teacher_source
     if experiment.settings.finetune_teacher:
         source = str(folder / _MODEL)
         weights = {name: digest for name, digest in files.items() if _is_weights(name)}
         if not weights or changed_file(folder, weights) is not None:
             raise StudyError(
-                "A loss compares states, and the weights of the teacher, which compute them, are "
-                f"not in {folder}. Remove that folder to train teacher and students again, or "
-                "leave such losses out."
+                f"{purpose}, and the weights of the teacher, which compute them, are not in "
+                f"{folder}. Remove that folder to train teacher and students again, or leave such "
+                "losses out."
             )
-    assert isinstance(experiment, ClassificationExperiment)  # others refuse such losses
-    try:
-        states = experiment.states(experiment.load_teacher(source))
-    except FloatingPointError as error:
-        raise StudyError(f"A loss compares states, but {error}: leave it out.") from error
-    half = states.half()
-    save_tensors(path, {"features": half if half.isfinite().all() else states})
-    result = dataclasses.replace(teacher.result, files={**files, _FEATURES: file_digest(path)})
+    return experiment.load_teacher(source)
+
+
+def _listed(experiment: Experiment, folder: Path, teacher: Teacher, name: str) -> Teacher:
+    """The teacher with a new file, whose hash is written to its result."""
+    files = {**teacher.result.files, name: file_digest(folder / name)}
+    result = dataclasses.replace(teacher.result, files=files)
     write_result(folder / _RESULT, result)
     return _load_teacher(experiment, folder, result)

@@ -25,7 +25,6 @@ from typing_extensions import Self
 from otkd.study.experiment import Experiment
 from otkd.study.kinds import make_experiment
 from otkd.study.messages import StudyError, quiet_libraries
-from otkd.study.objectives import needs_features
 from otkd.study.results import Result
 from otkd.study.runs import Run, run_student
 from otkd.study.teachers import Teacher, find_teacher
@@ -275,7 +274,7 @@ def _run(run: Run) -> Result:
         raise _worker
     assert _worker is not None
     experiment, teacher, steps = _worker
-    if needs_features(run.options) and teacher.features is None:
+    if teacher.lacks(run):
         # They were computed after this process had started.
         teacher = _find_teacher(experiment)
         _worker = experiment, teacher, steps

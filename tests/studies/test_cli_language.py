@@ -21,6 +21,7 @@ from otkd.study.settings import Settings
 from otkd.study.states import StoredStates
 from otkd.study.summary import summarise
 from otkd.study.wasd import Wasd
+from otkd.tasks.causal_lm import answer_files
 from tests.models import save_tokenizer, tiny_gpt2, tiny_llama
 
 VOCAB = 40
@@ -290,6 +291,83 @@ def test_wasd_has_the_temperature_of_the_paper():
     torch.testing.assert_close(built(student, teacher, labels=labels), expected)
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """A teacher that reads a prompt in the template of Alpaca, and an answer."""
+    model = tiny_llama(4, vocab=VOCAB)
+    model.config.max_position_embeddings = 96
+    return save_model(tmp_path_factory.mktemp("models") / "long", model)
+
+
+ANSWERING = ("--max-length", "64", "--answer-tokens", "6", "--seeds", "1")
+
+
+def test_seqkd_trains_on_the_answers_of_the_teacher(long, instructions, tmp_path):
+    more = (*ANSWERING, "--losses", "seqkd,kl", "--learning-rate", "1e-2")
+    result = compare("instructions", instructions, long, tmp_path / "out", *more)
+    assert result.exit_code == 0, result.output
+    assert "seqkd is ce with the teacher's own answers" in " ".join(result.output.split())
+    folder = tmp_path / "out" / "instructions"
+    found = read_result(folder / "seqkd" / "0.json")
+    assert found.settings["loss.answer_tokens"] == 6
+    assert "loss.answer_tokens" not in read_result(folder / "kl" / "0.json").settings
+    # The file has the format of the data: hard labels on it are the same training.
+    (tmp_path / "data").mkdir()
+    answers = folder / "teacher" / "answers-6.jsonl"
+    lines = answers.read_text().splitlines()
+    assert [json.loads(line)["instruction"] for line in lines] == [
+        json.loads(line)["instruction"]
+        for line in (instructions / "train.jsonl").read_text().splitlines()
+    ]
+    assert len({json.loads(line)["output"] for line in lines}) == len(lines)
+    shutil.copy(answers, tmp_path / "data" / "train.jsonl")
+    shutil.copy(instructions / "dev.jsonl", tmp_path / "data" / "dev.jsonl")
+    more = ("--max-length", "64", "--seeds", "1", "--losses", "ce", "--learning-rate", "1e-2")
+    assert compare("instructions", tmp_path / "data", long, tmp_path / "ce", *more).exit_code == 0
+    expected = read_result(tmp_path / "ce" / "instructions" / "ce" / "0.json")
+    assert found.metrics["cross_entropy"] == expected.metrics["cross_entropy"]
+    assert found.steps == expected.steps
+    more = (*ANSWERING, "--losses", "seqkd", "--answer-tokens", "34")
+    result = compare("instructions", instructions, long, tmp_path / "other", *more)
+    assert "are more than the 96 tokens" in " ".join(result.output.split())
+
+
+def test_an_interrupted_generation_of_answers_continues(long, instructions, tmp_path, monkeypatch):
+    more = (*ANSWERING, "--losses", "seqkd")
+    assert compare("instructions", instructions, long, tmp_path / "whole", *more).exit_code == 0
+    teacher = tmp_path / "out" / "instructions" / "teacher"
+    whole = (tmp_path / "whole" / "instructions" / "teacher" / "answers-6.jsonl").read_text()
+    sample = answer_files.sampled_answers
+
+    def interrupted(*arguments, **options):
+        yield next(sample(*arguments, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answer_files, "sampled_answers", interrupted)
+    assert compare("instructions", instructions, long, tmp_path / "out", *more).exit_code == 130
+    (unfinished,) = (teacher / "answers.partial").glob("answers*.jsonl")
+    assert whole.startswith(unfinished.read_text())
+    asked = []
+
+    def counted(model, tokenizer, prompts, **options):
+        asked.append(len(prompts))
+        return sample(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(answer_files, "sampled_answers", counted)
+    for _ in range(2):  # the second time nothing is left to do
+        result = compare("instructions", instructions, long, tmp_path / "out", *more)
+        assert result.exit_code == 0, result.output
+    assert asked == [4]  # of 12 prompts
+    assert (teacher / "answers-6.jsonl").read_text() == whole
+    assert not (teacher / "answers.partial").exists()
+    # Answers that are lost are generated again; finished runs do not need them.
+    (teacher / "answers-6.jsonl").write_text("lost")
+    result = compare("instructions", instructions, long, tmp_path / "out", *more, "--seeds", "2")
+    assert result.exit_code == 0, result.output
+    assert "they are generated again" in " ".join(result.output.split())
+    assert (teacher / "answers-6.jsonl").read_text() == whole
+
+
 def test_the_best_candidate_has_the_lowest_cross_entropy(teacher, texts, tmp_path):
     protocol = tmp_path / "rates.toml"
     protocol.write_text(
@@ -313,6 +391,10 @@ def test_the_best_candidate_has_the_lowest_cross_entropy(teacher, texts, tmp_pat
         ("text", ("--losses", "sinkd", "--batch-cost", "hidden"), "for classifiers"),
         ("text", ("--losses", "wasd", "--token-cost", "discrete"), "embedding or permuted"),
         ("rte", ("--losses", "kl+wasd"), "is for language models"),
+        ("rte", ("--losses", "seqkd"), "is for language models"),
+        ("text", ("--losses", "seqkd"), "only the task instructions has"),
+        ("text", ("--losses", "kl+seqkd"), "use --alpha"),
+        ("text", ("--losses", "kl", "--answer-tokens", "8"), "no effect on kl"),
         ("text", ("--losses", "kl+ce"), "--alpha"),
         ("text", ("--losses", "kl+jsd+kl"), "only once"),
         ("text", ("--losses", "kl", "--anneal", "--epochs", "3"), "--temperature 1"),
