@@ -64,7 +64,7 @@ def train(
 ) -> None:
     """Distil one student with one loss, evaluate it and save it.
 
-    An interrupted training resumes from its last complete epoch when the command is run again.
+    An interrupted training loses at most the last minutes when the command is run again.
     """
     with reporting(output_dir):
         chosen = make_settings(settings)

@@ -73,8 +73,18 @@ class DivergedError(ArithmeticError):
         self.took, self.reason = took, reason
 
 
+# Seconds of training after which a checkpoint is written within an epoch: one per epoch would lose
+# hours of a training on texts, and one per number of steps would slow small classifiers down.
+_SAVE_AFTER = 300.0
+
+
 class _Progress(TrainerCallback, ExportableState):
-    """Reports steps. Its times and evaluations are in the checkpoints, so that they are resumed."""
+    """Reports steps and asks for checkpoints within an epoch.
+
+    Its times and evaluations are in the checkpoints, so that they are resumed. So is the random
+    state from which the sampler draws the order of an epoch: Trainer draws the order again when it
+    resumes within an epoch, and restores the state of the checkpoint only afterwards.
+    """
 
     def __init__(
         self,
@@ -87,21 +97,34 @@ class _Progress(TrainerCallback, ExportableState):
         self.evaluate, self.every = evaluate, every
         self.seconds: float = saved.get("seconds", 0.0)
         self.evaluations = [(step, metrics) for step, metrics in saved.get("evaluations", ())]
+        self._order: str | None = saved.get("order")
+        self._resumed = bool(saved)
+        self._saved_at = self.seconds
         self._start: float | None = None
 
     def state(self) -> dict[str, Any]:
-        attributes = {"seconds": self.seconds, "evaluations": self.evaluations}
-        return {"args": {}, "attributes": attributes}
+        names = {"seconds": self.seconds, "evaluations": self.evaluations, "order": self._order}
+        return {"args": {}, "attributes": names}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.on_steps(state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        if self._order is not None:
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(self._order), dtype=torch.uint8))
+        elif not self._resumed:  # a checkpoint of an earlier version has no order
+            self._order = _random_state()
+
         self._start = time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._start is None:  # after a checkpoint
+            self._start = time.perf_counter()
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # Before Trainer writes the checkpoint, whose time does not count.
         self.stop()
+        self._order = _random_state()
 
     def stop(self) -> None:
         if self._start is not None:
@@ -109,21 +132,30 @@ class _Progress(TrainerCallback, ExportableState):
             self._start = None
 
     def on_save(self, args, state, control, **kwargs):
+        self._saved_at = self.seconds
         seal(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_step_end(self, args, state, control, **kwargs):
         self.on_steps(1)
-        last = state.global_step == state.max_steps
-        if self.evaluate is None or self.every is None or last or state.global_step % self.every:
+        if state.global_step == state.max_steps:
             return
         begun = time.perf_counter()
-        self.evaluations.append((state.global_step, self.evaluate(kwargs["model"])))
-        if self._start is not None:
+        assert self._start is not None
+        taken = self.seconds + begun - self._start
+        if self.evaluate and self.every and state.global_step % self.every == 0:
+            self.evaluations.append((state.global_step, self.evaluate(kwargs["model"])))
             self._start += time.perf_counter() - begun
+        if self._order is not None and taken - self._saved_at >= _SAVE_AFTER:
+            self.stop()
+            control.should_save = True
 
     def took(self, steps: int) -> Fit:
         self.stop()
         return Fit(steps, self.seconds, tuple(self.evaluations))
+
+
+def _random_state() -> str:
+    return torch.get_rng_state().numpy().tobytes().hex()
 
 
 class _Watched:
@@ -182,7 +214,7 @@ def fit(
         train: encoded rows.
         collate: pads a batch of them.
         schedule: duration and learning rate.
-        folder: for a checkpoint after every epoch; the caller removes it.
+        folder: for a checkpoint after every epoch, and every few minutes; the caller removes it.
         loss: an otkd loss against ``teacher``; without it, the model's own cross-entropy.
         teacher: stored outputs, one entry per row of ``train``.
         callbacks: of the trainer.

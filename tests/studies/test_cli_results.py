@@ -416,6 +416,38 @@ def test_a_resumed_training_is_the_uninterrupted_one_whatever_checkpoint_is_dama
 
 
 @pytest.mark.parametrize("group_by_length", [True, False])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_training_resumes_within_an_epoch(
+    training_parts, tmp_path, monkeypatch, group_by_length, epochs
+):
+    """Interrupted twice, and the second time in the epoch in which it was resumed."""
+    options = {"evaluate_every": 2, "group_by_length": group_by_length, "epochs": epochs}
+    whole, evaluations, _ = fitted(training_parts, tmp_path / "whole", **options)
+    monkeypatch.setattr(training, "_SAVE_AFTER", 0.0)
+    folder, steps = tmp_path / "cut", 5 * epochs
+    for stop_after, resumed_at in ((steps - 3, 0), (steps - 1, steps - 4)):
+        _, _, done = fitted(training_parts, folder, stop_after=stop_after, **options)
+        assert done[0] == resumed_at
+    resumed, again, done = fitted(training_parts, folder, **options)
+    assert done == [steps - 2, 1, 1]
+    assert again == evaluations
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+def test_a_training_resumes_within_the_epoch_after_a_checkpoint_at_the_end_of_one(
+    training_parts, tmp_path, monkeypatch
+):
+    whole, _, _ = fitted(training_parts, tmp_path / "whole")
+    fitted(training_parts, tmp_path / "cut", stop_after=7)
+    monkeypatch.setattr(training, "_SAVE_AFTER", 0.0)
+    _, _, done = fitted(training_parts, tmp_path / "cut", stop_after=9)
+    assert done[0] == 5
+    resumed, _, done = fitted(training_parts, tmp_path / "cut")
+    assert done[0] == 8
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
 def test_a_loss_with_parameters_resumes_as_it_was(training_parts, tmp_path, group_by_length):
     def run(folder, **options):
         torch.manual_seed(1)
