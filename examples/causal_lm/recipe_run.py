@@ -19,6 +19,7 @@ from otkd.cli.console import notice
 from otkd.files import errors_about, folder_written_whole, write_json
 from otkd.integrations.transformers import DistillationTrainer
 from otkd.study.messages import StudyError
+from otkd.study.reuse import differing_settings
 from otkd.study.work import last_whole_checkpoint, seal
 from otkd.tasks.causal_lm import encode_instructions, padding_collator
 from otkd.tasks.causal_lm.instructions import digest_of
@@ -64,23 +65,13 @@ def settle(
     folder = Path(args.output_dir)
     path = folder / _SETTINGS
     if path.exists():
-        _check_same(folder, json.loads(path.read_text(encoding="utf-8")), settings)
+        differing = differing_settings(json.loads(path.read_text(encoding="utf-8")), settings)
+        if differing:
+            lines = f"{folder} holds a run with other settings:", *differing.values(), _ELSEWHERE
+            raise StudyError("\n".join(lines))
     elif any(folder.glob("checkpoint-*")) or (folder / "student").exists():
         raise StudyError(f"{folder} holds models that no recipe wrote. {_ELSEWHERE}")
     return settings
-
-
-def _check_same(folder: Path, found: dict[str, Any], settings: dict[str, Any]) -> None:
-    names = sorted({*found, *settings})
-    lines = [
-        f"  {name}: {found.get(name)} there, {settings.get(name)} now"
-        for name in names
-        if found.get(name) != settings.get(name)
-    ]
-    if lines:
-        raise StudyError(
-            "\n".join([f"{folder} holds a run with other settings:", *lines, _ELSEWHERE])
-        )
 
 
 class _Sealed(TrainerCallback):

@@ -50,6 +50,19 @@ def find_result(
     return result
 
 
+def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """A line of a message for each setting that differs, by its name."""
+    pairs = {
+        name: (found.get(name, "not set"), wanted.get(name, "not set"))
+        for name in sorted({*found, *wanted})
+    }
+    return {
+        name: f"  {name}: {there} there, {now} now"
+        for name, (there, now) in pairs.items()
+        if there != now
+    }
+
+
 def check_overwrite(
     path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any], *, overwrite: bool
 ) -> None:
@@ -58,21 +71,16 @@ def check_overwrite(
     Raises:
         StudyError: naming the settings that differ, unless ``overwrite`` is true.
     """
-    differing = {
-        name: (found.get(name, "not set"), wanted.get(name, "not set"))
-        for name in sorted({*found, *wanted})
-        if found.get(name, "not set") != wanted.get(name, "not set")
-    }
+    differing = differing_settings(found, wanted)
     other = "another teacher" if [*differing] == [TEACHER] else "other settings"
     if overwrite:
         notice(f"{path} was made with {other}; the run is done again.")
         return
-    lines = [f"  {name}: {there} there, {now} now" for name, (there, now) in differing.items()]
     raise StudyError(
         "\n".join(
             (
                 f"{path} was made with {other}:",
-                *lines,
+                *differing.values(),
                 "Choose another --output-dir, or repeat such runs with --overwrite.",
             )
         )

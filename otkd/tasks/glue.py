@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from otkd.tasks.hub import from_hub
 from otkd.tasks.tasks import DataError, Task
 from otkd.tasks.tsv import read_tsv
 
@@ -117,19 +118,14 @@ def load_glue_hub(task: Task) -> dict[str, Dataset]:
     Raises:
         DataError: if the hub cannot be reached and its cache does not hold the task.
     """
-    from datasets import load_dataset
-
-    try:
-        loaded = load_dataset(HUB_NAME, task.name)
-    # Which exception an unreachable hub raises depends on the versions of three libraries.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise DataError(
-            f"{task.title} could not be loaded from the Hugging Face hub ({HUB_NAME}): {reason}. "
-            "Where the hub cannot be reached, download GLUE once and name its folder with "
-            f"--data-dir DIR, which holds {task.title}/train.tsv and its development file in the "
-            "official layout."
-        ) from error
+    loaded = from_hub(
+        HUB_NAME,
+        task.name,
+        failure=f"{task.title} could not be loaded from the Hugging Face hub ({HUB_NAME})",
+        remedy="Where the hub cannot be reached, download GLUE once and name its folder with "
+        f"--data-dir DIR, which holds {task.title}/train.tsv and its development file in the "
+        "official layout.",
+    )
     sources = {"train": "train", "dev": "validation"}
     renamed = dict(zip(task.sentences, _text_columns(task), strict=True))
     return {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from otkd.reductions import IGNORE_INDEX
 from otkd.scalars import as_whole
 from otkd.tasks.causal_lm.alpaca import alpaca_prompt
-from otkd.tasks.causal_lm.hub import hub_rows
+from otkd.tasks.hub import hub_rows
 from otkd.tasks.tasks import DataError
 from otkd.tasks.tsv import text_lines
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otkd.tasks.causal_lm.hub import hub_rows
 from otkd.tasks.causal_lm.instructions import (
     Instruction,
     content_of,
@@ -18,6 +17,7 @@ from otkd.tasks.causal_lm.instructions import (
     read_instructions,
 )
 from otkd.tasks.causal_lm.text import review_texts
+from otkd.tasks.hub import hub_rows
 from otkd.tasks.loading import SAMPLE_SEED
 from otkd.tasks.tasks import DataError, LanguageTask
 from otkd.tasks.tsv import text_lines
