@@ -23,7 +23,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from otkd.study.models import load
 from otkd.study.provenance import versions
 from otkd.study.training import device
 from otkd.tasks import causal_lm
+from otkd.tasks.causal_lm.answers import generated_rouge_l
 
 COLUMNS = {"cross_entropy": "cross-entropy", "kl": "KL(p‖q)", "reverse_kl": "KL(q‖p)"}
 
@@ -89,33 +89,31 @@ def measure(options: Options, bar: StepBar) -> dict[str, Any]:
         options.max_length - options.max_new_tokens,
         skip_long=options.skip_long_prompts,
     )
-    rows, tokens = zip(*prompts, strict=True)
+    rows = [row for row, _ in prompts]
     encoded = [*causal_lm.encode_instructions(rows, tokenizer, options.max_length)]
     collate, size = causal_lm.padding_collator(tokenizer), options.batch_size
     batches = [collate(encoded[start : start + size]) for start in range(0, len(rows), size)]
     for name in options.students:
         recipe.check_same_tokens(load("AutoTokenizer", name), tokenizer)  # before any long work
-    sample = partial(
-        causal_lm.sampled_answers,
-        tokenizer=tokenizer,
-        prompts=tokens,
-        max_new_tokens=options.max_new_tokens,
-        batch_size=size,
-    )
     teacher, found = teacher.to(device()), {}
     bar.plan(len(batches) * (1 + len(options.seeds)) * (1 + len(options.students)))
     for name in ["teacher", *options.students]:
         model = teacher if name == "teacher" else recipe.load_model(name).to(device())
         recipe.refuse_sizes(f"model {name}", model, tokenizer, options.max_length)
-        advance, scores = bar.start(name), []
+        advance = bar.start(name)
         found[name] = agreement_with(teacher, model.eval(), batches, advance)
-        for seed in options.seeds:
-            answers: list[str] = []  # each batch of each seed has a random state of its own
-            for part in sample(model, seed=seed * len(batches)):
-                answers += part
-                advance(1)
-            scores.append(causal_lm.rouge_l(answers, [row.answers for row in rows]))
-        found[name]["rouge_l"] = scores
+        found[name]["rouge_l"] = [
+            generated_rouge_l(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=options.max_new_tokens,
+                seed=seed * len(batches),  # each batch of each seed has a random state of its own
+                batch_size=size,
+                on_batches=advance,
+            )
+            for seed in options.seeds
+        ]
     return {"rows": len(rows), "models": found}
 
 

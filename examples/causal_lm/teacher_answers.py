@@ -14,7 +14,8 @@ from otkd.cli.console import notice
 from otkd.files import write_json
 from otkd.study.messages import StudyError
 from otkd.tasks.causal_lm import Instruction, fitting_prompts
-from otkd.tasks.causal_lm.answer_files import batches_of, read_answers, write_answers
+from otkd.tasks.causal_lm.answer_files import read_answers, write_answers
+from otkd.tasks.causal_lm.answers import batches_of
 
 _COMPARED = ("rows", "teacher_weights", "seed", "max_length", "skip_long_prompts", "eval_rows")
 

@@ -16,7 +16,8 @@ from otkd.study.reuse import TEACHER
 from otkd.study.training import device
 from otkd.study.work import claim
 from otkd.tasks.causal_lm import fitting_prompts
-from otkd.tasks.causal_lm.answer_files import batches_of, read_answers, write_answers
+from otkd.tasks.causal_lm.answer_files import read_answers, write_answers
+from otkd.tasks.causal_lm.answers import batches_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

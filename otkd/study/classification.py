@@ -42,6 +42,8 @@ class ClassificationExperiment(Experiment):
         losses = {part for each in self.objectives for part in each.loss.split("+")}
         if for_texts := losses.intersection((SEQKD, WASD)):
             raise StudyError(f"{min(for_texts)} is for language models: leave it out.")
+        if self.settings.rouge_rows is not None:
+            raise StudyError("--rouge-rows is for the task instructions: leave it out.")
         check_objectives(self.objectives, torch.eye(self.task.num_labels))
         if not self.settings.finetune_teacher and self.settings.teacher is None:
             raise StudyError(
@@ -102,15 +104,12 @@ class ClassificationExperiment(Experiment):
         return {name: split.logits(model) for name, split in rows.dev.items()}
 
     def score(self, model: PreTrainedModel, rows: Rows, teacher: Teacher) -> dict[str, float]:
-        """The metrics of the task."""
-        return score(self.task, self.predict(model, rows), _labels(rows))
-
-    def agreement(self, model: PreTrainedModel, rows: Rows, teacher: Teacher) -> float:
-        """The share of development rows for which both predict the same class."""
-        theirs = teacher.on_dev(rows).logits()
+        """The metrics of the task, and the share of rows for which both predict the same class."""
+        ours, theirs = self.predict(model, rows), teacher.on_dev(rows).logits()
         if rows.held_out is not None:  # they are used for each split
             theirs = theirs.repeat(len(rows.dev), 1)
-        return agreement(torch.cat([*self.predict(model, rows).values()]), theirs)
+        found = score(self.task, ours, _labels(rows))
+        return found | {"agreement": agreement(torch.cat([*ours.values()]), theirs)}
 
     def store_outputs(
         self, model: PreTrainedModel, folder: Path, work: Path, on_steps: Callable[[int], None]

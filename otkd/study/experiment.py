@@ -35,6 +35,7 @@ _MOST_PROBE_ROWS = 16
 # The settings, beside data and models, that decide the outputs of a teacher, and a student.
 _OF_TEACHER = ("teacher_epochs", "teacher_batch_size", "teacher_learning_rate", "teacher_seed")
 _OF_TEACHER += ("group_by_length", "freeze_embeddings")
+_OF_ROUGE = ("rouge_rows", "rouge_seed", "answer_tokens")
 _OF_STUDENT = ("epochs", "learning_rate", "batch_size", "freeze_embeddings", "group_by_length")
 _OF_STUDENT += ("evaluate_every", "score")
 
@@ -117,6 +118,7 @@ class Experiment(TaskKind):
             "teacher_weights": models.source_digest(self.teacher_source),
             "finetune_teacher": chosen.finetune_teacher,
             **_values(chosen, _OF_TEACHER if chosen.finetune_teacher else ()),
+            **_values(chosen, _OF_ROUGE if chosen.rouge_rows is not None else ()),
         }
 
     @cached_property

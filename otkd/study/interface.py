@@ -110,11 +110,26 @@ class TaskKind(ABC):
 
     @abstractmethod
     def score(self, model: PreTrainedModel, rows: Rows, teacher: Teacher) -> dict[str, float]:
-        """The metrics of a student on the development rows; ``FloatingPointError`` for NaN."""
+        """The metrics of a student on the development rows; ``FloatingPointError`` for NaN.
 
-    @abstractmethod
-    def agreement(self, model: PreTrainedModel, rows: Rows, teacher: Teacher) -> float:
-        """How often a student and its teacher predict the same on the development rows."""
+        Among them is ``agreement``: how often student and teacher predict the same.
+        """
+
+    def final_metrics(
+        self, model: PreTrainedModel, on_steps: Callable[[int], None]
+    ) -> dict[str, float]:
+        """Metrics that take so long that they are measured only after the last step.
+
+        Args:
+            model: the student.
+            on_steps: counts the :attr:`final_steps`.
+        """
+        return {}
+
+    @property
+    def final_steps(self) -> int:
+        """Steps of progress of :meth:`final_metrics`."""
+        return 0
 
     @abstractmethod
     def store_outputs(

@@ -14,10 +14,12 @@ import otkd
 from otkd.study import models
 from otkd.study.classification import check_stored
 from otkd.study.experiment import Experiment
+from otkd.study.generation import check_generation, measure_rouge, rouge_batches
 from otkd.study.held_out import HeldOut, check_linear, stored_states
 from otkd.study.interface import Outputs, Rows
 from otkd.study.messages import StudyError
-from otkd.study.objectives import check_objectives, needs_answers, needs_features
+from otkd.study.objectives import check_objectives, needs_features
+from otkd.study.prediction import autocast
 from otkd.study.states import StoredStates
 from otkd.study.training import device
 from otkd.tasks import LanguageTask
@@ -59,16 +61,9 @@ class LanguageExperiment(Experiment):
                     "over the vocabulary of a language model: use sinkhorn."
                 )
         check_objectives(self.objectives, torch.eye(2))
-        if self._generates and not self.task.instructions:
-            raise StudyError("seqkd answers prompts, which only the task instructions has.")
         for each in self.objectives:
             if needs_features({"batch_cost": each.settings.batch_cost}):
                 raise StudyError("--batch-cost hidden is for classifiers: choose another.")
-
-    @property
-    def _generates(self) -> bool:
-        """Whether a model generates answers."""
-        return any(needs_answers(each.loss) for each in self.objectives)
 
     def _load_data(self) -> LanguageData:
         chosen = self.settings
@@ -99,8 +94,7 @@ class LanguageExperiment(Experiment):
         return self.teacher_tokenizer
 
     def _check_teacher(self) -> None:
-        if self._generates:
-            self._check_context()
+        check_generation(self)
         student = self.settings.student
         if student is None:
             return
@@ -119,17 +113,6 @@ class LanguageExperiment(Experiment):
                 f"--student {student} has {rows:,} logits and the teacher {wanted:,}, although "
                 "both have the same tokens: one of them is padded. Load the student, call "
                 f"resize_token_embeddings({wanted}), and save it with save_pretrained."
-            )
-
-    def _check_context(self) -> None:
-        config = models.load("AutoConfig", self.teacher_source)
-        context = getattr(config, "max_position_embeddings", None)
-        chosen = self.settings
-        if context is not None and chosen.max_length - 1 + chosen.answer_tokens > context:
-            raise StudyError(
-                f"--answer-tokens {chosen.answer_tokens} after a prompt of up to "
-                f"{chosen.max_length - 1} tokens are more than the {context} tokens that "
-                f"{self.teacher_source} reads: lower it, or --max-length."
             )
 
     def _least_length(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
@@ -166,14 +149,20 @@ class LanguageExperiment(Experiment):
         return HeldOut(rows, self.collator(tokenizer), bf16=self.precision.bf16)
 
     def score(self, model: PreTrainedModel, rows: Rows, teacher: Teacher) -> dict[str, float]:
-        """Cross-entropy, accuracy, and divergences from the teacher."""
+        """Cross-entropy, accuracy, agreement, and divergences from the teacher."""
         return self._measured(model, rows, teacher.on_dev(rows), teacher.embedding)
 
-    def agreement(self, model: PreTrainedModel, rows: Rows, teacher: Teacher) -> float:
-        """The share of tokens for which both have the same most probable one."""
-        pairs = _held_out(rows).compared(model, teacher.on_dev(rows))
-        same = torch.cat([ours.argmax(-1) == theirs.argmax(-1) for ours, theirs, _ in pairs])
-        return same.float().mean().item()
+    def final_metrics(
+        self, model: PreTrainedModel, on_steps: Callable[[int], None]
+    ) -> dict[str, float]:
+        """Rouge-L of generated answers, if the settings have a number of prompts."""
+        with autocast(model.device, self.precision.bf16):
+            return measure_rouge(self, model, on_steps)
+
+    @property
+    def final_steps(self) -> int:
+        """The batches of answers."""
+        return rouge_batches(self)
 
     @cached_property
     def _sinkhorn(self) -> dict[torch.device, otkd.SinkhornLoss]:
@@ -192,7 +181,7 @@ class LanguageExperiment(Experiment):
         found: dict[str, list[Tensor]] = {}
         for ours, theirs, labels in _held_out(rows).compared(model, teacher):
             of_labels = next_token_metrics(ours, theirs, labels)
-            values = {name: of_labels[name] for name in ("cross_entropy", "accuracy")}
+            values = {name: of_labels[name] for name in ("cross_entropy", "accuracy", "agreement")}
             values |= {name: measure(ours, theirs) for name, measure in measures.items()}
             for name, value in values.items():
                 found.setdefault(name, []).append(value.double())
@@ -205,7 +194,8 @@ class LanguageExperiment(Experiment):
     @property
     def output_steps(self) -> int:
         """The batches that the teacher reads."""
-        return self._training_rows.batches + _held_out(self.teacher_rows).batches
+        texts = self._training_rows.batches + _held_out(self.teacher_rows).batches
+        return texts + self.final_steps
 
     def store_outputs(
         self, model: PreTrainedModel, folder: Path, work: Path, on_steps: Callable[[int], None]
@@ -221,7 +211,9 @@ class LanguageExperiment(Experiment):
         train.save(folder / f"{_TRAIN}.safetensors")
         dev.save(folder / f"{_DEV}.safetensors")
         save_tensors(folder / f"{_EMBEDDING}.safetensors", {"token_rows": embedding})
-        return {"metrics": self._measured(None, rows, dev, embedding)}
+        metrics = self._measured(None, rows, dev, embedding)
+        del metrics["agreement"]  # with itself
+        return {"metrics": metrics | measure_rouge(self, model, on_steps)}
 
     def load_outputs(self, folder: Path) -> Outputs:
         """The stored states and the embeddings."""
@@ -232,10 +224,11 @@ class LanguageExperiment(Experiment):
             (train_path, train, len(self.data.train)),
             (dev_path, dev, self.data.dev_rows),
         ):
-            check_stored(path, stored.states, (*stored.states.shape[:1], stored.weight.shape[1]))
+            states = stored.tokens.states
+            check_stored(path, states, (len(states), stored.tokens.weight.shape[1]))
             if len(stored) != number:
                 raise ValueError(f"{path} holds {len(stored)} texts, not {number}")
-        check_stored(rows_path, rows, (len(train.weight), *rows.shape[-1:]))
+        check_stored(rows_path, rows, (len(train.tokens.weight), *rows.shape[-1:]))
         return Outputs(train, dev, rows)
 
 

@@ -94,6 +94,8 @@ def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> Non
     """
     tried = [variant for objective in objectives for variant in objective.tried()]
     taken = {name for each in tried for name in _option_names(each.loss, each.settings.author)}
+    if any(each.settings.rouge_rows is not None for each in tried):
+        taken.add("answer_tokens")
     losses = (*otkd.list_losses(), WASD, SEQKD)
     every = {name for loss in losses for name in _option_names(loss, False)}
     for name in sorted(every.intersection(given) - taken):

@@ -72,6 +72,7 @@ def explanation(teacher: Result, results: Sequence[Result]) -> str:
         *_divergence(summaries),
         *_objective(results),
         _agreement(teacher),
+        *_rouge(teacher),
     ]
     if settings["freeze_embeddings"]:
         sentences.append("The embeddings were not trained (--no-freeze-embeddings trains them).")
@@ -159,6 +160,17 @@ def _agreement(teacher: Result) -> str:
     return (
         "Agreement: share of development rows for which student and teacher predict the same class."
     )
+
+
+def _rouge(teacher: Result) -> list[str]:
+    if "rouge_l" not in teacher.metrics:
+        return []
+    seed = teacher.settings["rouge_seed"]
+    how = "the most probable tokens" if seed is None else f"tokens sampled with seed {seed}"
+    return [
+        f"Rouge-L: of answers of at most {teacher.settings['answer_tokens']} tokens to "
+        f"{teacher.settings['rouge_rows']} development prompts, {how}, after the last step."
+    ]
 
 
 def _estimate(key: str, value: Estimate) -> str:

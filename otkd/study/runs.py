@@ -69,9 +69,10 @@ class Run:
         return experiment.student_settings(self.objective, self.seed, tuning=self.tuning)
 
     def steps(self, experiment: Experiment) -> int:
-        """Its optimiser steps."""
+        """Its steps of progress: those of the optimiser, and of the metrics at the end."""
         schedule = experiment.student_schedule(self.objective, self.seed)
-        return schedule.steps(experiment.train_rows(tuning=self.tuning))
+        final = 0 if self.tuning else experiment.final_steps
+        return schedule.steps(experiment.train_rows(tuning=self.tuning)) + final
 
 
 def find_student(
@@ -123,11 +124,13 @@ def run_student(
         headline = experiment.task.headline
         improvement = get_metric(headline).improvement
         best = max(took.evaluations, key=lambda each: improvement(each[1][headline]))
-        counted = best if run.objective.settings.score == "best" else took.evaluations[-1]
-        outcome = {
-            "metrics": counted[1],
-            "agreement": experiment.agreement(student, rows, teacher),
-        }
+        last = took.evaluations[-1]
+        _, metrics = best if run.objective.settings.score == "best" else last
+        # An evaluation in a checkpoint of an earlier version has no agreement.
+        outcome = {"agreement": metrics.get("agreement", last[1]["agreement"])}
+        metrics = {name: value for name, value in metrics.items() if name != "agreement"}
+        final = {} if run.tuning else experiment.final_metrics(student, on_steps)
+        outcome["metrics"] = metrics | final
     except DivergedError as error:
         took = error.took
         outcome = {"metrics": {}, "agreement": None, "status": DIVERGED, "reason": error.reason}

@@ -166,8 +166,23 @@ class Settings:
         ge=1,
         le=10**6,
     )
+    rouge_rows: int | None = _score(
+        None,
+        "For instructions: measure Rouge-L of answers to this many development prompts, at the end "
+        "of a run.",
+        **_COUNT,
+    )
+    rouge_seed: int | None = _score(
+        None,
+        "Sample these answers with this seed. By default the most probable tokens are taken.",
+        ge=0,
+        le=2**32 - 1,
+    )
     answer_tokens: int = _score(
-        256, "Largest number of tokens of a generated answer, for seqkd.", ge=1, le=10**6
+        256,
+        "Largest number of tokens of a generated answer, for seqkd and --rouge-rows.",
+        ge=1,
+        le=10**6,
     )
     evaluate_every: int | None = _score(
         None, "Steps between evaluations. By default there is one evaluation, at the end.", **_COUNT
@@ -185,6 +200,13 @@ class Settings:
         """
         if self.score == "best" and self.evaluate_every is None:
             raise StudyError("--score best needs --evaluate-every, the steps between evaluations.")
+        if self.score == "best" and self.rouge_rows is not None:
+            raise StudyError(
+                "--score best: Rouge-L is measured at the end of a run and not at its best "
+                "evaluation: leave --rouge-rows out, or use --score last."
+            )
+        if self.rouge_seed is not None and self.rouge_rows is None:
+            raise StudyError("--rouge-seed needs --rouge-rows, the number of prompts.")
 
 
 def option(name: str) -> str:

@@ -39,6 +39,7 @@ _METRICS_BY_NAME = {
     "kl": Metric("KL(p‖q)", fraction=False, higher_is_better=False),
     "reverse_kl": Metric("KL(q‖p)", fraction=False, higher_is_better=False),
     "tvd": Metric("TVD", higher_is_better=False),
+    "rouge_l": Metric("Rouge-L"),
     "sinkhorn": Metric("Sinkhorn", fraction=False, higher_is_better=False),
 }
 

@@ -50,8 +50,7 @@ class HiddenStateTeacher:
 
     def __post_init__(self) -> None:
         states, weight, bias = self.states, self.weight, self.bias
-        given = {"states": states, "weight": weight} | ({} if bias is None else {"bias": bias})
-        for name, tensor in given.items():
+        for name, tensor in self.tensors.items():
             if not tensor.is_floating_point():
                 raise TypeError(f"{name} must have floating-point numbers, got {tensor.dtype}")
             check_precision(name, tensor)
@@ -77,6 +76,12 @@ class HiddenStateTeacher:
         """That of the logits, ``(examples, *positions, vocab)``."""
         return torch.Size((*self.states.shape[:-1], len(self.weight)))
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The states, the weight and the bias, if there is one, by their names."""
+        found = {"states": self.states, "weight": self.weight, "bias": self.bias}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def __len__(self) -> int:
         return self.states.shape[0]
 
@@ -85,12 +90,9 @@ class HiddenStateTeacher:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> HiddenStateTeacher:
         """The same states and head on ``device``."""
-        tensors = (self.states, self.weight, self.bias)
-        states, weight, bias = (
-            None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-            for tensor in tensors
-        )
-        return HiddenStateTeacher(states, weight, bias)  # pyright: ignore[reportArgumentType]
+        tensors = self.tensors.items()
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in tensors}
+        return HiddenStateTeacher(**moved)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -103,8 +105,7 @@ class HiddenStateTeacher:
         Raises:
             ImportError: if safetensors is not installed.
         """
-        tensors = {"states": self.states, "weight": self.weight}
-        save_tensors(path, tensors if self.bias is None else {**tensors, "bias": self.bias})
+        save_tensors(path, self.tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> HiddenStateTeacher:

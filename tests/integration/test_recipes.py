@@ -592,7 +592,7 @@ def test_an_evaluation_refuses_before_it_starts_and_ends_cleanly(
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate.causal_lm, "sampled_answers", interrupt)
+    monkeypatch.setattr("otkd.tasks.causal_lm.answers.sampled_answers", interrupt)
     with pytest.raises(SystemExit, match="130"):
         measure(world, tmp_path, "--students", world / "student")
     assert "the same command starts again" in " ".join(capsys.readouterr().err.split())

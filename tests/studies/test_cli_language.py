@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pytest
+import study_tables
 import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
@@ -21,7 +22,7 @@ from otkd.study.settings import Settings
 from otkd.study.states import StoredStates
 from otkd.study.summary import summarise
 from otkd.study.wasd import Wasd
-from otkd.tasks.causal_lm import answer_files
+from otkd.tasks.causal_lm import answer_files, read_instructions, rouge_l
 from tests.models import save_tokenizer, tiny_gpt2, tiny_llama
 
 VOCAB = 40
@@ -193,8 +194,20 @@ def test_an_interrupted_teacher_continues(teacher, texts, tmp_path, monkeypatch)
         StoredStates.load(tmp_path / name / "text" / "teacher" / "train-states.safetensors")
         for name in ("cut", "whole")
     )
-    assert torch.equal(one.states, other.states)
+    assert torch.equal(one.tokens.states, other.tokens.states)
     assert not list((tmp_path / "cut").glob("**/states-*"))
+
+
+def test_the_best_evaluation_has_the_agreement_of_its_own_student(teacher, texts, tmp_path):
+    """And not that of the student after the last step."""
+    more = ("--losses", "kl", "--seeds", "1", "--evaluate-every", "1", "--score", "best")
+    more = (*more, "--epochs", "3", "--learning-rate", "0.1")
+    result = compare("text", texts, teacher, tmp_path, *more)
+    assert result.exit_code == 0, result.output
+    found = read_result(tmp_path / "text" / "kl" / "0.json")
+    best = min(found.evaluations, key=lambda each: each["cross_entropy"])
+    assert best["agreement"] != found.evaluations[-1]["agreement"]
+    assert {**found.metrics, "agreement": found.agreement, "step": best["step"]} == best
 
 
 def test_a_deep_teacher_is_read_in_float32_where_students_train_in_bf16(texts, tmp_path):
@@ -332,6 +345,54 @@ def test_seqkd_trains_on_the_answers_of_the_teacher(long, instructions, tmp_path
     assert "are more than the 96 tokens" in " ".join(result.output.split())
 
 
+def test_rouge_is_that_of_the_answers_to_the_first_prompts(long, instructions, tmp_path):
+    pytest.importorskip("rouge_score")
+    rouge = (*ANSWERING, "--losses", "kl", "--rouge-rows", "4")
+    found = {}
+    for name, more in {"greedy": (), "sampled": ("--rouge-seed", "5")}.items():
+        result = compare("instructions", instructions, long, tmp_path / name, *rouge, *more)
+        assert result.exit_code == 0, result.output
+        shown = " ".join(result.output.split())
+        assert "Rouge-L: of answers of at most 6 tokens to 4 development prompts, " in shown
+        found[name] = read_result(tmp_path / name / "instructions" / "kl" / "0.json")
+    assert "sampled with seed 5" in shown
+    assert found["greedy"].settings["rouge_rows"] == 4
+    # The teacher's greedy answers, token by token.
+    model = transformers.AutoModelForCausalLM.from_pretrained(long).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(long)
+    rows = read_instructions(instructions / "dev.jsonl")[:4]
+    answers = []
+    for row in rows:
+        tokens = row.prompt_tokens(tokenizer)
+        for _ in range(6):
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            if tokens[-1] == tokenizer.eos_token_id:
+                break
+        start = len(row.prompt_tokens(tokenizer))
+        answers.append(tokenizer.decode(tokens[start:], skip_special_tokens=True))
+    expected = rouge_l(answers, [row.answers for row in rows]) / 100
+    assert found["greedy"].teacher_metrics["rouge_l"] == pytest.approx(expected)
+    assert found["sampled"].teacher_metrics["rouge_l"] != pytest.approx(expected)
+    assert 0 <= found["greedy"].metrics["rouge_l"] <= 1
+    assert "rouge_l" not in found["greedy"].evaluations[-1]
+
+
+def test_rouge_is_refused_where_it_cannot_be_measured(long, texts, instructions, tmp_path):
+    for task, folder, more, message in (
+        ("text", texts, (), "need prompts"),
+        ("rte", texts, (), "is for the task instructions"),
+        ("instructions", instructions, ("--evaluate-every", "1", "--score", "best"), "score last"),
+        ("instructions", instructions, ("--rouge-rows", "7"), "has only 6 development prompts"),
+    ):
+        named = (*ANSWERING, "--losses", "kl", "--rouge-rows", "4", *more)
+        result = compare(task, folder, long, tmp_path / "out", *named)
+        assert result.exit_code == 1
+        assert message in " ".join(result.output.split())
+    result = compare("text", texts, long, tmp_path / "out", "--losses", "kl", "--rouge-seed", "4")
+    assert "--rouge-seed needs --rouge-rows" in " ".join(result.output.split())
+
+
 def test_an_interrupted_generation_of_answers_continues(long, instructions, tmp_path, monkeypatch):
     more = (*ANSWERING, "--losses", "seqkd")
     assert compare("instructions", instructions, long, tmp_path / "whole", *more).exit_code == 0
@@ -382,6 +443,29 @@ def test_the_best_candidate_has_the_lowest_cross_entropy(teacher, texts, tmp_pat
     assert scores[1] < scores[0]
     assert read_result(folder / "0.json").settings["learning_rate"] == 1e-2
     assert summarise([read_result(folder / "0.json")])[0].metrics["cross_entropy"].mean > 0
+
+
+def test_the_tuned_protocol_chooses_by_rows_that_are_held_out(long, instructions, tmp_path):
+    """With candidates of SeqKD, which are trained on some of the teacher's answers."""
+    pytest.importorskip("rouge_score")
+    file = study_tables.HERE / "tuned.toml"
+    more = (*ANSWERING, "--rouge-rows", "3", "--losses", "kl,seqkd", "--protocol", file)
+    result = compare("instructions", instructions, long, tmp_path, *more)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "tuned" / "instructions"
+    for loss, parameters in (
+        ("kl", {"learning_rate", "loss.temperature"}),
+        ("seqkd", {"learning_rate"}),
+    ):
+        tried = [read_result(path) for path in sorted((folder / loss / "tuning").glob("*.json"))]
+        assert [each.rows for each in tried] == [{"train": 11, "dev": 1}] * 6
+        assert all("rouge_l" not in each.metrics for each in tried)
+        best = min(tried, key=lambda each: each.metrics["cross_entropy"])
+        student = read_result(folder / loss / "0.json")
+        for name in parameters:
+            assert student.settings[name] == best.settings[name]
+        assert student.rows == {"train": 12, "dev": 6}
+        assert 0 <= student.metrics["rouge_l"] <= 1
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from otkd.tasks import get_metric
 HERE = Path(__file__).parent
 PAGE = HERE.parents[2] / "docs" / "causal_lm.md"
 BASELINE = "kl"
-METRICS = ("cross_entropy", "kl", "reverse_kl", "tvd", "sinkhorn", "accuracy")
+METRICS = ("cross_entropy", "kl", "reverse_kl", "tvd", "sinkhorn", "accuracy", "rouge_l")
 _TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Runs = Mapping[str, Mapping[int, Result]]
@@ -46,21 +46,22 @@ def table(folder: Path, protocol: str) -> str:
     """Means over seeds, and the difference of the cross-entropy to KL in pairs of equal seeds."""
     runs = read_runs(folder, [*load_protocol(str(HERE / f"{protocol}.toml")).losses])
     teacher = read_result(folder / "teacher" / "result.json")
-    header = ["loss", "seeds", *map(metric_title, METRICS), "agreement", "cross-entropy − KL’s"]
+    metrics = [name for name in METRICS if name in teacher.metrics]  # Rouge-L may be missing
+    header = ["loss", "seeds", *map(metric_title, metrics), "agreement", "cross-entropy − KL’s"]
     rows = [
-        ["teacher", "", *(_shown(name, teacher.metrics[name]) for name in METRICS), "", ""],
-        *(_row(loss, runs) for loss in runs),
+        ["teacher", "", *(_shown(name, teacher.metrics[name]) for name in metrics), "", ""],
+        *(_row(loss, runs, metrics) for loss in runs),
     ]
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 
-def _row(loss: str, runs: Runs) -> list[str]:
+def _row(loss: str, runs: Runs, metrics: list[str]) -> list[str]:
     results = [*runs[loss].values()]
     if any(result.diverged for result in results):
-        return [loss, str(len(results)), "diverged", *[""] * (len(METRICS) + 1)]
+        return [loss, str(len(results)), "diverged", *[""] * (len(metrics) + 1)]
     means = [
-        _mean(name, estimate([result.metrics[name] for result in results])) for name in METRICS
+        _mean(name, estimate([result.metrics[name] for result in results])) for name in metrics
     ]
     agreement = _mean("accuracy", estimate([result.agreement or 0.0 for result in results]))
     return [loss, str(len(results)), *means, agreement, _difference(loss, runs)]

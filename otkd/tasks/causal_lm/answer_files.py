@@ -8,18 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from otkd.tasks.causal_lm.answers import sampled_answers
+from otkd.tasks.causal_lm.answers import BATCH, batches_of, sampled_answers
 from otkd.tasks.causal_lm.instructions import Instruction
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-BATCH = 8
-
-
-def batches_of(prompts: Sequence[object]) -> int:
-    """The number of batches in which :func:`write_answers` generates."""
-    return -(-len(prompts) // BATCH)
 
 
 def write_answers(

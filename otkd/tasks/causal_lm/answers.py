@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +15,15 @@ from otkd.tasks.tasks import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from otkd.tasks.causal_lm.instructions import Instruction
+
+BATCH = 8
+
+
+def batches_of(prompts: Sequence[object], batch_size: int = BATCH) -> int:
+    """The number of batches in which answers to ``prompts`` are generated."""
+    return -(-len(prompts) // batch_size)
+
 
 def sampled_answers(
     model: PreTrainedModel,
@@ -22,8 +31,8 @@ def sampled_answers(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    seed: int,
-    batch_size: int = 8,
+    seed: int | None,
+    batch_size: int = BATCH,
     temperature: float = 1.0,
 ) -> Iterator[list[str]]:
     """Sample an answer to every prompt, batch by batch, from all tokens of the vocabulary.
@@ -37,9 +46,10 @@ def sampled_answers(
         tokenizer: with a padding token. Prompts are padded on the left.
         prompts: the tokens of each.
         max_new_tokens: largest number of tokens of an answer.
-        seed: the batch with the number i is sampled with ``seed + i``.
+        seed: the batch with the number i is sampled with ``seed + i``; None takes the most
+            probable token at every step.
         batch_size: prompts of a batch.
-        temperature: divides the logits.
+        temperature: divides the logits, if tokens are sampled.
 
     Yields:
         The texts of a batch, without special tokens.
@@ -51,11 +61,10 @@ def sampled_answers(
     ends: Any = generates.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     ends = {*ends, cast("int", tokenizer.eos_token_id)}
+    from_all = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
+        do_sample=seed is not None,
+        **(from_all if seed is not None else {}),
         repetition_penalty=1.0,
         max_new_tokens=as_whole("max_new_tokens", max_new_tokens, least=1),
         pad_token_id=tokenizer.pad_token_id,
@@ -73,7 +82,8 @@ def sampled_answers(
             ]
             batch = collate(rows).to(model.device)
             with torch.random.fork_rng(devices), torch.no_grad():
-                torch.manual_seed(seed + number)
+                if seed is not None:
+                    torch.manual_seed(seed + number)
                 found = generates.generate(**batch, generation_config=settings)
             answers = found[:, batch["input_ids"].shape[1] :]
             yield tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -99,9 +109,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> floa
         >>> round(rouge_l(["The capital is Paris."], [["Paris", "Paris is the capital"]]), 2)
         50.0
     """
-    message = missing("Rouge-L", "rouge_score", extra="recipes")
-    if message:
-        raise DataError(message)
+    check_rouge()
     from rouge_score.rouge_scorer import RougeScorer
 
     if not answers or len(answers) != len(references):
@@ -115,3 +123,45 @@ def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> floa
         for answer, row in zip(answers, references, strict=True)
     ]
     return 100 * sum(best) / len(best)
+
+
+def check_rouge() -> None:
+    """Raise ``DataError`` if ``rouge-score`` is not installed."""
+    message = missing("Rouge-L", "rouge_score", extra="recipes")
+    if message:
+        raise DataError(message)
+
+
+def generated_rouge_l(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[Instruction, list[int]]],
+    *,
+    max_new_tokens: int,
+    seed: int | None,
+    batch_size: int = BATCH,
+    on_batches: Callable[[int], object],
+) -> float:
+    """Rouge-L of a model's answers, with those of the rows as references.
+
+    Args:
+        model: see :func:`sampled_answers`, also for the arguments that are not described here.
+        tokenizer: of the model.
+        prompts: rows with the tokens of their prompts, from :func:`fitting_prompts`.
+        max_new_tokens: largest number of tokens of an answer.
+        seed: of sampling, or None.
+        batch_size: prompts of a batch.
+        on_batches: counts the batches.
+    """
+    answers: list[str] = []
+    for batch in sampled_answers(
+        model,
+        tokenizer,
+        [tokens for _, tokens in prompts],
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+    ):
+        answers += batch
+        on_batches(1)
+    return rouge_l(answers, [row.answers for row, _ in prompts])
