@@ -1,6 +1,7 @@
 """Small tokenizers of every family, and texts that are hard to align."""
 
 import functools
+import json
 
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -65,6 +66,29 @@ def sentencepiece(size, *, by_normalizer=False):
     return tokenizer, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
+def unigram(size, *, byte_fallback):
+    """As in T5's or Gemma's tokenizer: the most probable tokens, or bytes for what has none."""
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    trained.train_from_iterator([text.lower() for text in SENTENCES[:2]], trainer)
+    vocab = [(piece, score) for piece, score in json.loads(trained.to_str())["model"]["vocab"]]
+    if byte_fallback:
+        vocab[3:3] = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=0, byte_fallback=byte_fallback))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    of_spaces = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence(
+        [of_spaces[0], decoders.ByteFallback(), decoders.Fuse(), of_spaces[1]]
+    )
+    return tokenizer, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
 def _halves(whole, vocab):
     """A pair of known tokens that is merged to ``whole`` before its other pairs are known."""
     pairs = [(whole[:i], whole[i:]) for i in range(1, len(whole))]
@@ -91,6 +115,8 @@ MAKERS = {
     "byte-level, space": lambda: byte_level(330, add_prefix_space=True),
     "sentencepiece": lambda: sentencepiece(340),
     "sentencepiece, Llama's": lambda: sentencepiece(340, by_normalizer=True),
+    "unigram": lambda: unigram(120, byte_fallback=False),
+    "unigram, bytes": lambda: unigram(120, byte_fallback=True),
     "wordpiece": lambda: wordpiece(120),
 }
 

@@ -5,11 +5,11 @@ and ULD (Boizard et al. 2024, arXiv 2402.12030, `uld`); `transport_kl` compares 
 vocabularies by their embeddings.
 
 Features: both read the same rows, each with its own chat template, and are compared where both have
-read the same bytes of the answer. `--ce-weight` adds the cross-entropy of the student. Without `--student` the student has layers of the teacher, and the tokenizer
-`--student-tokenizer` or one that is trained on the rows; its embeddings are made from the
-teacher's. All rows are aligned before the training. With held-out rows, bits per byte and the
-divergence of the next byte are written to `bytes.json`. LoRA, resuming, and every option of
-`transformers.TrainingArguments`.
+read the same bytes of the answer. `--ce-weight` adds the cross-entropy of the student. Without
+`--student` the student has layers of the teacher, and the tokenizer `--student-tokenizer` or one
+that is trained on the rows. All rows are aligned before the training. With held-out rows, bits per
+byte and the divergence of the next byte are written to `bytes.json`. LoRA, resuming, and every
+option of `transformers.TrainingArguments`.
 
 Limits: the teacher runs online. A tokenizer that changes answers is refused.
 

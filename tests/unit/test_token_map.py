@@ -65,7 +65,10 @@ def test_rows_are_stochastic_and_exact_pairs_are_the_shared_tokens(student, teac
     shared = shared_tokens(one, other)
     pairs = set(zip(*(ids.tolist() for ids in found.exact), strict=True))
     expected = set(zip(shared.student.tolist(), shared.teacher.tolist(), strict=True))
-    assert pairs == expected
+    assert expected <= pairs
+    for s, t in pairs - expected:  # a single byte, which has two tokens in both vocabularies
+        assert one.convert_ids_to_tokens(s) == other.convert_ids_to_tokens(t)
+        assert one.convert_ids_to_tokens(s).startswith("<0x")
     for s, t in pairs:
         assert matrix[t].argmax() == s
         assert matrix[t, s] in (1, torch.tensor(1 - LONGER_SHARE).double())
@@ -88,7 +91,8 @@ def test_the_first_token_is_that_of_the_tokenisation(student, teacher):
             if ids[: len(comma)] == comma and ids[len(comma)] != one.unk_token_id:
                 assert found.target[token] == ids[len(comma)], text
                 checked += 1
-    assert checked > 3 or teacher in ("byte-level, small", "byte-level, space")  # few tokens
+    few = "byte-level, small", "byte-level, space", "unigram"
+    assert checked > 3 or teacher.startswith(few)  # few tokens
 
 
 def of_words(words, **special):
@@ -308,3 +312,23 @@ def test_wrong_maps(fields, message):
     TokenMap(**sound)
     with pytest.raises(ValueError, match=message):
         TokenMap(**sound | fields)
+
+
+def unigram_of(*scores):
+    vocab = [("<unk>", 0.0), *scores]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=0))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+def test_unigram_writes_the_most_probable_tokens_and_not_the_longest():
+    student = unigram_of(("▁", -9.0), ("▁a", -1.0), ("▁ab", -9.0), ("bc", -1.0), ("c", -9.0))
+    teacher = unigram_of(("▁abc", -1.0), ("▁ab", -1.0), ("▁x", -1.0), ("xc", -1.0), ("▁", -9.0))
+    found = token_map(student, teacher)
+    kinds = [kind_of(found, token) for token in range(len(teacher))]
+    assert kinds == ["role", "first", "exact", "first", "nothing", "exact"]  # x is unknown
+    written = [token for token in found.target.tolist() if token >= 0]
+    assert student.convert_ids_to_tokens(written) == ["<unk>", "▁a", "▁ab", "▁", "▁"]
+    # Of the tokens that the teacher lacks, "▁a" begins with its "▁".
+    longer = found.student[found.teacher == teacher.convert_tokens_to_ids("▁")].tolist()
+    assert student.convert_ids_to_tokens(longer) == ["▁", "▁a"]
