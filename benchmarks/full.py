@@ -45,6 +45,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "steps/large_vocabulary",
             "steps/classification",
             "steps/trainers",
+            "steps/two_tokenizers",
         ),
         "Accuracy against time": ("pareto/vocabulary", "pareto/batch"),
         "Ways to apply the kernel": ("kernels/stabilised",),

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import measure
 import memory
@@ -14,6 +15,7 @@ from compare import Row, Settings, memory_ratio, target
 from peers import installed
 from steps import CLASS_LOSSES, LANGUAGE_LOSSES, TINY, Step, StepSpec
 from trainers import STEPS, TRAINERS
+from two_tokenizers_steps import TWO_TOKENIZERS
 
 # The package that a loss or a trainer of others needs, by its name in the tables.
 _NEEDS = {
@@ -115,9 +117,22 @@ def classification(settings: Settings) -> dict:
 
 def trainers(settings: Settings) -> dict:
     """Steps of otkd's and TRL's trainers with JSD, with the same models, data and arguments."""
+    case = _trainings(TRAINERS, settings.pick(StepSpec(seed=settings.seed), TINY), settings)
+    return {"cases": [case], "targets": trainers_targets([case])}
+
+
+def two_tokenizers(settings: Settings) -> dict:
+    """Steps of a trainer whose teacher has its own tokenizer, and of one with one tokenizer."""
     spec = settings.pick(StepSpec(seed=settings.seed), TINY)
-    here = [name for name in TRAINERS if installed(_NEEDS.get(name))]
-    made = {name: TRAINERS[name](spec) for name in here}
+    return {"cases": [_trainings(TWO_TOKENIZERS, spec, settings)], "targets": []}
+
+
+def _trainings(
+    trainers: Mapping[str, Callable[[StepSpec], Any]], spec: StepSpec, settings: Settings
+) -> dict:
+    """Time of a step and loss of every trainer; times are divided by that of the first."""
+    here = [name for name in trainers if installed(_NEEDS.get(name))]
+    made = {name: trainers[name](spec) for name in here}
     losses = {}
 
     def call(name: str) -> None:
@@ -129,9 +144,8 @@ def trainers(settings: Settings) -> dict:
     case = measure.against(seconds, here[0])
     for name, loss in losses.items():
         case["peers"][name]["loss"] = loss
-    missing = sorted(set(TRAINERS) - set(here))
-    cases = [{"name": "GPT-2", "problem": asdict(spec), **case, "not_installed": missing}]
-    return {"cases": cases, "targets": trainers_targets(cases)}
+    missing = sorted(set(trainers) - set(here))
+    return {"name": "GPT-2", "problem": asdict(spec), **case, "not_installed": missing}
 
 
 def trainers_targets(cases: list[dict]) -> list[dict]:
@@ -149,4 +163,5 @@ ROWS: dict[str, Row] = {
     "large_vocabulary": large_vocabulary,
     "classification": classification,
     "trainers": trainers,
+    "two_tokenizers": two_tokenizers,
 }

@@ -38,7 +38,7 @@ def _otkd(spec: StepSpec) -> Trainer:
     student, teacher = models(spec)
     return DistillationTrainer(
         student,
-        TrainingArguments(**_arguments(spec)),
+        TrainingArguments(**arguments(spec)),
         train_dataset=_examples(spec),
         data_collator=_collate,
         loss=otkd.JSDLoss(),
@@ -56,7 +56,7 @@ def _trl_gkd(spec: StepSpec) -> Trainer:
     return GKDTrainer(
         student,
         teacher,
-        GKDConfig(**_arguments(spec), **_TRL, **no_generation),
+        GKDConfig(**arguments(spec), **_TRL, **no_generation),
         train_dataset=_examples(spec),
         data_collator=_collate,
         processing_class=_tokenizer(spec),
@@ -78,7 +78,7 @@ def _trl_distillation(spec: StepSpec) -> Trainer:
     trainer = trl.DistillationTrainer(
         student,
         teacher,
-        trl.DistillationConfig(**_arguments(spec), **_TRL),
+        trl.DistillationConfig(**arguments(spec), **_TRL),
         train_dataset=_examples(spec).rename_column("input_ids", "prompt"),
         processing_class=_tokenizer(spec),
     )
@@ -86,7 +86,8 @@ def _trl_distillation(spec: StepSpec) -> Trainer:
     return trainer
 
 
-def _arguments(spec: StepSpec) -> dict:
+def arguments(spec: StepSpec) -> dict:
+    """Of ``TrainingArguments``, the same for all trainers."""
     folder = tempfile.mkdtemp(prefix="otkd-bench-")  # nothing is saved there
     return {**_COMMON, "output_dir": folder, "per_device_train_batch_size": spec.sequences}
 

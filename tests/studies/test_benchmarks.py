@@ -238,6 +238,19 @@ def test_trainers_do_the_same_work():
     assert list(losses.values()) == pytest.approx([ours] * len(losses), rel=0.05)
 
 
+def test_two_tokenizers_are_measured_beside_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("OTKD_CACHE", str(tmp_path))
+    (case,) = result_of("steps", "two_tokenizers")["cases"]
+    one, *two = case["peers"]
+    assert one == "one tokenizer, KLLoss"
+    assert set(case["times"]) == set(two)
+    assert len(two) == 2
+    assert all(0 < peer["loss"] < 20 for peer in case["peers"].values())
+    steps = importlib.import_module("two_tokenizers_steps")
+    spec = importlib.import_module("steps").TINY
+    assert [len(steps.tokenizer(spec, size)) for size in (1400, 2100)] == [1400, 2100]
+
+
 @pytest.mark.parametrize(("row", "families"), [("vocabulary", 6), ("batch", 5)])
 def test_error_is_measured_against_time(row, families):
     pytest.importorskip("geomloss")
