@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from otkd.study import models
 from otkd.study.experiment import Experiment
 from otkd.study.interface import Outputs, Rows
 from otkd.study.messages import StudyError
-from otkd.study.objectives import SEQKD, WASD, check_objectives
+from otkd.study.objectives import SEQKD, WASD, build_objective, check_objectives
 from otkd.study.prediction import Predictor
 from otkd.study.training import device
 from otkd.tasks import Task, agreement, encode, load_task, majority_score, score
@@ -44,7 +45,8 @@ class ClassificationExperiment(Experiment):
             raise StudyError(f"{min(for_texts)} is for language models: leave it out.")
         if self.settings.rouge_rows is not None:
             raise StudyError("--rouge-rows is for the task instructions: leave it out.")
-        check_objectives(self.objectives, torch.eye(self.task.num_labels))
+        stand_in = torch.eye(self.task.num_labels)
+        check_objectives(self.objectives, partial(build_objective, embedding=stand_in))
         if not self.settings.finetune_teacher and self.settings.teacher is None:
             raise StudyError(
                 "--no-finetune-teacher needs --teacher, a classifier trained for the task: the "

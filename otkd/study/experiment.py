@@ -14,7 +14,7 @@ from otkd.files import write_json
 from otkd.study import models
 from otkd.study.interface import Rows, TaskKind
 from otkd.study.messages import StudyError, notice
-from otkd.study.objectives import objective_options
+from otkd.study.objectives import build_objective, objective_options
 from otkd.study.prediction import (
     PRECISION_FILE,
     Precision,
@@ -26,6 +26,7 @@ from otkd.study.training import Schedule, device
 from otkd.tasks import SAMPLE_SEED, get_task
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
     from otkd.study.protocols import Objective, Tuning
@@ -117,6 +118,8 @@ class Experiment(TaskKind):
             "teacher": chosen.teacher or self.default_teacher,
             "teacher_weights": models.source_digest(self.teacher_source),
             "finetune_teacher": chosen.finetune_teacher,
+            # What the teacher reads is cut where the student's tokens are.
+            **_values(chosen, ("student_vocabulary",) if chosen.student_vocabulary else ()),
             **_values(chosen, _OF_TEACHER if chosen.finetune_teacher else ()),
             **_values(chosen, _OF_ROUGE if chosen.rouge_rows is not None else ()),
         }
@@ -142,6 +145,16 @@ class Experiment(TaskKind):
             values |= {"tuning_rows": self.tuning.train_rows, "held_out": self.tuning.held_out}
         options = objective_options(objective.loss, chosen)
         return values | {f"loss.{name}": value for name, value in options.items()}
+
+    def build_loss(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        embedding: Tensor,
+        widths: tuple[int, int] | None = None,
+    ) -> nn.Module:
+        """The loss of a student; see :func:`~otkd.study.objectives.build_objective`."""
+        return build_objective(name, options, embedding, widths)
 
     def as_run(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """``settings`` with the precision in use instead of ``auto``."""

@@ -104,6 +104,11 @@ class TaskKind(ABC):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Pads a batch of encoded rows."""
 
+    @property
+    def trainer_options(self) -> dict[str, Any]:
+        """Further arguments of the trainer of a student."""
+        return {}
+
     @abstractmethod
     def prepared(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Encoded rows ready for the evaluation of many models; has a length."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from otkd.study.classification import ClassificationExperiment
 from otkd.study.experiment import Experiment
 from otkd.study.language import LanguageExperiment
+from otkd.study.messages import StudyError
+from otkd.study.two_tokenizers import TwoTokenizerExperiment
 from otkd.tasks import LanguageTask, get_task
 
 if TYPE_CHECKING:
@@ -28,6 +30,10 @@ def make_experiment(
         StudyError: for settings, losses or models that cannot work together.
         DataError: for a task that does not exist, or rows that cannot be read.
     """
-    language = isinstance(get_task(settings.task), LanguageTask)
-    kind = LanguageExperiment if language else ClassificationExperiment
+    own_tokenizer = settings.student_vocabulary is not None
+    kind: type[Experiment] = ClassificationExperiment
+    if isinstance(get_task(settings.task), LanguageTask):
+        kind = TwoTokenizerExperiment if own_tokenizer else LanguageExperiment
+    elif own_tokenizer:
+        raise StudyError("--student-vocabulary is for language models: leave it out.")
     return kind(settings, objectives, folder, tuning)

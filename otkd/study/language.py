@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from otkd.study.generation import check_generation, measure_rouge, rouge_batches
 from otkd.study.held_out import HeldOut, check_linear, stored_states
 from otkd.study.interface import Outputs, Rows
 from otkd.study.messages import StudyError
-from otkd.study.objectives import check_objectives, needs_features
+from otkd.study.objectives import build_objective, check_objectives, needs_features
 from otkd.study.prediction import autocast
 from otkd.study.states import StoredStates
 from otkd.study.training import device
@@ -60,7 +60,7 @@ class LanguageExperiment(Experiment):
                     "wasserstein solves a linear program for each token, which is not possible "
                     "over the vocabulary of a language model: use sinkhorn."
                 )
-        check_objectives(self.objectives, torch.eye(2))
+        check_objectives(self.objectives, partial(build_objective, embedding=torch.eye(2)))
         for each in self.objectives:
             if needs_features({"batch_cost": each.settings.batch_cost}):
                 raise StudyError("--batch-cost hidden is for classifiers: choose another.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ WASD = "wasd"  # an objective of studies of language models, not a loss of the p
 SEQKD = "seqkd"  # likewise: cross-entropy with the teacher's own answers
 # The teacher's embeddings of classes or tokens give these losses the distances between them.
 NEED_EMBEDDING = ("sinkhorn", "transport_kl", "wasserstein", WASD)
+HYBRID = "hybrid"  # of two vocabularies; it needs a map between them
 _PERMUTATION_SEED = 0
 # The options of batch transport.
 _TRANSPORT = ("batch_cost", "batch_temperature", "epsilon", "sample_cost", "debias", "iterations")
@@ -63,7 +64,8 @@ def _option_names(name: str, author: bool) -> list[str]:
 
 
 def _loss_class(name: str) -> type[nn.Module]:
-    return Wasd if name == WASD else otkd.loss_class(name)
+    others = {WASD: Wasd, HYBRID: otkd.HybridLogitLoss}
+    return others[name] if name in others else otkd.loss_class(name)
 
 
 def _options_of_one(name: str, author: bool) -> list[str]:
@@ -109,12 +111,14 @@ def check_effect(given: Collection[str], objectives: Sequence[Objective]) -> Non
         )
 
 
-def check_objectives(objectives: Sequence[Objective], embedding: Tensor) -> None:
+def check_objectives(
+    objectives: Sequence[Objective], build: Callable[[str, Mapping[str, Any]], nn.Module]
+) -> None:
     """Build every objective once, with each of its candidates, so that mistakes are found early.
 
     Args:
         objectives: of an experiment.
-        embedding: stands for the teacher's embeddings, which are not known yet.
+        build: a loss from its name and options; the teacher's embeddings are not known yet.
 
     Raises:
         StudyError: for an unknown loss or an option that it refuses.
@@ -123,7 +127,7 @@ def check_objectives(objectives: Sequence[Objective], embedding: Tensor) -> None
         each.settings.check()
         try:
             options = objective_options(each.loss, each.settings)
-            build_objective(each.loss, options, embedding)
+            build(each.loss, options)
         except (ValueError, TypeError, KeyError, ImportError) as error:
             raise StudyError(str(error.args[0] if error.args else error)) from error
 
@@ -159,14 +163,20 @@ def build_objective(
     Raises:
         ValueError: for options that the loss refuses.
     """
+    if name == "sinkd":
+        return _sinkd(options, common_options(options), widths)
+    return composed(name, options, lambda part: _term(part, options, embedding, widths))
+
+
+def composed(name: str, options: Mapping[str, Any], term: Callable[[str], nn.Module]) -> nn.Module:
+    """``alpha`` times the losses in ``name``, and 1 − ``alpha`` times that of the hard labels.
+
+    Those that are hard labels alone have no ``alpha``.
+    """
     if name in ("ce", SEQKD):
         return otkd.get_loss("ce")
-    if name == "sinkd":
-        return _sinkd(options, _common(options), widths)
     alpha = options["alpha"]
-    terms: dict[str, Any] = {
-        part: (alpha, _term(part, options, embedding, widths)) for part in name.split("+")
-    }
+    terms: dict[str, Any] = {part: (alpha, term(part)) for part in name.split("+")}
     if alpha < 1:
         terms["ce"] = (1 - alpha, "ce")
     return otkd.WeightedLoss(terms)
@@ -179,8 +189,15 @@ def annealed_terms(name: str, objective: nn.Module) -> list[nn.Module]:
     return [term for term in named if not isinstance(term, otkd.BatchSinkhornLoss)]
 
 
-def _common(options: Mapping[str, Any]) -> dict[str, Any]:
+def common_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that most losses have, by argument."""
     return {key: options[key] for key in ("temperature", "rescale_t2") if key in options}
+
+
+def own_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the loss called ``name`` alone, by argument, without costs."""
+    takes = inspect.signature(_loss_class(name)).parameters
+    return {key: options[key] for key in ("epsilon", *_PRICE) if key in options and key in takes}
 
 
 def _term(
@@ -191,18 +208,21 @@ def _term(
 ) -> nn.Module:
     if name == "batch_sinkhorn":
         return _batch_transport(options, widths)
-    takes = inspect.signature(_loss_class(name)).parameters
-    own = {key: options[key] for key in ("epsilon", *_PRICE) if key in options and key in takes}
+    if name == HYBRID:
+        raise ValueError(f"{name} compares two vocabularies: give the student one of its own")
+    own = own_options(name, options)
     if name in NEED_EMBEDDING:
         if embedding is None:
             raise ValueError(f"the objective {name!r} needs the teacher's embeddings")
         kind = options.get("token_cost", "embedding")
+        if "prefix" in kind:
+            raise ValueError(f"--token-cost {kind} is for two vocabularies: choose another")
         if kind == "permuted":
-            embedding = _permuted(embedding)
+            embedding = permuted(embedding)
         if name == WASD:
             return _wasd(kind, embedding, options)
         own["cost"] = _token_cost(name, kind, embedding)
-    return otkd.get_loss(name, **_common(options), **own)
+    return otkd.get_loss(name, **common_options(options), **own)
 
 
 def _token_cost(name: str, kind: str, embedding: Tensor) -> otkd.costs.Cost:
@@ -212,7 +232,8 @@ def _token_cost(name: str, kind: str, embedding: Tensor) -> otkd.costs.Cost:
     return otkd.costs.EmbeddingCost(embedding, metric=metric)
 
 
-def _permuted(embedding: Tensor) -> Tensor:
+def permuted(embedding: Tensor) -> Tensor:
+    """The rows in an order that is the same in every study: a control of the geometry."""
     generator = torch.Generator().manual_seed(_PERMUTATION_SEED)
     return embedding[torch.randperm(len(embedding), generator=generator)]
 
@@ -224,7 +245,7 @@ def _wasd(kind: str, embedding: Tensor, options: Mapping[str, Any]) -> nn.Module
             "--token-cost embedding or permuted"
         )
     # As in the paper, the temperature is the student's.
-    return Wasd(embedding, teacher_temperature=1.0, **_common(options))
+    return Wasd(embedding, teacher_temperature=1.0, **common_options(options))
 
 
 def _sinkd(

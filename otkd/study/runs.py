@@ -13,7 +13,6 @@ from otkd.study.answers import answered
 from otkd.study.messages import notice
 from otkd.study.objectives import (
     annealed_terms,
-    build_objective,
     needs_answers,
     needs_features,
     objective_options,
@@ -172,7 +171,7 @@ def _distil(
     if states is not None:
         widths = (student.config.hidden_size, states.shape[-1])
     try:
-        loss = build_objective(name, options, teacher.embedding, widths)
+        loss = experiment.build_loss(name, options, teacher.embedding, widths)
     except ValueError as error:
         # The options were checked before; only this teacher's numbers are new.
         raise DivergedError(Fit(0, 0.0), f"the teacher does not suit the loss: {error}") from error
@@ -191,6 +190,7 @@ def _distil(
         claim(run.work, settings),
         loss=loss,
         teacher=stored,
+        options=experiment.trainer_options,
         callbacks=callbacks,
         evaluate=lambda model: experiment.score(model, rows, teacher),
         on_steps=on_steps,

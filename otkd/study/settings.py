@@ -15,7 +15,7 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 # Costs between the samples of a batch; "hidden" reads the states of both models.
 SampleCost = Literal["l1", "euclidean", "sqeuclidean", "hidden"]
 # Distances between classes or tokens.
-TokenCost = Literal["embedding", "discrete", "permuted"]
+TokenCost = Literal["embedding", "discrete", "permuted", "prefix", "embedding+prefix"]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Seeds = Annotated[int, Field(ge=1, le=10_000)]
 
@@ -70,6 +70,13 @@ class Settings:
     )
     student_layers: int = _models(
         3, "Number of layers of the student if --student is not given.", ge=1, le=1000
+    )
+    student_vocabulary: int | None = _models(
+        None,
+        "For texts: give the student a tokenizer of its own, of the teacher's kind, with this many "
+        "tokens made from the training texts.",
+        ge=257,
+        le=10**6,
     )
     epochs: int = _training(3, "Epochs of a student.", **_EPOCHS)
     batch_size: int = _training(32, "Rows per step of a student.", **_BATCH)
@@ -138,7 +145,9 @@ class Settings:
         "embedding",
         "Distance between classes or tokens, for sinkhorn, transport_kl, wasserstein and wasd: "
         "embedding (rows of the teacher's head or input embeddings), discrete (0 or 1; not for "
-        "wasd), or permuted (embedding, each with the row of another: a control).",
+        "wasd), or permuted (embedding, each with the row of another: a control). With "
+        "--student-vocabulary also prefix (0 if one token begins the other, else 1) and "
+        "embedding+prefix, but not discrete.",
     )
     author: bool = _losses(
         False, "For sinkd: reproduce the arithmetic of the public code, or use the corrected form."

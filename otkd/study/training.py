@@ -26,7 +26,7 @@ from otkd.integrations.transformers import DistillationTrainer
 from otkd.study.work import last_whole_checkpoint, seal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from datasets import Dataset
     from transformers import PreTrainedModel
@@ -203,6 +203,7 @@ def fit(
     *,
     loss: nn.Module | None = None,
     teacher: StoredTeacher | None = None,
+    options: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
     on_steps: Callable[[int], None],
@@ -217,6 +218,7 @@ def fit(
         folder: for a checkpoint after every epoch, and every few minutes; the caller removes it.
         loss: an otkd loss against ``teacher``; without it, the model's own cross-entropy.
         teacher: stored outputs, one entry per row of ``train``.
+        options: further arguments of the trainer with a loss.
         callbacks: of the trainer.
         evaluate: computes the metrics of a model, every ``schedule.evaluate_every`` steps and at
             the end.
@@ -225,7 +227,7 @@ def fit(
     Raises:
         DivergedError: if the loss or the logits of an evaluation are not finite.
     """
-    options: dict[str, Any] = {
+    shared: dict[str, Any] = {
         "model": model,
         "args": _arguments(folder, schedule, schedule.steps(len(train))),
         "train_dataset": train,
@@ -233,9 +235,11 @@ def fit(
         "callbacks": list(callbacks),
     }
     if loss is None:
-        trainer = _WatchedTrainer(**options)
+        trainer = _WatchedTrainer(**shared)
     else:
-        trainer = _WatchedDistillationTrainer(**options, loss=loss, teacher=teacher)
+        trainer = _WatchedDistillationTrainer(
+            **shared, **(options or {}), loss=loss, teacher=teacher
+        )
     trainer.watch(model)
     checkpoint = last_whole_checkpoint(folder)
     saved = _saved_progress(checkpoint) if checkpoint else {}

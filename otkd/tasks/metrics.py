@@ -41,6 +41,8 @@ _METRICS_BY_NAME = {
     "tvd": Metric("TVD", higher_is_better=False),
     "rouge_l": Metric("Rouge-L"),
     "sinkhorn": Metric("Sinkhorn", fraction=False, higher_is_better=False),
+    "bits_per_byte": Metric("bits per byte", fraction=False, higher_is_better=False),
+    "next_byte_kl": Metric("KL of the next byte", fraction=False, higher_is_better=False),
 }
 
 

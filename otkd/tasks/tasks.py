@@ -84,6 +84,7 @@ class LanguageTask:
         max_length: the default length of a row in tokens.
         instructions: whether only the tokens of answers count, and not those of instructions.
         rows: the default numbers of training and development rows, by setting; all if empty.
+        headline: the key of the main metric in a result, which is better if it is lower.
     """
 
     name: str
@@ -91,11 +92,7 @@ class LanguageTask:
     max_length: int
     instructions: bool = False
     rows: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def headline(self) -> str:
-        """The key of the main metric in a result, which is better if it is lower."""
-        return "cross_entropy"
+    headline: str = "cross_entropy"
 
     @property
     def defaults(self) -> Mapping[str, Any]:

@@ -19,10 +19,19 @@ from otkd.tasks import get_task
 from tests.models import VOCAB, save_tokenizer, tiny_llama
 
 
-def test_the_page_shows_the_results():
-    page = study_tables.PAGE.read_text(encoding="utf-8")
-    assert page.count("<!-- table: ") > 0
+@pytest.mark.parametrize("path", study_tables.PAGES, ids=lambda path: path.stem)
+def test_the_page_shows_the_results(path):
+    page = path.read_text(encoding="utf-8")
     assert study_tables.updated(page, study_tables.HERE / "results") == page
+
+
+def test_every_committed_study_has_a_table():
+    pages = "".join(path.read_text(encoding="utf-8") for path in study_tables.PAGES)
+    results = study_tables.HERE / "results"
+    studies = {path.parents[1].relative_to(results) for path in results.glob("*/*/teacher/*")}
+    assert studies
+    for study in studies:
+        assert f"<!-- table: {' '.join(study.parts)} -->" in pages
 
 
 def test_differences_are_between_runs_with_the_same_seed(tmp_path):

@@ -1,10 +1,10 @@
-"""Writes the tables of docs/causal_lm.md from the result files of a study.
+"""Writes the tables of docs/causal_lm.md and docs/two_tokenizers.md from the result files.
 
     python examples/causal_lm/study/study_tables.py
 
 The results of `otkd compare … --protocol examples/causal_lm/study/PROTOCOL.toml` are read from
-`examples/causal_lm/study/results/PROTOCOL/TASK/LOSS/SEED.json`. The page is written by hand, except
-what is between the two comments of each table.
+`examples/causal_lm/study/results/PROTOCOL/TASK/LOSS/SEED.json`. The pages are written by hand,
+except what is between the two comments of each table.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from otkd.study.summary import Estimate, estimate
 from otkd.tasks import get_metric
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[2] / "docs" / "causal_lm.md"
+PAGES = [HERE.parents[2] / "docs" / name for name in ("causal_lm.md", "two_tokenizers.md")]
 BASELINE = "kl"
 METRICS = ("cross_entropy", "kl", "reverse_kl", "tvd", "sinkhorn", "accuracy", "rouge_l")
+METRICS += ("bits_per_byte", "next_byte_kl")  # with two tokenizers
 _TABLE = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Runs = Mapping[str, Mapping[int, Result]]
@@ -43,11 +44,12 @@ def read_runs(folder: Path, losses: list[str]) -> dict[str, dict[int, Result]]:
 
 
 def table(folder: Path, protocol: str) -> str:
-    """Means over seeds, and the difference of the cross-entropy to KL in pairs of equal seeds."""
+    """Means over seeds, and the difference of the main metric to KL in pairs of equal seeds."""
     runs = read_runs(folder, [*load_protocol(str(HERE / f"{protocol}.toml")).losses])
     teacher = read_result(folder / "teacher" / "result.json")
-    metrics = [name for name in METRICS if name in teacher.metrics]  # Rouge-L may be missing
-    header = ["loss", "seeds", *map(metric_title, metrics), "agreement", "cross-entropy − KL’s"]
+    metrics = [name for name in METRICS if name in teacher.metrics]
+    difference = f"{metric_title(teacher.headline)} − KL’s"
+    header = ["loss", "seeds", *map(metric_title, metrics), "agreement", difference]
     rows = [
         ["teacher", "", *(_shown(name, teacher.metrics[name]) for name in metrics), "", ""],
         *(_row(loss, runs, metrics) for loss in runs),
@@ -103,11 +105,11 @@ def updated(page: str, results: Path) -> str:
 
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the results.")] = HERE / "results",
-    page: Annotated[Path, typer.Option(help="The page to update.")] = PAGE,
 ) -> None:
-    text = updated(page.read_text(encoding="utf-8"), results)
-    with written_whole(page) as partial:
-        partial.write_text(text, encoding="utf-8")
+    for page in PAGES:
+        text = updated(page.read_text(encoding="utf-8"), results)
+        with written_whole(page) as partial:
+            partial.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

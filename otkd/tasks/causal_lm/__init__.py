@@ -13,7 +13,7 @@ from otkd.tasks.causal_lm.metrics import next_token_metrics
 from otkd.tasks.causal_lm.packaged import packaged_teacher
 from otkd.tasks.causal_lm.padding import padding_collator
 from otkd.tasks.causal_lm.text import review_blocks
-from otkd.tasks.causal_lm.vocabulary import with_vocabulary
+from otkd.tasks.causal_lm.vocabulary import rows_of_student, with_vocabulary
 
 __all__ = [
     "ByteMetrics",
@@ -28,6 +28,7 @@ __all__ = [
     "read_instructions",
     "review_blocks",
     "rouge_l",
+    "rows_of_student",
     "sampled_answers",
     "student_of",
     "with_vocabulary",

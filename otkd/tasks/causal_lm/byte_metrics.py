@@ -31,6 +31,8 @@ class ByteMetrics:
         teacher_bits_per_byte: the same of the teacher.
         first_byte_kl: KL(p‖q) in nats of the distributions of the next byte, averaged over the
             common positions.
+        same_first_byte: share of the common positions where both find the same next byte most
+            probable.
         bytes: how many bytes both have predicted.
         positions: how many common positions there are.
     """
@@ -38,6 +40,7 @@ class ByteMetrics:
     student_bits_per_byte: float
     teacher_bits_per_byte: float
     first_byte_kl: float
+    same_first_byte: float
     bytes: int
     positions: int
 
@@ -75,53 +78,103 @@ def byte_metrics(
             aligned.
     """
     tokenizers = student_tokenizer, teacher_tokenizer
+    comparison = ByteComparison(*tokenizers)
     every = [_aligned(example, *tokenizers) for example in examples]
-    rows = [(row, kept) for row, kept in every if len(kept)]
-    nats = [0.0, 0.0]
-    divergence, count, size = 0.0, 0, 0
+    rows = [(row, counted) for row, counted in every if len(row.positions)]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        predicted = zip(
-            _log_probs(student, [row.ids for row, _ in part]),
-            _log_probs(teacher, [row.teacher_ids for row, _ in part]),
-            strict=True,
-        )
-        for (row, kept), pair in zip(part, predicted, strict=True):
-            found = row.positions
-            steps = found.offsets.diff()
-            used = kept[:-1] & (steps > 0)  # the next answer counts from 0
-            size += int(steps[used].sum())
-            count += int(kept.sum())
-            sides = ((row.ids, found.student), (row.teacher_ids, found.teacher))
-            of_bytes = []
-            for side, (ids, places) in enumerate(sides):
-                nats[side] -= _between(pair[side], ids, places)[used].sum().item()
-                of_bytes.append(_first_bytes(pair[side][places[kept]], tokenizers[side]))
-            divergence += kl_divergence(*of_bytes).sum().item()
-    if not size:
-        raise ValueError(
-            "the examples have no two common positions with a token of the student between them "
-            "that has a label"
-        )
-    ours, theirs = (value / math.log(2) / size for value in nats)
-    return ByteMetrics(ours, theirs, divergence / count, size, count)
+        ours = next_log_probs(student, [row.ids for row, _ in part])
+        theirs = next_log_probs(teacher, [row.teacher_ids for row, _ in part])
+        for (row, counted), *pair in zip(part, ours, theirs, strict=True):
+            comparison.add(row, *pair, counted=counted)
+    return comparison.metrics()
 
 
-def _aligned(example: Mapping[str, Any], *tokenizers: Any) -> tuple[AlignedExample, Tensor]:
-    """The example, and whether the student's token after each common position has a label."""
+class ByteComparison:
+    """The sums behind :func:`byte_metrics`, to which one example after another is added."""
+
+    def __init__(self, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+        self._tokenizers = student_tokenizer, teacher_tokenizer
+        self._nats = [0.0, 0.0]
+        self._divergence = 0.0
+        self._same = self._positions = self._bytes = 0
+
+    def add(
+        self,
+        row: AlignedExample,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        counted: Tensor | None = None,
+    ) -> None:
+        """Add an example.
+
+        Args:
+            row: from :func:`~otkd.alignment.examples.align_example`.
+            student: its log-probabilities of the token after each of ``row.ids``.
+            teacher: likewise, after each of ``row.teacher_ids``.
+            counted: whether each of the student's tokens is predicted; by default all but the
+                first are.
+        """
+        found = row.positions
+        following = torch.ones(len(row.ids), dtype=torch.bool)
+        following[-1:] = False
+        if counted is not None:
+            following[:-1] = counted[1:]
+        kept, steps = following[found.student], found.offsets.diff()
+        used = kept[:-1] & (steps > 0)  # the next answer counts from 0
+        self._bytes += int(steps[used].sum())
+        self._positions += int(kept.sum())
+        of_bytes = []
+        sides = (student, row.ids, found.student), (teacher, row.teacher_ids, found.teacher)
+        for side, (log_probs, ids, places) in enumerate(sides):
+            self._nats[side] -= _between(log_probs, ids, places)[used].sum().item()
+            of_bytes.append(_first_bytes(log_probs[places[kept]], self._tokenizers[side]))
+        self._divergence += kl_divergence(*of_bytes).sum().item()
+        ours, theirs = (masses.argmax(-1) for masses in of_bytes)
+        self._same += int((ours == theirs).sum())
+
+    def metrics(self) -> ByteMetrics:
+        """The metrics over all examples.
+
+        Raises:
+            ValueError: if no byte of them was predicted.
+        """
+        if not self._bytes:
+            raise ValueError(
+                "the examples have no two common positions with a token of the student between "
+                "them that has a label"
+            )
+        ours, theirs = (value / math.log(2) / self._bytes for value in self._nats)
+        return ByteMetrics(
+            student_bits_per_byte=ours,
+            teacher_bits_per_byte=theirs,
+            first_byte_kl=self._divergence / self._positions,
+            same_first_byte=self._same / self._positions,
+            bytes=self._bytes,
+            positions=self._positions,
+        )
+
+
+def _aligned(example: Mapping[str, Any], *tokenizers: Any) -> tuple[AlignedExample, Tensor | None]:
+    """The example, and whether each of the student's tokens has a label; None if all have."""
     feature = dict(example)
     row = align_example(feature, *tokenizers)
     labels = feature.get("labels")
-    counts = torch.ones(len(row.ids), dtype=torch.bool)
-    if labels is not None:
-        counts = torch.as_tensor(labels) != IGNORE_INDEX
-    following = torch.cat([counts[1:], torch.zeros(1, dtype=torch.bool)])
-    return row, following[row.positions.student]
+    return row, None if labels is None else torch.as_tensor(labels) != IGNORE_INDEX
 
 
 @torch.no_grad()
-def _log_probs(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Log-probabilities of the next token after each token of each row, on the CPU."""
+def next_log_probs(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Log-probabilities of the next token after each token of each row, on the CPU.
+
+    Args:
+        model: a causal language model.
+        rows: ids of tokens.
+
+    Returns:
+        ``(tokens, vocab)`` for each row.
+    """
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     training = model.training

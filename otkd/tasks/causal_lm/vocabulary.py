@@ -57,9 +57,9 @@ def with_vocabulary(model: PreTrainedModel, token_map: TokenMap) -> PreTrainedMo
             f"the map is for {teachers} tokens of the teacher, but the model has {rows}: make the "
             "map with the tokenizer of this model as the teacher's"
         )
-    made = [_of_student(table.weight[:teachers], token_map) for table in tables if table]
+    made = [rows_of_student(table.weight[:teachers], token_map) for table in tables if table]
     bias = None if tables[-1] is None else getattr(tables[-1], "bias", None)
-    made_bias = None if bias is None else _of_student(bias[:teachers, None], token_map)[:, 0]
+    made_bias = None if bias is None else rows_of_student(bias[:teachers, None], token_map)[:, 0]
     model.resize_token_embeddings(students, mean_resizing=False)
     tables = [model.get_input_embeddings(), model.get_output_embeddings()]
     for table, weight in zip(tables, made, strict=False):
@@ -73,8 +73,17 @@ def with_vocabulary(model: PreTrainedModel, token_map: TokenMap) -> PreTrainedMo
     return model
 
 
-def _of_student(table: Tensor, token_map: TokenMap) -> Tensor:
-    """The rows of the student's tokens from those of the teacher's, ``(student_tokens, width)``."""
+@torch.no_grad()
+def rows_of_student(table: Tensor, token_map: TokenMap) -> Tensor:
+    """The rows of the student's tokens from those of the teacher's; see :func:`with_vocabulary`.
+
+    Args:
+        table: one row for each token of the teacher, ``(teacher_tokens, width)``.
+        token_map: from :func:`otkd.alignment.token_map`.
+
+    Returns:
+        ``(student_tokens, width)``.
+    """
     found = token_map.to(table.device)
     weights = torch.sparse_coo_tensor(
         torch.stack([found.student, found.teacher]),
