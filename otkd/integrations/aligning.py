@@ -56,14 +56,19 @@ class Aligner:
             inner: the collator; if it packs the student's tokens, it also packs the teacher's.
 
         Raises:
-            ValueError: if the batch does not contain the student's tokens as they are.
+            ValueError: if the batch does not contain the student's tokens as they are, or has none.
         """
+        if not any(len(example.ids) for example in examples):
+            raise ValueError("the texts of a batch have no token of the student: remove empty texts")
+        filler = self._tokenizers[1].pad_token_id or 0
+        # A model cannot read rows without tokens, as of a character that the student does not end.
+        ids = [list(example.teacher_ids) or [filler] for example in examples]
         if PACKED_KEY in batch:
-            inputs = _packed_inputs(examples, inner)
+            inputs = _packed_inputs(ids, inner)
             starts = [_row_starts(each[PACKED_KEY]) for each in (batch, inputs)]
             join = _in_one_row
         else:
-            inputs = self._padded_inputs(examples)
+            inputs = _padded_inputs(ids, filler)
             starts = [_paddings(batch, examples), [0] * len(examples)]
             join = _in_rows
         shifted = [
@@ -74,14 +79,6 @@ class Aligner:
             "student": join([positions.student for positions in shifted]),
             "teacher": join([positions.teacher for positions in shifted]),
             "inputs": inputs,
-        }
-
-    def _padded_inputs(self, examples: Sequence[AlignedExample]) -> dict[str, Tensor]:
-        filler = self._tokenizers[1].pad_token_id or 0
-        rows = [torch.tensor(example.teacher_ids, dtype=torch.long) for example in examples]
-        return {
-            "input_ids": _in_rows(rows, filler),
-            "attention_mask": _in_rows([torch.ones_like(row) for row in rows], 0),
         }
 
 
@@ -116,11 +113,16 @@ def at_common_positions(stored: Any, examples: Sequence[AlignedExample], *, pack
     return stored[torch.arange(len(places)).unsqueeze(1), _in_rows(places).clamp(min=0)]
 
 
-def _packed_inputs(
-    examples: Sequence[AlignedExample], inner: Callable[[list], Any]
-) -> dict[str, Any]:
-    ids = [example.teacher_ids for example in examples]
-    found = inner([{"input_ids": list(each)} for each in ids])
+def _padded_inputs(ids: Sequence[list[int]], filler: int) -> dict[str, Tensor]:
+    rows = [torch.tensor(each) for each in ids]
+    return {
+        "input_ids": _in_rows(rows, filler),
+        "attention_mask": _in_rows([torch.ones_like(row) for row in rows], 0),
+    }
+
+
+def _packed_inputs(ids: Sequence[list[int]], inner: Callable[[list], Any]) -> dict[str, Any]:
+    found = inner([{"input_ids": each} for each in ids])
     lengths = packed_lengths(ids, found)
     if lengths is None:
         raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from otkd.reductions import IGNORE_INDEX, ItemCounts
 from otkd.teachers import StoredTeacher
@@ -32,7 +33,12 @@ def is_counted(
 
 
 def at_places(values: Tensor, places: Tensor) -> Tensor:
-    """``values`` ``(rows, positions, …)`` at ``places``; those beyond a row give another entry."""
+    """``values`` ``(rows, positions, …)`` at ``places``; those beyond a row give another entry.
+
+    Rows of one token have no position before a next token; all their entries are 0.
+    """
+    if not values.shape[1]:
+        values = pad(values, (0, 0) * (values.ndim - 2) + (0, 1))  # keeps the gradient's graph
     rows = torch.arange(len(places), device=places.device).unsqueeze(1)
     return values[rows, places.clamp(0, values.shape[1] - 1)]
 

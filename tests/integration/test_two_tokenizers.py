@@ -178,6 +178,16 @@ def test_accumulation_equals_the_full_batch(train, size, steps):
     same(train(mixed(), tokens(prompt=3), **parts), train(mixed(), tokens(prompt=3)))
 
 
+def test_microbatches_without_a_common_position_do_not_count(train):
+    """One token, and a part of a character, of which the teacher reads nothing."""
+    rows = tokens()[:3]
+    for ids in (STUDENT("a").input_ids, STUDENT("🤦").input_ids[:2]):
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids})
+    whole = train(mixed(), rows, per_device_train_batch_size=5)
+    sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}
+    same(train(mixed(), rows, **sizes), whole)
+
+
 @pytest.mark.parametrize("reduction", ["sum", "sequence_mean"])
 def test_accumulation_of_other_reductions(train, reduction):
     def loss():
@@ -423,6 +433,11 @@ def test_other_numbers_of_answers_are_refused(train):
         row["teacher_labels"] = [-100] * 5 + row["teacher_input_ids"][5:]
     with pytest.raises(ValueError, match="2 stretches for the student and 1 for the teacher"):
         train(pushforward(), rows)
+
+
+def test_a_batch_of_empty_texts_is_refused(train):
+    with pytest.raises(ValueError, match="remove empty texts"):
+        train(pushforward(), [{"text": ""}] * 2)
 
 
 def test_a_collator_that_changes_tokens_is_refused(train):
