@@ -59,7 +59,7 @@ class Aligner:
             ValueError: if the batch does not contain the student's tokens as they are, or has none.
         """
         if not any(len(example.ids) for example in examples):
-            raise ValueError("the texts of a batch have no token of the student: remove empty texts")
+            raise ValueError("all texts of a batch are empty: remove empty texts")
         filler = self._tokenizers[1].pad_token_id or 0
         # A model cannot read rows without tokens, as of a character that the student does not end.
         ids = [list(example.teacher_ids) or [filler] for example in examples]
