@@ -59,6 +59,10 @@ class Facts:
         (found,) = (p for p in points if settings.items() <= p.items())
         return found
 
+    def column(self, place: str, case: str, name: str) -> list:
+        """The different values of a setting among the points of a case, in their order."""
+        return list(dict.fromkeys(p[name] for p in self.case(place, case)["points"]))
+
     def fastest(self, place: str, case: str, peer: str) -> float:
         """Time of a peer over that of the fastest setting of otkd whose error is no greater."""
         targets = self._row(place)["targets"]

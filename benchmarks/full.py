@@ -27,6 +27,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "vocabulary/topk",
             "vocabulary/topk_large",
             "vocabulary/accuracy",
+            "vocabulary/language_model",
             "vocabulary/sizes",
         ),
         "Transport KL": (
@@ -48,7 +49,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
             "steps/two_tokenizers",
         ),
         "Accuracy against time": ("pareto/vocabulary", "pareto/batch"),
-        "Ways to apply the kernel": ("kernels/stabilised",),
+        "Ways to apply the kernel": ("kernels/stabilised", "kernels/recomputed"),
         "Time against the limits of the machine": ("limits/headline",),
     },
     "On a GPU": {

@@ -110,19 +110,23 @@ def _otkd_sinkhorn(
     k: int | None = None,
     clusters: int = 1,
     neighbours: int | None = None,
+    first_tokens: int | None = None,
     epsilon: float = EPSILON,
     **options,
 ) -> Function:
     support = Dense() if k is None else TopK(k, clusters=clusters)
     if neighbours is not None:
         support = NearestNeighbours(neighbours)
-    return otkd.SinkhornLoss(
-        embedding=problem.embedding,
+    loss = otkd.SinkhornLoss(
+        embedding=problem.embedding[:first_tokens],
         epsilon=epsilon,
         support=support,
         reduction="none",
         **options,
     )
+    if first_tokens is None:
+        return loss
+    return lambda student, teacher: loss(student[:, :first_tokens], teacher[:, :first_tokens])
 
 
 def _otkd_transport_kl(problem: Problem, **options) -> Function:

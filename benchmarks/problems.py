@@ -34,6 +34,11 @@ class Problem(NamedTuple):
     teacher: Tensor
     embedding: Tensor
 
+    def sizes(self) -> dict[str, int]:
+        """The numbers of tokens and positions, and the width of the embedding."""
+        positions, vocab = self.student.shape
+        return {"vocab": vocab, "positions": positions, "width": self.embedding.shape[-1]}
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from compare import Row, Settings, compare, target
 from files import unmeasured
 from measure import relative_error
 from memory import keeping_memory
+from model_logits import MODEL, TEMPERATURES, at_temperatures, model_problem
 from peers import Peer
 from problems import Spec, build, coverage
-from safetensors.torch import load_file
 from torch import Tensor
 
 import otkd
 from otkd.costs import EmbeddingCost
 from otkd.supports import TopK
 
-DATA = Path(__file__).parent / "data" / "smollm2.safetensors"
-TEMPERATURES = (1.0, 1.5, 2.0)
 PRICES = (3.0, 10.0, 30.0)
 SUPPORTS = {
     "the default, TopK(32)": None,
@@ -84,25 +81,11 @@ def accuracy(settings: Settings) -> dict:
 
 
 def language_model(settings: Settings) -> dict:
-    """The same for SmolLM2-135M and a student of six of its layers, over all 49,152 tokens.
-
-    The logits of 16 positions of held-out reviews are in ``data/smollm2.safetensors``, in float16.
-    The student was trained for 100 steps with this loss at a price of 10, and its KL is 2.66. The
-    embedding is that of the packaged model.
-    """
-    logits = load_file(DATA)
-    student, teacher = (logits[side].float() for side in ("student", "teacher"))
-    if settings.quick:
-        student, teacher = student[:2, :300], teacher[:2, :300]
-        embedding = torch.randn(300, 8, generator=torch.Generator().manual_seed(settings.seed))
-    else:
-        from otkd.tasks.causal_lm import packaged_teacher
-
-        embedding = packaged_teacher()[0].get_input_embeddings().weight.detach()
-    problem = {"vocab": student.shape[-1], "positions": len(student), "width": embedding.shape[-1]}
-    points = _points(student, teacher, embedding)
-    heads = {"coverage_of_64": coverage(student)}
-    cases = [{"name": "SmolLM2-135M", "problem": problem, **heads, "points": points}]
+    """The same for SmolLM2-135M and a student of six of its layers, over all 49,152 tokens."""
+    problem = model_problem(quick=settings.quick, seed=settings.seed)
+    points = _points(*problem)
+    heads = {"coverage_of_64": coverage(problem.student)}
+    cases = [{"name": MODEL, "problem": problem.sizes(), **heads, "points": points}]
     return {"cases": cases, "targets": accuracy_targets(cases)}
 
 
@@ -129,7 +112,7 @@ def _points(student: Tensor, teacher: Tensor, embedding: Tensor) -> list[dict]:
 
     Temperatures are treated as further positions, so that the kernel is computed once for each.
     """
-    scaled = [torch.cat([x.double() / t for t in TEMPERATURES]) for x in (student, teacher)]
+    scaled = [at_temperatures(x) for x in (student, teacher)]
     cost, points = EmbeddingCost(embedding), []
     for price, (value, gradient) in zip(PRICES, _exact(*scaled, cost), strict=True):
         found = {"KL": otkd.KLLoss(reduction="none")}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
+from accuracy_rows import accuracy, language_model
 from compare import Row, Settings, compare, errors_of, memory_ratio, peak_of, reference_of, target
 from peers import Peer, prepare
-from problems import EMBEDDINGS, LOGITS, Spec, build, coverage
+from problems import Spec
 
 from otkd.supports import Dense, TopK
 
@@ -180,49 +181,12 @@ def sizes(settings: Settings) -> dict:
     return {"cases": cases}
 
 
-def accuracy(settings: Settings) -> dict:
-    """Error of `TopK(k)` against transport over all tokens, for k from 16 to 512."""
-    vocab, positions, width = settings.pick((4000, 64, 64), (300, 4, 8))
-    sizes = settings.pick((16, 32, 64, 128, 256, 512), (16, 64))
-    cases = []
-    for logits in LOGITS:
-        for embedding in EMBEDDINGS:
-            spec = Spec(vocab, positions, width, logits, embedding, settings.seed)
-            reference = reference_of(spec, Dense())
-            points = []
-            for k, clusters in (*((k, 1) for k in sizes), *((64, c) for c in (16, 32, 64))):
-                support = {"k": k, "clusters": clusters, "tolerance": 1e-5}
-                call = prepare(Peer("", "otkd_sinkhorn", support), spec)
-                errors = errors_of(call, reference)
-                covered = float(call.report.coverage)
-                points.append({"k": k, "clusters": clusters, **errors, "coverage": covered})
-            heads = coverage(build(spec).student)
-            case = {"name": spec.name, "problem": asdict(spec), "coverage_of_64": heads}
-            cases.append({**case, "points": points})
-    return {"cases": cases, "targets": accuracy_targets(cases)}
-
-
-def accuracy_targets(cases: list[dict]) -> list[dict]:
-    """A gradient within 3 % where the head has most of the mass."""
-    return [
-        target(
-            f"{case['name']}: gradient error, k = 64, clusters = {point['clusters']}",
-            point["gradient_error"],
-            "≤",
-            0.03,
-        )
-        for case in cases
-        if case["coverage_of_64"] >= 0.85
-        for point in case["points"]
-        if point["k"] == 64
-    ]
-
-
 ROWS: dict[str, Row] = {
     "dense": dense,
     "classes": classes,
     "topk": topk,
     "topk_large": topk_large,
     "accuracy": accuracy,
+    "language_model": language_model,
     "sizes": sizes,
 }

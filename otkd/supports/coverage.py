@@ -24,8 +24,8 @@ def warn_of_coverage(coverage: Tensor, k: int) -> None:
             f"the {k} most probable tokens of a position hold less than {LEAST_COVERAGE:.0%} of "
             "the probability mass on average, so the loss is mostly determined by the tail "
             "approximation. With a language model of 49,152 tokens, the gradient of TopK(64) was "
-            "off by 19% if its tokens held half of the mass, and by 23% at 30%; that of TopK(256, "
-            "clusters=256) by 2%. Use the latter, or temperature 1: see docs/choosing.md. The mass "
-            "is in last_report.coverage",
+            "off by more than half if its tokens held 40% of the mass, that of TopK(64, "
+            "clusters=32) by 9%, and that of TopK(512, clusters=32) by 2%. Use the latter, or "
+            "temperature 1: see docs/choosing.md. The mass is in last_report.coverage",
             CoverageWarning,
         )
