@@ -152,6 +152,12 @@ def save_plot(path: Path, teacher: Result, results: Sequence[Result]) -> None:
 
 
 def _agreement(teacher: Result) -> str:
+    if "bits_per_byte" in teacher.metrics:
+        return (
+            "Bits per byte are those of the texts. The next byte is compared at the positions that "
+            "both tokenizers share. Agreement: share of them for which student and teacher have "
+            "the same most probable one."
+        )
     if isinstance(get_task(teacher.task), LanguageTask):
         return (
             "Means over all tokens that are predicted. Agreement: share of them for which student "

@@ -73,8 +73,8 @@ class Settings:
     )
     student_vocabulary: int | None = _models(
         None,
-        "For texts: give the student a tokenizer of its own, of the teacher's kind, with this many "
-        "tokens made from the training texts.",
+        "For texts and a teacher with byte-level BPE: give the student such a tokenizer of its "
+        "own, with this many tokens made from the training texts.",
         ge=257,
         le=10**6,
     )

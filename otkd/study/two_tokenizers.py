@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from otkd.alignment import token_map
 from otkd.alignment.examples import AlignedExample, align_example
+from otkd.alignment.pieces import vocabulary_of
+from otkd.study import models
+from otkd.study.generation import check_generation
 from otkd.study.interface import Rows
 from otkd.study.language import LanguageExperiment
 from otkd.study.messages import StudyError
-from otkd.study.objectives import check_objectives, composed, needs_answers
+from otkd.study.objectives import check_objectives, composed
 from otkd.study.prediction import autocast
 from otkd.study.vocabularies import Vocabularies
 from otkd.tasks.causal_lm import with_vocabulary
@@ -34,7 +37,7 @@ _BATCH = 8
 
 
 class TwoTokenizerExperiment(LanguageExperiment):
-    """An experiment with students that have a tokenizer of the teacher's kind for the texts.
+    """An experiment with students that have a byte-level tokenizer made for the texts.
 
     The teacher reads what the student reads, which is cut after the largest number of the student's
     tokens. Both are compared at the positions that they share, and measured in bytes.
@@ -50,23 +53,42 @@ class TwoTokenizerExperiment(LanguageExperiment):
             raise StudyError(
                 "--student-vocabulary makes the student from the teacher: leave --student out."
             )
-        for each in self.objectives:
-            if needs_answers(each.loss):
-                raise StudyError(f"{each.loss} is for instructions: leave it out.")
         self.task = replace(self.task, headline="bits_per_byte")
 
     def _student_tokenizer(self) -> PreTrainedTokenizerBase:
+        theirs: Any = self.teacher_tokenizer
+        if vocabulary_of(theirs).family != "byte-level":
+            raise StudyError(
+                "--student-vocabulary needs a teacher with byte-level BPE, such as GPT-2, Llama 3 "
+                f"or SmolLM: a new tokenizer of the kind of {self.teacher_source} would not know "
+                "all characters."
+            )
         texts = (row.text for row in self.data.train if isinstance(row, Text))
-        made: Any = self.teacher_tokenizer
-        return made.train_new_from_iterator(
-            texts, self.settings.student_vocabulary, show_progress=False
-        )
+        wanted = self.settings.student_vocabulary
+        made = theirs.train_new_from_iterator(texts, wanted, show_progress=False)
+        if len(made) != wanted:
+            raise StudyError(
+                f"--student-vocabulary {wanted}: the training texts give a tokenizer of "
+                f"{len(made)} tokens: choose this number, or more texts."
+            )
+        return made
 
     def _check_teacher(self) -> None:
-        try:
-            self.teacher_rows  # noqa: B018  # aligns every text
-        except ValueError as error:
-            raise StudyError(f"The texts cannot be read by both tokenizers: {error}.") from error
+        check_generation(self)
+        (dev,), longest = self.student_rows.dev.values(), self.settings.max_length
+        lengths = [*self.teacher_rows.train["length"], *(len(each.teacher_ids) for each in dev)]
+        config = models.load("AutoConfig", self.teacher_source)
+        context = getattr(config, "max_position_embeddings", None)
+        if context is not None and max(lengths) > context:
+            raise StudyError(
+                f"--max-length {longest}: what the student reads of a text are {max(lengths)} "
+                f"tokens of the teacher, which reads at most {context}: lower it."
+            )
+        if not min(lengths) or all(len(each.positions) < 2 for each in dev):
+            raise StudyError(
+                f"--max-length {longest} leaves too little of the texts: student and teacher must "
+                "have two positions in common. Raise it."
+            )
         # Any embedding that is not constant stands for the teacher's.
         stand_in = torch.arange(self._token_map.vocab_size[1]).remainder(2).float().unsqueeze(-1)
         check_objectives(self.objectives, partial(self.build_loss, embedding=stand_in))
@@ -113,8 +135,17 @@ class TwoTokenizerExperiment(LanguageExperiment):
         return self._aligned(rows) if own else super().prepared(rows, tokenizer)
 
     def _aligned(self, rows: Dataset) -> list[AlignedExample]:
+        return [self._align(ids) for ids in rows["input_ids"][:]]
+
+    def _align(self, ids: list[int]) -> AlignedExample:
         tokenizers = self.student_tokenizer, self.teacher_tokenizer
-        return [align_example({"input_ids": ids}, *tokenizers) for ids in rows["input_ids"][:]]
+        try:
+            return align_example({"input_ids": ids}, *tokenizers)
+        except ValueError as error:
+            begins = tokenizers[0].decode(ids[:16])
+            raise StudyError(
+                f"The text that begins with {begins!r} cannot be read by both tokenizers: {error}."
+            ) from error
 
     def _measured(
         self, model: PreTrainedModel | None, rows: Rows, teacher: StoredTeacher, embedding: Tensor

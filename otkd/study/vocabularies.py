@@ -55,20 +55,23 @@ class Vocabularies:
         """
         if name in _OF_ONE_VOCABULARY:
             raise ValueError(f"{name} is not possible between two vocabularies: use sinkhorn")
-        common = common_options(options)
+        common, sizes = common_options(options), self.token_map.vocab_size  # logits may be padded
         if name == HYBRID:
-            return otkd.HybridLogitLoss(self.token_map, **common)
+            return otkd.HybridLogitLoss(self.token_map, vocab_size=sizes, **common)
         own = own_options(name, options)
         if name in NEED_EMBEDDING:
             if name == "sinkhorn" and "prefix" in options.get("token_cost", ""):
                 # Its kernel within a vocabulary may not be positive definite, so that the debiased
                 # value may be negative.
                 own["debias"] = None
-            return otkd.get_loss(name, cost=self._cost(options), **common, **own)
+            own["cost"] = self._cost(options)
+            return otkd.get_loss(name, vocab_size=sizes, **common, **own)
         loss = otkd.get_loss(name, **common, **own)
         if as_loss(loss).bridges_vocabularies:
-            return loss
-        return otkd.PushforwardLoss(self.token_map, cast("DistillationLoss", loss))
+            return otkd.get_loss(name, vocab_size=sizes, **common, **own)
+        return otkd.PushforwardLoss(
+            self.token_map, cast("DistillationLoss", loss), vocab_size=sizes
+        )
 
     def _cost(self, options: Mapping[str, Any]) -> Cost:
         kind = options.get("token_cost", "embedding")
@@ -81,6 +84,7 @@ class Vocabularies:
         if prefixes is not None and kind == "prefix":
             return prefixes
         # The student's rows are made from the teacher's, so both are in one space.
-        rows = rows_of_student(self.embedding, self.token_map)
-        between = EmbeddingCost(permuted(rows) if kind == "permuted" else rows, self.embedding)
+        theirs = self.embedding[: self.token_map.vocab_size[1]]  # it may be padded, too
+        ours = rows_of_student(theirs, self.token_map)
+        between = EmbeddingCost(permuted(ours) if kind == "permuted" else ours, theirs)
         return between if prefixes is None else SumCost([between, prefixes])

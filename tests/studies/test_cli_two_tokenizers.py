@@ -14,8 +14,8 @@ import otkd
 from otkd.cli.app import app
 from otkd.study.results import read_result
 from otkd.tasks.causal_lm import byte_metrics, with_vocabulary
-from tests.models import tiny_llama
-from tests.small_tokenizers import byte_level
+from tests.models import tiny_gpt2, tiny_llama
+from tests.small_tokenizers import byte_level, sentencepiece
 
 WORDS = ("the", "sea", "seal", "sees", "a", "café", "where", "中文", "old", "books", "and", "sings")
 OPTIONS = ("--max-length", "24", "--student-layers", "1", "--batch-size", "4")
@@ -42,15 +42,18 @@ def texts(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "teacher"
-    backend, special = byte_level(290)
+def save_teacher(folder, made, build=tiny_llama):
+    backend, special = made
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.pad_token = tokenizer.eos_token
-    tiny_llama(3, vocab=len(tokenizer)).save_pretrained(folder)
+    build(3, vocab=len(tokenizer) + 6).save_pretrained(folder)  # its logits are padded
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_teacher(tmp_path_factory.mktemp("models") / "teacher", byte_level(290))
 
 
 def compare(texts, teacher, out, *more, task="text", command="compare", tokens=265):
@@ -72,7 +75,7 @@ def trained(texts, teacher, tmp_path_factory):
 
 def test_all_kinds_of_losses_are_compared(trained):
     folder, output = trained
-    for word in ("bits per byte", "KL of the next byte", "agreement"):
+    for word in ("bits per byte", "KL of the next byte", "agreement", "both tokenizers share"):
         assert word in output
     found = {path.parent.name: read_result(path) for path in folder.glob("*/0.json")}
     assert set(found) == {"kl", "ce", "uld", "hybrid", "transport_kl", "sinkhorn"}
@@ -129,7 +132,7 @@ def test_the_student_is_trained_with_the_teacher_itself(saved, teacher, texts, t
     rows = [own(text).input_ids[:24] for text in written]
     DistillationTrainer(
         model=student,
-        loss=otkd.PushforwardLoss(between),
+        loss=otkd.PushforwardLoss(between, vocab_size=between.vocab_size),
         teacher=model,
         teacher_tokenizer=tokenizer,
         processing_class=own,
@@ -173,12 +176,48 @@ def test_costs_between_two_vocabularies(texts, teacher, tmp_path):
         (("--losses", "sinkd"), "two vocabularies"),
         (("--losses", "kl+wasserstein"), "two vocabularies"),
         (("--losses", "kl", "--student", "elsewhere"), "leave --student out"),
+        (("--losses", "kl", "--rouge-rows", "2"), "need prompts"),
+        (("--losses", "seqkd"), "need prompts"),
+        (("--losses", "kl", "--student-vocabulary", "5000"), "choose this number, or more texts"),
     ],
 )
 def test_what_is_not_possible_is_refused(texts, teacher, tmp_path, options, reason):
     result = compare(texts, teacher, tmp_path, *options)
     assert result.exit_code != 0
     assert reason in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (["the sea", "a"], "line 2: the text has 1 tokens"),
+        (["the sea", "🤦🏽 sings"], "have two positions in common. Raise it."),
+    ],
+)
+def test_texts_that_are_too_short_are_refused(teacher, tmp_path, rows, reason):
+    for part in ("train", "dev"):
+        (tmp_path / f"{part}.txt").write_text("\n".join(rows), encoding="utf-8")
+    more = ("--losses", "kl", "--max-length", "2")
+    result = compare(tmp_path, teacher, tmp_path / "out", *more, tokens=258)
+    assert result.exit_code == 1
+    assert reason in " ".join(result.output.split())
+    assert ".." not in result.output
+
+
+def test_a_teacher_whose_context_is_too_short_is_refused(tmp_path):
+    teacher = save_teacher(tmp_path / "teacher", byte_level(258), tiny_gpt2)
+    for part in ("train", "dev"):
+        (tmp_path / f"{part}.txt").write_text("the sea " * 40 + "\n" + "the sea " * 30)
+    result = compare(tmp_path, teacher, tmp_path / "out", "--losses", "kl", tokens=264)
+    assert result.exit_code == 1
+    assert "tokens of the teacher, which reads at most 32" in " ".join(result.output.split())
+
+
+def test_other_kinds_of_tokenizers_are_refused(texts, tmp_path):
+    teacher = save_teacher(tmp_path / "teacher", sentencepiece(340))
+    result = compare(texts, teacher, tmp_path / "out", "--losses", "kl")
+    assert result.exit_code == 1
+    assert "needs a teacher with byte-level BPE" in " ".join(result.output.split())
 
 
 def test_a_small_vocabulary_or_another_kind_of_task_is_refused(texts, teacher, tmp_path):
