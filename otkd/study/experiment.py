@@ -18,6 +18,7 @@ from otkd.study.objectives import build_objective, objective_options
 from otkd.study.prediction import (
     PRECISION_FILE,
     Precision,
+    emulates_bf16,
     measure_precision,
     read_precision,
     supports_bf16,
@@ -71,6 +72,11 @@ class Experiment(TaskKind):
         self._check_objectives()
         if settings.precision == "bf16" and not supports_bf16():
             raise StudyError("--precision bf16: the accelerator does not support it.")
+        if settings.precision == "bf16" and emulates_bf16() and _is_first_process():
+            notice(
+                "--precision bf16: this processor has no instructions for it, so it may take "
+                "several times as long as fp32."
+            )
         self.data = self._load_data()
         self.teacher_source = self._teacher_source()
         self.teacher_tokenizer = self._tokenizer(self.teacher_source)
@@ -174,7 +180,7 @@ class Experiment(TaskKind):
             batch = self.collator(tokenizer)([*rows])
             precision = measure_precision(self.build_student(0), dict(batch), device())
             write_json(path, asdict(precision))
-        if multiprocessing.parent_process() is None:  # workers would repeat it
+        if _is_first_process():
             notice(f"Precision {precision.name}: {precision.reason}.")
         return precision
 
@@ -237,6 +243,11 @@ class Experiment(TaskKind):
                 "training rows to train on."
             )
         return order[held_out:][: self.tuning.train_rows], order[:held_out]
+
+
+def _is_first_process() -> bool:
+    """Whether this is not a worker, which would repeat a notice."""
+    return multiprocessing.parent_process() is None
 
 
 def _values(settings: Settings, names: Sequence[str]) -> dict[str, Any]:

@@ -113,6 +113,20 @@ def supports_bf16() -> bool:
     return not torch.accelerator.is_available() or is_torch_bf16_gpu_available()
 
 
+def emulates_bf16() -> bool:
+    """Whether training runs on an x86 processor without instructions for bf16.
+
+    It is then several times as slow in bf16 as in fp32. Versions of torch that do not know the
+    processor count as not emulating.
+    """
+    known = getattr(torch.cpu, "get_capabilities", None)
+    if torch.accelerator.is_available() or known is None:
+        return False
+    found = known()
+    has = any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return found.get("architecture") == "x86_64" and not has
+
+
 def measure_precision(
     model: nn.Module, batch: Mapping[str, Tensor], device: torch.device
 ) -> Precision:

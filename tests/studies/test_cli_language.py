@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
+from pathlib import Path
 
 import pytest
 import study_tables
@@ -588,3 +590,17 @@ def test_a_teacher_with_a_weight_of_nan_is_refused(texts, tmp_path, name, messag
     said = " ".join(result.output.split())
     assert "broken cannot be the teacher" in said
     assert message in said
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 processors alone are known")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator trains")
+def test_a_precision_that_the_processor_emulates_is_noticed(teacher, texts, tmp_path):
+    flags = Path("/proc/cpuinfo")
+    if not flags.is_file() or not hasattr(torch.cpu, "get_capabilities"):
+        pytest.skip("what the processor has is not known")
+    emulated = not {"avx512_bf16", "amx_bf16"} & set(flags.read_text().split())
+    for precision, expected in (("bf16", emulated), ("fp32", False)):
+        more = ("--losses", "ce", "--seeds", "1", "--precision", precision)
+        result = compare("text", texts, teacher, tmp_path / precision, *more)
+        assert result.exit_code == 0, result.output
+        assert ("no instructions for it" in " ".join(result.output.split())) == expected
