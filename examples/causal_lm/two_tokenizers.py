@@ -11,7 +11,8 @@ that is trained on the rows. All rows are aligned before the training. With held
 byte and the divergence of the next byte are written to `bytes.json`. LoRA, resuming, and every
 option of `transformers.TrainingArguments`.
 
-Limits: the teacher runs online. A tokenizer that changes answers is refused.
+Limits: the teacher runs online. A tokenizer that changes answers is refused. A SentencePiece
+tokenizer that is trained on the rows knows only their characters.
 
     python examples/causal_lm/two_tokenizers.py --eval-rows 4
 

@@ -142,6 +142,15 @@ def test_bits_and_bytes_are_those_of_a_plain_computation():
     assert expected > 1e-3
 
 
+def test_a_byte_that_the_student_cannot_write_is_infinitely_improbable():
+    limited = tokenizer_of("unigram")  # it does not fall back to bytes
+    pair = tiny_llama(0, vocab=len(limited)), tiny_llama(1, vocab=len(TEACHER))
+    tokenizers, texts = (limited, TEACHER), [{"text": text} for text in TEXTS[:2]]
+    assert byte_metrics(*pair, *tokenizers, texts).first_byte_kl == math.inf
+    found = byte_metrics(*reversed(pair), *reversed(tokenizers), texts)
+    assert 0 < found.first_byte_kl < 10
+
+
 def test_answers_alone_are_measured_and_equal_models_do_not_differ():
     model = tiny_llama(0, vocab=len(STUDENT)).train()
     prompt, answer = (STUDENT(text).input_ids for text in ("the mats:", " cats and a singer"))

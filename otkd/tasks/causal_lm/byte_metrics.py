@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from otkd.alignment.examples import AlignedExample, align_example
 from otkd.alignment.pieces import vocabulary_of
-from otkd.functional import kl_divergence
 from otkd.reductions import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -30,7 +29,8 @@ class ByteMetrics:
         student_bits_per_byte: −log₂ of the probability that the student gives the bytes, per byte.
         teacher_bits_per_byte: the same of the teacher.
         first_byte_kl: KL(p‖q) in nats of the distributions of the next byte, averaged over the
-            common positions.
+            common positions; infinite if the teacher finds a byte possible with which no token of
+            the student begins.
         same_first_byte: share of the common positions where both find the same next byte most
             probable.
         bytes: how many bytes both have predicted.
@@ -58,7 +58,9 @@ def byte_metrics(
 
     Bits per byte are those of the bytes between the first and the last common position of each
     text, or of each answer, so that both models predict the same bytes. A model whose tokenizer
-    puts no special token in front does not predict the first token.
+    puts no special token in front does not predict the first token. An unknown token has its own
+    probability, not that of the characters that it stands for, so that a tokenizer that does not
+    know all characters has too few bits.
 
     The probability of a byte is the sum over all tokens that begin with it, and of special tokens
     as one class. WordPiece does not write whitespace: a token that begins a word begins with a
@@ -130,9 +132,11 @@ class ByteComparison:
         for side, (log_probs, ids, places) in enumerate(sides):
             self._nats[side] -= _between(log_probs, ids, places)[used].sum().item()
             of_bytes.append(_first_bytes(log_probs[places[kept]], self._tokenizers[side]))
-        self._divergence += kl_divergence(*of_bytes).sum().item()
-        ours, theirs = (masses.argmax(-1) for masses in of_bytes)
-        self._same += int((ours == theirs).sum())
+        ours, theirs = of_bytes
+        # Not otkd's divergence, which bounds the logarithm of a mass of 0.
+        terms = theirs.exp() * (theirs - ours)
+        self._divergence += terms.masked_fill(theirs == -torch.inf, 0.0).sum().item()
+        self._same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
 
     def metrics(self) -> ByteMetrics:
         """The metrics over all examples.
