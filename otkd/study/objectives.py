@@ -65,7 +65,13 @@ def _option_names(name: str, author: bool) -> list[str]:
 
 def _loss_class(name: str) -> type[nn.Module]:
     others = {WASD: Wasd, HYBRID: otkd.HybridLogitLoss}
-    return others[name] if name in others else otkd.loss_class(name)
+    if name in others:
+        return others[name]
+    try:
+        return otkd.loss_class(name)
+    except ValueError as error:
+        more = f"and of language models {HYBRID}, {SEQKD} and {WASD}"
+        raise ValueError(f"{error}, {more}") from None
 
 
 def _options_of_one(name: str, author: bool) -> list[str]:

@@ -178,6 +178,7 @@ def test_costs_between_two_vocabularies(texts, teacher, tmp_path):
         (("--losses", "kl", "--student", "elsewhere"), "leave --student out"),
         (("--losses", "kl", "--rouge-rows", "2"), "need prompts"),
         (("--losses", "seqkd"), "need prompts"),
+        (("--losses", "hybrd"), "and of language models hybrid, seqkd and wasd"),
         (("--losses", "kl", "--student-vocabulary", "5000"), "choose this number, or more texts"),
     ],
 )
