@@ -231,7 +231,9 @@ def test_two_conversions_at_once_give_one_folder(package, tmp_path):
 
     def load():
         try:
-            results.append(packaged_teacher(tmp_path / "cache")[0])
+            # Only the conversion: if two threads call from_pretrained at once, transformers may be
+            # left unable to tie weights.
+            results.append(packaged.packaged_folder(tmp_path / "cache"))
         except Exception as error:
             failures.append(error)
 
@@ -241,7 +243,8 @@ def test_two_conversions_at_once_give_one_folder(package, tmp_path):
     for thread in threads:
         thread.join()
     assert not failures
-    assert torch.equal(logits_of(results[0]), logits_of(results[1]))
+    assert results[0] == results[1]
+    assert logits_of(packaged_teacher(tmp_path / "cache")[0]).isfinite().all()
     assert len([*(tmp_path / "cache" / "models").iterdir()]) == 1
 
 
