@@ -25,7 +25,7 @@ from otkd.costs import EmbeddingCost
 from otkd.supports import Dense, NearestNeighbours, TopK
 from otkd.supports.coverage import CoverageWarning
 
-# With all the clusters that help, and with more than those.
+# The default, with more clusters, with more tokens, and a single tail atom for comparison.
 _MODEL_SUPPORTS = {
     "TopK(64)": TopK(64),
     "TopK(64, clusters=32)": TopK(64, clusters=32),

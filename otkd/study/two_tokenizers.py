@@ -81,8 +81,8 @@ class TwoTokenizerExperiment(LanguageExperiment):
         context = getattr(config, "max_position_embeddings", None)
         if context is not None and max(lengths) > context:
             raise StudyError(
-                f"--max-length {longest}: what the student reads of a text are {max(lengths)} "
-                f"tokens of the teacher, which reads at most {context}: lower it."
+                f"--max-length {longest}: what the student reads of a text has up to "
+                f"{max(lengths)} tokens of the teacher, which reads at most {context}: lower it."
             )
         if not min(lengths) or all(len(each.positions) < 2 for each in dev):
             raise StudyError(

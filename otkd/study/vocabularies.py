@@ -80,11 +80,12 @@ class Vocabularies:
                 f"--token-cost {kind} is not possible between two vocabularies: use one of "
                 f"{', '.join(_COSTS)}"
             )
-        prefixes = prefix_cost(self.student, self.teacher) if "prefix" in kind else None
-        if prefixes is not None and kind == "prefix":
-            return prefixes
-        # The student's rows are made from the teacher's, so both are in one space.
-        theirs = self.embedding[: self.token_map.vocab_size[1]]  # it may be padded, too
-        ours = rows_of_student(theirs, self.token_map)
-        between = EmbeddingCost(permuted(ours) if kind == "permuted" else ours, theirs)
-        return between if prefixes is None else SumCost([between, prefixes])
+        costs: list[Cost] = []
+        if kind != "prefix":
+            # The student's rows are made from the teacher's, so both are in one space.
+            theirs = self.embedding[: self.token_map.vocab_size[1]]  # it may be padded, too
+            ours = rows_of_student(theirs, self.token_map)
+            costs.append(EmbeddingCost(permuted(ours) if kind == "permuted" else ours, theirs))
+        if "prefix" in kind:
+            costs.append(prefix_cost(self.student, self.teacher))
+        return costs[0] if len(costs) == 1 else SumCost(costs)

@@ -96,7 +96,7 @@ class ByteComparison:
     """The sums behind :func:`byte_metrics`, to which one example after another is added."""
 
     def __init__(self, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
-        self._tokenizers = student_tokenizer, teacher_tokenizer
+        self._first = _FirstBytes(student_tokenizer), _FirstBytes(teacher_tokenizer)
         self._nats = [0.0, 0.0]
         self._divergence = 0.0
         self._same = self._positions = self._bytes = 0
@@ -131,7 +131,7 @@ class ByteComparison:
         sides = (student, row.ids, found.student), (teacher, row.teacher_ids, found.teacher)
         for side, (log_probs, ids, places) in enumerate(sides):
             self._nats[side] -= _between(log_probs, ids, places)[used].sum().item()
-            of_bytes.append(_first_bytes(log_probs[places[kept]], self._tokenizers[side]))
+            of_bytes.append(self._first[side](log_probs[places[kept]]))
         ours, theirs = of_bytes
         # Not otkd's divergence, which bounds the logarithm of a mass of 0.
         terms = theirs.exp() * (theirs - ours)
@@ -202,12 +202,23 @@ def _between(log_probs: Tensor, ids: Sequence[int], places: Tensor) -> Tensor:
     return sums[places].diff()
 
 
-def _first_bytes(log_probs: Tensor, tokenizer: Any) -> Tensor:
+class _FirstBytes:
     """Log-probabilities of the next byte, and of all special tokens, ``(rows, 257)``."""
-    vocabulary = vocabulary_of(tokenizer)
-    classes = torch.full((log_probs.shape[-1],), _NO_BYTE)
-    for token, raw in vocabulary.raw.items():
-        if raw and token not in vocabulary.control:
-            classes[token] = raw[0]
-    masses = log_probs.new_zeros(len(log_probs), _NO_BYTE + 1, dtype=torch.float64)
-    return masses.index_add_(1, classes, log_probs.double().exp()).log()
+
+    def __init__(self, tokenizer: Any) -> None:
+        vocabulary = vocabulary_of(tokenizer)
+        self._bytes = {
+            token: raw[0]
+            for token, raw in vocabulary.raw.items()
+            if raw and token not in vocabulary.control
+        }
+        self._classes = torch.empty(0, dtype=torch.long)
+
+    def __call__(self, log_probs: Tensor) -> Tensor:
+        size = log_probs.shape[-1]
+        if len(self._classes) != size:  # logits may be padded
+            self._classes = torch.tensor(
+                [self._bytes.get(token, _NO_BYTE) for token in range(size)]
+            )
+        masses = log_probs.new_zeros(len(log_probs), _NO_BYTE + 1, dtype=torch.float64)
+        return masses.index_add_(1, self._classes, log_probs.double().exp()).log()
